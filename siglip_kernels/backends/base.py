@@ -1,0 +1,62 @@
+"""What a backend supplies to the schedule: the block kernel."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.pairs import PairSpec
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a call asks for, as far as choosing and sizing a block kernel needs it."""
+
+    M: int  # images
+    N: int  # texts
+    D: int  # features
+    dtype: torch.dtype  # of the features
+    device: torch.device
+    needs_dz: bool = True  # some feature gradient is wanted
+
+
+class BlockKernel(abc.ABC):
+    """Forms dz and the partial sums of one block of the logits; ``schedule.py`` does the rest."""
+
+    name: str
+
+    @abc.abstractmethod
+    def why_not(self, problem: Problem) -> list[str]:
+        """Every reason why this kernel cannot run the problem; empty when it can."""
+
+    @abc.abstractmethod
+    def operand_dtype(self, problem: Problem) -> torch.dtype:
+        """The dtype of the feature blocks and of dz, as the block kernel and the products take them."""
+
+    @abc.abstractmethod
+    def block_shape(self, problem: Problem) -> tuple[int, int]:
+        """(R, C): images and texts a block. Bounds the workspace whatever M and N are."""
+
+    @abc.abstractmethod
+    def workspace(self, problem: Problem, R: int, C: int) -> Any:
+        """Uninitialised buffers that ``block`` needs, for blocks up to [R, C]; dz is not among them."""
+
+    @abc.abstractmethod
+    def block(
+        self,
+        x: Tensor,  # [r, D] operand dtype, rows contiguous
+        y: Tensor,  # [c, D] operand dtype, rows contiguous
+        scale: Tensor,  # [] float32, or float64 for float64 features
+        bias: Tensor,  # [] the same dtype
+        pairs: PairSpec,  # of this block; weights in the scale's dtype
+        *,
+        sums: Tensor,  # [3] float64, out: Σ w·softplus(-s·z), Σ dz·<x_i, y_j>, Σ dz
+        dz: Tensor | None,  # [r, c] operand dtype, out: dz_scale · -s·w·σ(-s·z); rows may be padded. None: not wanted
+        dz_scale: Tensor | None,  # [] a power of two that keeps float16 from underflow; None: 1. Never part of sums
+        workspace: Any,  # from ``workspace``
+    ) -> None:
+        """Write ``sums`` and ``dz`` of the block; read nothing back to the host."""

@@ -1,0 +1,63 @@
+"""Which pairs are positive and what each pair weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """The labels and weights of an [M, N] matrix of image-text pairs, never materialised.
+
+    Pair (i, j) is positive when the ids are equal, if ids are given; otherwise when
+    ``i + positive_offset == j``; with neither, every pair is negative. It weighs
+    ``image_weights[i] * text_weights[j]``, an absent side counting as ones.
+    """
+
+    positive_offset: int | None = 0
+    image_ids: Tensor | None = None  # [M] integer
+    text_ids: Tensor | None = None  # [N] integer
+    image_weights: Tensor | None = None  # [M] floating
+    text_weights: Tensor | None = None  # [N] floating
+
+    @property
+    def has_ids(self) -> bool:
+        return self.image_ids is not None
+
+    @property
+    def has_weights(self) -> bool:
+        return self.image_weights is not None or self.text_weights is not None
+
+    def block(self, rows: slice, cols: slice) -> PairSpec:
+        """The pairs of images ``rows`` and texts ``cols``, numbered from the block's own corner."""
+        offset = self.positive_offset
+        return replace(
+            self,
+            positive_offset=None if offset is None else offset + rows.start - cols.start,
+            image_ids=_take(self.image_ids, rows),
+            text_ids=_take(self.text_ids, cols),
+            image_weights=_take(self.image_weights, rows),
+            text_weights=_take(self.text_weights, cols),
+        )
+
+    def may_have_positives(self, M: int, N: int) -> bool:
+        """False only where no pair of an [M, N] matrix can be positive."""
+        if self.has_ids:
+            return True
+        return self.positive_offset is not None and -M < self.positive_offset < N
+
+    def positive_mask(self, M: int, N: int, device: torch.device) -> Tensor:
+        """[M, N] bool: the labels, materialised."""
+        if self.image_ids is not None and self.text_ids is not None:
+            return self.image_ids[:, None] == self.text_ids[None, :]
+        mask = torch.zeros(M, N, dtype=torch.bool, device=device)
+        if self.may_have_positives(M, N):
+            mask.diagonal(self.positive_offset or 0).fill_(True)
+        return mask
+
+
+def _take(vector: Tensor | None, index: slice) -> Tensor | None:
+    return None if vector is None else vector[index]
