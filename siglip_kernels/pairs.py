@@ -43,6 +43,16 @@ class PairSpec:
             text_weights=_take(self.text_weights, cols),
         )
 
+    def prepared(self, dtype: torch.dtype) -> PairSpec:
+        """The same pairs with contiguous vectors and with weights of ``dtype``, as block kernels take them."""
+        return replace(
+            self,
+            image_ids=None if self.image_ids is None else self.image_ids.contiguous(),
+            text_ids=None if self.text_ids is None else self.text_ids.contiguous(),
+            image_weights=None if self.image_weights is None else self.image_weights.to(dtype).contiguous(),
+            text_weights=None if self.text_weights is None else self.text_weights.to(dtype).contiguous(),
+        )
+
     def may_have_positives(self, M: int, N: int) -> bool:
         """False only where no pair of an [M, N] matrix can be positive."""
         if self.has_ids:

@@ -58,5 +58,6 @@ class BlockKernel(abc.ABC):
         dz: Tensor | None,  # [r, c] operand dtype, out: dz_scale · -s·w·σ(-s·z); rows may be padded. None: not wanted
         dz_scale: Tensor | None,  # [] a power of two that keeps float16 from underflow; None: 1. Never part of sums
         workspace: Any,  # from ``workspace``
+        loss_only: bool = False,  # no gradient is wanted at all: only sums[0] will be read
     ) -> None:
         """Write ``sums`` and ``dz`` of the block; read nothing back to the host."""

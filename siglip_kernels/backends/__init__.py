@@ -1,0 +1,33 @@
+"""The table of backends and the choice among them."""
+
+from __future__ import annotations
+
+from siglip_kernels.backends.base import BlockKernel, Problem
+from siglip_kernels.backends.eager import EagerBlockKernel
+try:
+    from siglip_kernels.backends.triton import TritonBlockKernel
+except ImportError:
+    TritonBlockKernel = EagerBlockKernel
+
+# In order of preference: "auto" takes the first that can run the call; the last one always can.
+BACKENDS: dict[str, BlockKernel] = {kernel.name: kernel for kernel in (TritonBlockKernel(), EagerBlockKernel())}
+# Names of the public contract whose kernels are still to come.
+PLANNED = ("cpu", "cuda")
+NAMES = ("auto", *BACKENDS, *PLANNED)
+
+
+def choose(name: str, problem: Problem) -> BlockKernel:
+    """The block kernel that runs ``problem``; ValueError with every reason where the named one cannot."""
+    if name == "auto":
+        return next(kernel for kernel in BACKENDS.values() if not kernel.why_not(problem))
+    reasons = why_not(name, problem)
+    if reasons:
+        raise ValueError(f"backend={name!r} cannot run this call: " + "; ".join(reasons))
+    return BACKENDS[name]
+
+
+def why_not(name: str, problem: Problem) -> list[str]:
+    """Every reason why the named backend cannot run ``problem``; empty when it can."""
+    if name in PLANNED:
+        return [f"this version of siglip_kernels has no {name!r} block kernel yet"]
+    return BACKENDS[name].why_not(problem)

@@ -1,0 +1,97 @@
+"""The block kernel in plain torch: any device, any dtype, float32 logits for half-precision features."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.backends.base import BlockKernel, Problem
+from siglip_kernels.pairs import PairSpec
+from siglip_kernels.products import matmul_, products_accumulate_in_float32
+
+
+class Workspace(NamedTuple):
+    """Flat buffers of R·C elements in the logits' dtype."""
+
+    u: Tensor  # inner products, then dz·u
+    a: Tensor  # -s·z, then σ and dz
+    terms: Tensor  # softplus(a)
+
+
+class EagerBlockKernel(BlockKernel):
+    """A dozen elementwise passes over blocks that stay in the cache (CPU) or fill the device (GPU)."""
+
+    name = "eager"
+
+    def why_not(self, problem: Problem) -> list[str]:
+        return []
+
+    def operand_dtype(self, problem: Problem) -> torch.dtype:
+        half = problem.dtype in (torch.float16, torch.bfloat16)
+        # Without products that accumulate in float32, half-precision operands would round the logits: widen them.
+        return torch.float32 if half and not products_accumulate_in_float32(problem.device) else problem.dtype
+
+    def block_shape(self, problem: Problem) -> tuple[int, int]:
+        return (512, 1024) if problem.device.type == "cpu" else (4096, 4096)
+
+    def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
+        dtype = torch.float64 if problem.dtype is torch.float64 else torch.float32
+        return Workspace(*(torch.empty(R * C, dtype=dtype, device=problem.device) for _ in Workspace._fields))
+
+    def block(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        pairs: PairSpec,
+        *,
+        sums: Tensor,
+        dz: Tensor | None,
+        dz_scale: Tensor | None,
+        workspace: Workspace,
+        loss_only: bool = False,
+    ) -> None:
+        r, c = x.shape[0], y.shape[0]
+        u, a, terms = (buffer[: r * c].view(r, c) for buffer in workspace)
+        positive = _Positives(pairs, r, c)
+
+        matmul_(u, x, y.T)
+        torch.addcmul(bias, u, scale, out=a)
+        positive.negate_(a)
+        torch._C._nn.softplus(a, 1.0, 40.0, out=terms)
+        sums[0] = _weigh_(terms, pairs).sum()
+        if loss_only:
+            return
+
+        torch.sigmoid(a, out=a)
+        positive.negate_(a)
+        _weigh_(a, pairs)
+        sums[1] = torch.dot(a.view(-1), u.view(-1))
+        sums[2] = a.sum()
+        if dz is not None:
+            torch.mul(a, 1.0 if dz_scale is None else dz_scale, out=dz)
+
+
+class _Positives:
+    """Changes the sign of the block's positive pairs, touching no other pair where they form a diagonal."""
+
+    def __init__(self, pairs: PairSpec, r: int, c: int) -> None:
+        self.offset = pairs.positive_offset if pairs.may_have_positives(r, c) else None
+        self.mask = pairs.image_ids[:, None] == pairs.text_ids[None, :] if pairs.has_ids else None
+
+    def negate_(self, a: Tensor) -> None:
+        if self.mask is not None:
+            torch.where(self.mask, -a, a, out=a)
+        elif self.offset is not None:
+            a.diagonal(self.offset).neg_()
+
+
+def _weigh_(a: Tensor, pairs: PairSpec) -> Tensor:
+    if pairs.image_weights is not None:
+        a.mul_(pairs.image_weights[:, None])
+    if pairs.text_weights is not None:
+        a.mul_(pairs.text_weights[None, :])
+    return a

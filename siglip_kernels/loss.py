@@ -1,0 +1,138 @@
+"""The sigmoid loss for language-image pre-training.
+
+For image features x [M, D], text features y [N, D], scale t and bias b:
+
+    z_ij = t · <x_i, y_j> + b          s_ij = +1 for a positive pair, −1 for any other
+    loss = Σ_ij w_ij · softplus(−s_ij z_ij) / denominator
+    dz_ij = −s_ij · w_ij · σ(−s_ij z_ij) / denominator
+    dx = t · dz y      dy = t · dzᵀ x      dt = Σ dz_ij <x_i, y_j>      db = Σ dz_ij
+
+Source: Zhai et al. 2023, arXiv 2303.15343, Algorithm 1: t = exp(t'), t' starts at log 10, b at −10, denominator = batch
+size. The M×N logits exist only tile by tile, and the gradients are formed in the forward pass (see ``schedule.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from siglip_kernels import ops
+from siglip_kernels.validation import checked
+
+Reduction = Literal["batchmean", "mean", "sum"]
+Backend = Literal["auto", "eager", "cpu", "triton", "cuda"]
+
+
+class SigmoidLossGrads(NamedTuple):
+    """The loss and the gradient of each argument, with that argument's shape and dtype."""
+
+    loss: Tensor  # [] float32, or float64 for float64 features
+    image_features: Tensor  # [M, D]
+    text_features: Tensor  # [N, D]
+    logit_scale: Tensor  # as the argument; [] in the loss's dtype for a float
+    logit_bias: Tensor | None  # likewise; None without a bias
+
+
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    positive_offset: int | None = 0,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    image_weights: Tensor | None = None,
+    text_weights: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Sigmoid loss of every image-text pair, without ever holding the [M, N] logits.
+
+    Args:
+        image_features: [M, D] float16, bfloat16, float32 or float64; usually L2-normalised. Under autocast, features of
+            any of these but float64 are cast to the autocast dtype, as a matmul would.
+        text_features: [N, D], the same dtype and device.
+        logit_scale: t, already exponentiated: a float, or a floating tensor of one element on the features' device.
+        logit_bias: b: the same, or None for no bias.
+        positive_offset: pair (i, i + positive_offset) is positive. None: every pair is negative.
+        image_ids: [M] integer; given together with text_ids, a pair is positive exactly where the two ids are equal.
+        text_ids: [N] integer.
+        image_weights: [M] real, non-negative; a pair weighs image_weights[i] · text_weights[j]. 0 marks padding.
+        text_weights: [N] real, non-negative.
+        reduction: what the sum over pairs is divided by. "batchmean": Σ image_weights (M if there are none);
+            "mean": Σ of the pair weights (M·N); "sum": 1.
+        backend: "auto" takes the fastest that can run the call. "eager" is plain torch and runs everywhere. Another
+            name raises with its reasons where it cannot run.
+
+    Returns:
+        The loss, a scalar: float32, or float64 for float64 features. Where the denominator is 0 it is NaN, as a mean is.
+        Logits, sigmoid and loss are formed in that dtype, whatever the features' is. The gradients of the features, the
+        scale and the bias are formed in the same pass, only those that autograd will ask for. Not twice differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above, or the backend cannot run the call.
+    """
+    return ops.differentiable(*checked(**locals()))
+
+
+def sigmoid_loss_and_grads(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    positive_offset: int | None = 0,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    image_weights: Tensor | None = None,
+    text_weights: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+    backend: Backend = "auto",
+) -> SigmoidLossGrads:
+    """The loss and all its gradients at once, outside autograd: the building block of gradient caching.
+
+    Takes the arguments of :func:`sigmoid_loss`, whether or not they require grad. Under autocast the features' gradients
+    come in the features' own dtype.
+    """
+    call = checked(**locals())
+    return SigmoidLossGrads(*ops.loss_and_grads(call, image_features.dtype, text_features.dtype))
+
+
+class SigmoidLoss(nn.Module):
+    """:func:`sigmoid_loss` with its two learnable scalars: t = exp(``logit_scale``) and b = ``logit_bias``.
+
+    Args:
+        init_logit_scale: t at the start, above 0; the parameter ``logit_scale`` [] float32 holds its logarithm.
+        init_logit_bias: b at the start; the parameter ``logit_bias`` [] float32. None: no bias.
+        reduction, backend: as for :func:`sigmoid_loss`.
+    """
+
+    logit_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        init_logit_scale: float = 10.0,
+        init_logit_bias: float | None = -10.0,
+        *,
+        reduction: Reduction = "batchmean",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if not init_logit_scale > 0:
+            raise ValueError(f"init_logit_scale must be above 0, its logarithm is learned; got {init_logit_scale!r}")
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
+        self.reduction: Reduction = reduction
+        self.backend: Backend = backend
+
+    def forward(self, image_features: Tensor, text_features: Tensor, **pairs: Any) -> Tensor:
+        """The loss; ``pairs`` are the labels and weights of :func:`sigmoid_loss`, by keyword."""
+        arguments = {"reduction": self.reduction, "backend": self.backend, **pairs}
+        return sigmoid_loss(image_features, text_features, self.logit_scale.exp(), self.logit_bias, **arguments)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, backend={self.backend!r}"

@@ -1,0 +1,141 @@
+"""The operator and its derivative: the only file that knows torch.library and autograd.
+
+One opaque operator forms the loss and the wanted gradients together. The autograd Function over it returns the loss and
+keeps the accumulators; backward only scales them by the upstream gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siglip_kernels import backends, schedule
+from siglip_kernels.backends.base import Problem
+from siglip_kernels.pairs import PairSpec
+from siglip_kernels.schedule import Wanted
+
+_library = torch.library.Library("siglip_kernels", "DEF")
+_library.define(
+    "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor? bias, SymInt? positive_offset,"
+    " Tensor? image_ids, Tensor? text_ids, Tensor? image_weights, Tensor? text_weights,"
+    " str reduction, str backend, bool dx, bool dy, bool dscale, bool dbias)"
+    " -> (Tensor loss, Tensor scalars, Tensor dx, Tensor dy)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _sigmoid_loss(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    positive_offset: int | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    image_weights: Tensor | None,
+    text_weights: Tensor | None,
+    reduction: str,
+    backend: str,
+    dx: bool,
+    dy: bool,
+    dscale: bool,
+    dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs = PairSpec(positive_offset, image_ids, text_ids, image_weights, text_weights)
+    kernel = backends.choose(backend, Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, dx or dy))
+    # The products inside choose their own precision; autocast must not touch them.
+    with torch.autocast(x.device.type, enabled=False):
+        result = schedule.run(kernel, x, y, scale, bias, pairs, reduction, Wanted(dx, dy, dscale, dbias))
+    return result.loss, result.scalars, result.dx, result.dy
+
+
+_library.impl("sigmoid_loss", _sigmoid_loss, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("siglip_kernels::sigmoid_loss", lib=_library)
+def _sigmoid_loss_fake(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dy = args[-4], args[-3]
+    dtype = schedule.accumulator_dtype(x.dtype)
+    return (
+        x.new_empty((), dtype=dtype),
+        x.new_empty((3,), dtype=dtype),
+        x.new_empty((x.shape[0] if dx else 0, x.shape[1]), dtype=dtype),
+        x.new_empty((y.shape[0] if dy else 0, y.shape[1]), dtype=dtype),
+    )
+
+
+class _SigmoidLoss(torch.autograd.Function):
+    """Takes what the operator takes; differentiable in x, y, scale and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        loss, scalars, dx, dy = torch.ops.siglip_kernels.sigmoid_loss(x, y, scale, bias, *rest)
+        ctx.wanted = Wanted(*rest[-4:])
+        ctx.dtype, ctx.scale, ctx.bias = x.dtype, _like(scale), None if bias is None else _like(bias)
+        ctx.undifferentiable = len(rest)
+        ctx.save_for_backward(scalars, dx, dy)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "sigmoid_loss cannot be differentiated twice: call backward or torch.autograd.grad without create_graph"
+            )
+        scalars, dx, dy = ctx.saved_tensors
+        dscale, dbias, gain = (scalars * grad).unbind()
+        return (
+            scaled(dx, gain, ctx.dtype) if ctx.wanted.dx else None,
+            scaled(dy, gain, ctx.dtype) if ctx.wanted.dy else None,
+            _shaped(dscale, *ctx.scale) if ctx.wanted.dscale else None,
+            _shaped(dbias, *ctx.bias) if ctx.wanted.dbias else None,
+            *[None] * ctx.undifferentiable,
+        )
+
+
+def differentiable(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """The loss, with those gradients to come that autograd will ask for; ``rest`` as the operator's up to backend."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError("sigmoid_loss does not run under torch.func transforms (vmap, grad, jvp, …)")
+    grad_mode = torch.is_grad_enabled()
+    wanted = [grad_mode and t is not None and t.requires_grad for t in (x, y, scale, bias)]
+    if not any(wanted):
+        return torch.ops.siglip_kernels.sigmoid_loss(x, y, scale, bias, *rest, *wanted)[0]
+    if y is x:
+        y = y.view_as(y)  # one tensor as both arguments gets half its gradient under torch.compile (pytorch#183604)
+    return _SigmoidLoss.apply(x, y, scale, bias, *rest, *wanted)
+
+
+def loss_and_grads(
+    call: tuple[Any, ...], x_dtype: torch.dtype, y_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """(loss, dx, dy, dscale, dbias) outside autograd, for what ``differentiable`` takes; no dbias without a bias."""
+    x, y, scale, bias, *rest = (t.detach() if isinstance(t, Tensor) else t for t in call)
+    wanted = (True, True, True, bias is not None)
+    loss, scalars, dx, dy = torch.ops.siglip_kernels.sigmoid_loss(x, y, scale, bias, *rest, *wanted)
+    dscale, dbias, gain = scalars.unbind()
+    return (
+        loss,
+        scaled(dx, gain, x_dtype),
+        scaled(dy, gain, y_dtype),
+        _shaped(dscale, *_like(scale)),
+        None if bias is None else _shaped(dbias, *_like(bias)),
+    )
+
+
+def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gain * accumulator`` in ``dtype``, rounded once and without a temporary of the accumulator's dtype."""
+    if torch.compiler.is_compiling():
+        return (accumulator * gain).to(dtype)
+    return torch.mul(accumulator, gain, out=accumulator.new_empty(accumulator.shape, dtype=dtype))
+
+
+def _like(t: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return t.dtype, t.shape
+
+
+def _shaped(value: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """A copy of the scalar, so that no gradient is a view of another."""
+    return value.to(dtype, copy=True).reshape(shape)

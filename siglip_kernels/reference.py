@@ -1,0 +1,52 @@
+"""The definition of the loss: materialised, plain torch, differentiated by autograd, in any dtype.
+
+Tests and bench compare with it: in float64 it is the gold value, in the features' own dtype it is the eager loss that
+people train with today. Source: Zhai et al. 2023, arXiv 2303.15343, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siglip_kernels.pairs import PairSpec
+
+
+def sigmoid_loss_reference(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    positive_offset: int | None = 0,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    image_weights: Tensor | None = None,
+    text_weights: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """The arguments and the value of :func:`siglip_kernels.sigmoid_loss`, in O(M·N) memory and without its checks.
+
+    Computes in the dtype it is given and returns a scalar of that dtype; twice differentiable.
+    """
+    x, y = image_features, text_features
+    M, N = x.shape[0], y.shape[0]
+    pairs = PairSpec(positive_offset, image_ids, text_ids, image_weights, text_weights)
+
+    z = _scalar(logit_scale, x) * (x @ y.T)
+    if logit_bias is not None:
+        z = z + _scalar(logit_bias, x)
+    mask = pairs.positive_mask(M, N, x.device)
+    terms = -F.logsigmoid(torch.where(mask, z, -z))
+
+    u = x.new_ones(M) if image_weights is None else image_weights.to(x.dtype)
+    v = x.new_ones(N) if text_weights is None else text_weights.to(x.dtype)
+    if pairs.has_weights:
+        terms = terms * (u[:, None] * v[None, :])
+    denominator = {"batchmean": u.sum(), "mean": u.sum() * v.sum(), "sum": 1.0}[reduction]
+    return terms.sum() / denominator
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> float | Tensor:
+    return value.to(like.dtype).reshape(()) if isinstance(value, Tensor) else value

@@ -1,0 +1,170 @@
+"""The block loop: the loss and every gradient in one pass, with a workspace that the batch cannot grow.
+
+    for each block of images R × block of texts C:
+        dz, Σ loss, Σ dz·u, Σ dz = block kernel(x[R], y[C], …)
+        dx[R] += dz  @ y[C]
+        dy[C] += dzᵀ @ x[R]
+
+dz is un-normalised. The factor t / denominator, which would underflow in half precision, is left to whoever reads the
+float32 accumulators: it is the ``gain`` of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.backends.base import BlockKernel, Problem
+from siglip_kernels.pairs import PairSpec
+from siglip_kernels.products import matmul_
+
+# dz is at most max(w) in size. In float16 it travels as dz · 2^14 / 2^⌈log2 max(w)⌉: 65504 holds it, and 2^-38 is not yet 0.
+FLOAT16_DZ_EXPONENT = 14
+# Rows of the dz buffer start on multiples of 16 elements, as TMA and the library's fastest products want.
+DZ_ROW_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The gradients that are asked for."""
+
+    dx: bool = True
+    dy: bool = True
+    dscale: bool = True
+    dbias: bool = True
+
+    @property
+    def dz(self) -> bool:
+        return self.dx or self.dy
+
+    @property
+    def any(self) -> bool:
+        return self.dz or self.dscale or self.dbias
+
+
+@dataclass(frozen=True)
+class Result:
+    """The loss, and the gradients as they come out of the block loop; unwanted ones are empty or meaningless."""
+
+    loss: Tensor  # [] float32 or float64
+    scalars: Tensor  # [3] the same dtype: dscale, dbias, gain
+    dx: Tensor  # [M, D] the same dtype; the gradient is gain · dx
+    dy: Tensor  # [N, D] the same dtype; the gradient is gain · dy
+
+
+def run(
+    kernel: BlockKernel,
+    x: Tensor,  # [M, D]
+    y: Tensor,  # [N, D]
+    scale: Tensor,  # one element
+    bias: Tensor | None,  # one element
+    pairs: PairSpec,
+    reduction: str,
+    wanted: Wanted,
+) -> Result:
+    """The loss and the wanted gradients by ``kernel``. Launches only: nothing is read back to the host."""
+    x, y = x.contiguous(), y.contiguous()
+    (M, D), N = x.shape, y.shape[0]
+    dtype = accumulator_dtype(x.dtype)
+    problem = Problem(M, N, D, x.dtype, x.device, wanted.dz)
+
+    scale = scale.reshape(()).to(dtype)
+    bias = x.new_zeros((), dtype=dtype) if bias is None else bias.reshape(()).to(dtype)
+    pairs = pairs.prepared(dtype)
+    dz_scale = _dz_scale(pairs, x) if wanted.dz and kernel.operand_dtype(problem) is torch.float16 else None
+
+    dx, dy, sums = _block_loop(kernel, problem, x, y, scale, bias, pairs, wanted, dz_scale)
+
+    gain = scale.double() if dz_scale is None else scale.double() / dz_scale
+    totals = torch.cat([sums.sum(0), gain.reshape(1)]).div_(_denominator(pairs, reduction, M, N)).to(dtype)
+    return Result(totals[0].clone(), totals[1:], dx, dy)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of logits, loss, scalar gradients and accumulators, for features of ``dtype``."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _block_loop(
+    kernel: BlockKernel,
+    problem: Problem,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pairs: PairSpec,
+    wanted: Wanted,
+    dz_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [M, D] and dy [N, D], each empty if not wanted, and the blocks' sums [blocks, 3]."""
+    M, N, D = problem.M, problem.N, problem.D
+    operand = kernel.operand_dtype(problem)
+    R, C = kernel.block_shape(problem)
+    R, C = min(R, M), min(C, N)
+    blocks = list(_blocks(M, N, R, C))
+
+    dx = torch.empty(M if wanted.dx else 0, D, dtype=scale.dtype, device=x.device)
+    dy = torch.empty(N if wanted.dy else 0, D, dtype=scale.dtype, device=x.device)
+    if not blocks:
+        return dx.zero_(), dy.zero_(), x.new_zeros((1, 3), dtype=torch.float64)
+
+    row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
+    dz_buffer = torch.empty(R if wanted.dz else 0, row, dtype=operand, device=x.device)
+    sums = torch.empty(len(blocks), 3, dtype=torch.float64, device=x.device)
+    workspace = kernel.workspace(problem, R, C)
+
+    for index, (rows, cols) in enumerate(blocks):
+        if cols.start == 0:
+            x_block = x[rows].to(operand)
+        y_block = y[cols].to(operand)
+        dz = dz_buffer[: x_block.shape[0], : y_block.shape[0]] if wanted.dz else None
+        kernel.block(
+            x_block,
+            y_block,
+            scale,
+            bias,
+            pairs.block(rows, cols),
+            sums=sums[index],
+            dz=dz,
+            dz_scale=dz_scale,
+            workspace=workspace,
+            loss_only=not wanted.any,
+        )
+        if wanted.dx:
+            matmul_(dx[rows], dz, y_block, accumulate=cols.start > 0)
+        if wanted.dy:
+            matmul_(dy[cols], dz.T, x_block, accumulate=rows.start > 0)
+    return dx, dy, sums
+
+
+def _blocks(M: int, N: int, R: int, C: int) -> Iterator[tuple[slice, slice]]:
+    """Row-major: a block of images meets every text before the next begins."""
+    for row in range(0, M, max(R, 1)):
+        for col in range(0, N, max(C, 1)):
+            yield slice(row, min(row + R, M)), slice(col, min(col + C, N))
+
+
+def _dz_scale(pairs: PairSpec, x: Tensor) -> Tensor:
+    """[] a power of two that fits max(w)·dz_scale into float16."""
+    exponent = torch.full((), FLOAT16_DZ_EXPONENT, dtype=torch.int32, device=x.device)
+    for weights in (pairs.image_weights, pairs.text_weights):
+        if weights is not None and weights.numel():
+            exponent = exponent - torch.frexp(weights.amax()).exponent
+    return torch.ldexp(torch.ones((), device=x.device), exponent)
+
+
+def _denominator(pairs: PairSpec, reduction: str, M: int, N: int) -> float | Tensor:
+    """Of the loss; a tensor where it depends on weights. 0 where nothing counts: the loss is then NaN, as a mean is."""
+    images = M if pairs.image_weights is None else pairs.image_weights.sum(dtype=torch.float64)
+    texts = N if pairs.text_weights is None else pairs.text_weights.sum(dtype=torch.float64)
+    match reduction:
+        case "sum":
+            return 1.0
+        case "batchmean":
+            return images
+        case "mean":
+            return images * texts
+    raise ValueError(f"reduction {reduction!r}")

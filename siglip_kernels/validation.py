@@ -1,0 +1,145 @@
+"""Checks the public arguments, names the bad one, and hands over what the operator takes."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siglip_kernels import backends
+
+FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+REDUCTIONS = ("batchmean", "mean", "sum")
+
+
+def checked(
+    image_features: Any,
+    text_features: Any,
+    logit_scale: Any,
+    logit_bias: Any,
+    positive_offset: Any,
+    image_ids: Any,
+    text_ids: Any,
+    image_weights: Any,
+    text_weights: Any,
+    reduction: Any,
+    backend: Any,
+) -> tuple[Any, ...]:
+    """The operator's arguments up to ``backend``; ValueError or TypeError for any that is not as documented."""
+    _one_of("reduction", reduction, REDUCTIONS)
+    _one_of("backend", backend, backends.NAMES)
+    x, y = _features(image_features, text_features)
+    M, N = x.shape[0], y.shape[0]
+    _labels(positive_offset, image_ids, text_ids)
+    return (
+        x,
+        y,
+        _scalar("logit_scale", logit_scale, x),
+        None if logit_bias is None else _scalar("logit_bias", logit_bias, x),
+        positive_offset,
+        _ids("image_ids", image_ids, M, "M", x),
+        _ids("text_ids", text_ids, N, "N", x),
+        _weights("image_weights", image_weights, M, "M", x),
+        _weights("text_weights", text_weights, N, "N", x),
+        reduction,
+        backend,
+    )
+
+
+def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """Both feature matrices, cast as autocast says."""
+    for name, t in (("image_features", x), ("text_features", y)):
+        _tensor(name, t, "floating")
+        if t.dim() != 2:
+            raise ValueError(f"{name} must have 2 dimensions [batch, D], got shape {tuple(t.shape)}")
+        if t.dtype not in FEATURE_DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+    if y.device != x.device:
+        raise ValueError(f"text_features are on {y.device}, image_features on {x.device}; expected one device")
+    x, y = _autocast(x), _autocast(y)
+    if y.dtype is not x.dtype:
+        raise TypeError(f"text_features are {y.dtype}, image_features {x.dtype}; expected one dtype")
+    if y.shape[1] != x.shape[1]:
+        raise ValueError(f"text_features have D = {y.shape[1]}, image_features D = {x.shape[1]}; expected the same D")
+    return x, y
+
+
+def _autocast(t: Tensor) -> Tensor:
+    device_type = t.device.type
+    if t.dtype is torch.float64 or not torch.is_autocast_enabled(device_type):
+        return t
+    return t.to(torch.get_autocast_dtype(device_type))
+
+
+def _scalar(name: str, value: Any, x: Tensor) -> Tensor:
+    """A floating tensor of one element on the features' device."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+        _same_device(name, value, x)
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a float or a tensor of one element, got {type(value).__name__}")
+    return x.new_full((), float(value), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+
+
+def _labels(positive_offset: Any, image_ids: Any, text_ids: Any) -> None:
+    if isinstance(positive_offset, bool) or not isinstance(positive_offset, int | torch.SymInt | None):
+        raise TypeError(f"positive_offset must be an int or None, got {type(positive_offset).__name__}")
+    if (image_ids is None) != (text_ids is None):
+        given, missing = ("text_ids", "image_ids") if image_ids is None else ("image_ids", "text_ids")
+        raise ValueError(f"{given} is given without {missing}; expected both or neither")
+    if image_ids is not None and positive_offset not in (0, None):
+        raise ValueError(
+            f"positive_offset = {positive_offset} is given with image_ids and text_ids, which alone say what is positive"
+        )
+
+
+def _ids(name: str, ids: Any, length: int, letter: str, x: Tensor) -> Tensor | None:
+    if ids is None:
+        return None
+    _vector(name, ids, length, letter, x, "integer")
+    if ids.dtype not in ID_DTYPES:
+        raise TypeError(f"{name} must be an integer tensor, got {ids.dtype}")
+    return ids
+
+
+def _weights(name: str, weights: Any, length: int, letter: str, x: Tensor) -> Tensor | None:
+    if weights is None:
+        return None
+    _vector(name, weights, length, letter, x, "real")
+    if weights.is_complex():
+        raise TypeError(f"{name} must be a real tensor, got {weights.dtype}")
+    if torch.is_grad_enabled() and weights.requires_grad:
+        raise ValueError(f"{name} requires grad, but no gradient is formed for weights; expected a detached tensor")
+    # On another device, or while compiling, reading the answer would synchronise or break the graph.
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and bool((weights < 0).any()):
+        raise ValueError(f"{name} must be non-negative, got a minimum of {weights.min().item()}")
+    return weights
+
+
+def _vector(name: str, t: Any, length: int, letter: str, x: Tensor, kind: str) -> None:
+    _tensor(name, t, kind)
+    if t.dim() != 1 or t.shape[0] != length:
+        raise ValueError(f"{name} must have shape [{letter}] = [{length}], got {list(t.shape)}")
+    _same_device(name, t, x)
+
+
+def _tensor(name: str, t: Any, kind: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a {kind} torch.Tensor, got {type(t).__name__}")
+
+
+def _same_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name} is on {t.device}, image_features on {x.device}; expected one device")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
