@@ -31,21 +31,30 @@ def sigmoid_loss_reference(
     Computes in the dtype it is given and returns a scalar of that dtype; twice differentiable.
     """
     x, y = image_features, text_features
-    M, N = x.shape[0], y.shape[0]
     pairs = PairSpec(positive_offset, image_ids, text_ids, image_weights, text_weights)
 
     z = _scalar(logit_scale, x) * (x @ y.T)
     if logit_bias is not None:
         z = z + _scalar(logit_bias, x)
-    mask = pairs.positive_mask(M, N, x.device)
+    mask = pairs.positive_mask(x.shape[0], y.shape[0], x.device)
     terms = -F.logsigmoid(torch.where(mask, z, -z))
 
-    u = x.new_ones(M) if image_weights is None else image_weights.to(x.dtype)
-    v = x.new_ones(N) if text_weights is None else text_weights.to(x.dtype)
+    u, v = pair_weights(pairs, x, y)
     if pairs.has_weights:
         terms = terms * (u[:, None] * v[None, :])
-    denominator = {"batchmean": u.sum(), "mean": u.sum() * v.sum(), "sum": 1.0}[reduction]
-    return terms.sum() / denominator
+    return terms.sum() / denominator(u, v, reduction)
+
+
+def pair_weights(pairs: PairSpec, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """([M], [N]) in the features' dtype: pair (i, j) weighs the product of its two; ones where none are given."""
+    u = x.new_ones(x.shape[0]) if pairs.image_weights is None else pairs.image_weights.to(x.dtype)
+    v = y.new_ones(y.shape[0]) if pairs.text_weights is None else pairs.text_weights.to(y.dtype)
+    return u, v
+
+
+def denominator(u: Tensor, v: Tensor, reduction: str) -> Tensor | float:
+    """What the sum over pairs is divided by."""
+    return {"batchmean": u.sum(), "mean": u.sum() * v.sum(), "sum": 1.0}[reduction]
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> float | Tensor:

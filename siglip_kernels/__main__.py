@@ -1,0 +1,89 @@
+"""``python -m siglip_kernels check``: the gradient check of every backend that runs here; ``info``: what runs and why not."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+import siglip_kernels
+from siglip_kernels import backends, testing
+from siglip_kernels.backends.base import Problem
+
+QUICK_SHAPES = ((1, 129, 33), (127, 129, 100), (600, 1100, 64))
+
+
+def devices() -> list[torch.device]:
+    """The kinds of device at hand, the CPU last."""
+    return [torch.device(name) for name in ("cuda", "cpu") if name == "cpu" or torch.cuda.is_available()]
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Reasons against a plain call of the backend."""
+    return backends.why_not(backend, Problem(M=1024, N=1024, D=768, dtype=dtype, device=device))
+
+
+def info() -> int:
+    """Print versions, devices and backends, with every reason against an unavailable one."""
+    print(f"siglip_kernels {siglip_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    for device in devices():
+        print(f"\n{device}: {describe(device)}")
+        for backend in backends.NAMES[1:]:
+            reasons = why_not(backend, device, torch.float32)
+            print(f"  {backend:<7} {'available' if not reasons else 'unavailable: ' + '; '.join(reasons)}")
+    return 0
+
+
+def check(only: str | None, device_name: str | None, quick: bool) -> int:
+    """Judge every backend that runs here against float64; 1 when any case fails, or when nothing could be checked."""
+    shapes = QUICK_SHAPES if quick else testing.SHAPES
+    checked, failed = 0, 0
+    for device in devices() if device_name is None else [torch.device(device_name)]:
+        for backend in backends.NAMES[1:] if only is None else [only]:
+            possible = [dtype for dtype in testing.DTYPES if not why_not(backend, device, dtype)]
+            title = f"{backend} on {device} ({describe(device)})"
+            if not possible:
+                print(f"{title}: not run: {'; '.join(why_not(backend, device, torch.float32))}")
+                continue
+            loss_fn = partial(siglip_kernels.sigmoid_loss, backend=backend)
+            report = testing.check(loss_fn, device=device, dtypes=possible, shapes=shapes, progress=_progress)
+            _progress(None)
+            print(f"{title}: {'ok' if report.ok else 'FAILED'}\n{report}\n")
+            checked += 1
+            failed += not report.ok
+    print(f"{checked} backends checked, {failed} failed")
+    return int(failed > 0 or checked == 0)
+
+
+def _progress(case: testing.Case | None) -> None:
+    """Shows the case on a terminal's last line; None clears it."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{'' if case is None else case}", end="", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m siglip_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="devices and backends, and the reasons against those unavailable")
+    check_parser = commands.add_parser("check", help="gradient check against float64")
+    check_parser.add_argument("--backend", choices=backends.NAMES[1:], help="only this one")
+    check_parser.add_argument("--device", help="only this one, e.g. cuda:1 (default: every kind at hand)")
+    check_parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
+    chosen = parser.parse_args(arguments)
+    return info() if chosen.command == "info" else check(chosen.backend, chosen.device, chosen.quick)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
