@@ -34,7 +34,9 @@ class EagerBlockKernel(BlockKernel):
         return torch.float32 if half and not products_accumulate_in_float32(problem.device) else problem.dtype
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return (512, 1024) if problem.device.type == "cpu" else (4096, 4096)
+        # CPU: 16 MiB in all, in reach of the caches; the speed curve is flat from (512, 512) on (see bench/NOTES.md).
+        # GPU: 256 MiB in all, large enough for full waves.
+        return (1024, 1024) if problem.device.type == "cpu" else (4096, 4096)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
         dtype = torch.float64 if problem.dtype is torch.float64 else torch.float32
@@ -59,7 +61,7 @@ class EagerBlockKernel(BlockKernel):
         positive = _Positives(pairs, r, c)
 
         matmul_(u, x, y.T)
-        torch.addcmul(bias, u, scale, out=a)
+        torch.mul(u, scale, out=a).add_(bias)
         positive.negate_(a)
         torch._C._nn.softplus(a, 1.0, 40.0, out=terms)
         sums[0] = _weigh_(terms, pairs).sum()
