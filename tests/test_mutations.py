@@ -1,0 +1,206 @@
+"""Proof that the gradient check can fail: each mutation of a block kernel or of the schedule makes it fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from siglip_kernels import backends, schedule, sigmoid_loss
+from siglip_kernels.backends import eager
+from siglip_kernels.backends.eager import EagerBlockKernel
+from siglip_kernels.pairs import PairSpec
+from siglip_kernels.testing import Report, check
+
+# (M, N, D): several of the small blocks below a side, ragged in M, N and D.
+SHAPE = (300, 420, 40)
+BLOCK = (128, 160)
+
+
+class Kernel(EagerBlockKernel):
+    """The eager kernel on blocks small enough that SHAPE has several a side; mutants change one thing."""
+
+    def block_shape(self, problem: Any) -> tuple[int, int]:
+        return BLOCK
+
+
+class NegativesDropped(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        super().block(x, y, scale, bias, pairs, **out)
+        out["sums"].zero_()
+        if out["dz"] is not None:
+            out["dz"].mul_(pairs.positive_mask(*out["dz"].shape, x.device))
+
+
+class DiagonalOffByOne(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        offset = pairs.positive_offset
+        moved = PairSpec(None if offset is None else offset + 1, *list(vars(pairs).values())[1:])
+        super().block(x, y, scale, bias, moved, **out)
+
+
+class LastRaggedTileSkipped(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        whole = x.shape[0] // 16 * 16
+        rows, cols = slice(0, whole), slice(0, y.shape[0])
+        dz = out.pop("dz")
+        if dz is not None:
+            dz.zero_()
+            dz = dz[:whole]
+        super().block(x[:whole], y, scale, bias, pairs.block(rows, cols), dz=dz, **out)
+
+
+class WeightIgnored(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        unweighted = PairSpec(pairs.positive_offset, pairs.image_ids, pairs.text_ids, pairs.image_weights)
+        super().block(x, y, scale, bias, unweighted, **out)
+
+
+class IdsIgnored(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        super().block(x, y, scale, bias, PairSpec(pairs.positive_offset, None, None, *pairs_weights(pairs)), **out)
+
+
+class Zeros(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        out["sums"].zero_()
+        if out["dz"] is not None:
+            out["dz"].zero_()
+
+
+class ZeroGradients(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        super().block(x, y, scale, bias, pairs, **out)
+        if out["dz"] is not None:
+            out["dz"].zero_()
+
+
+class NothingWritten(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        pass
+
+
+class BiasIgnored(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        super().block(x, y, scale, torch.zeros_like(bias), pairs, **out)
+
+
+class NaiveSoftplus(Kernel):
+    """log(1 + e) instead of log1p(e)."""
+
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        super().block(x, y, scale, bias, pairs, **out)
+        if not pairs.has_weights:
+            z = scale * (x @ y.T) + bias
+            z = torch.where(pairs.positive_mask(*z.shape, z.device), -z, z)
+            out["sums"][0] = (z.clamp(min=0) + torch.log(1 + torch.exp(-z.abs()))).sum()
+
+
+def pairs_weights(pairs: PairSpec) -> tuple[Tensor | None, Tensor | None]:
+    return pairs.image_weights, pairs.text_weights
+
+
+def run_check(monkeypatch: pytest.MonkeyPatch, kernel: EagerBlockKernel, **selection: Any) -> Report:
+    monkeypatch.setitem(backends.BACKENDS, "eager", kernel)
+    # One pair alone shows what many pairs average out.
+    chosen = {"dtypes": [torch.float32], "shapes": [SHAPE, (1, 1, 8)], **selection}
+    return check(partial(sigmoid_loss, backend="eager"), **chosen)
+
+
+def test_the_unmutated_kernel_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run_check(monkeypatch, Kernel(), dtypes=[torch.float32, torch.bfloat16])
+    assert report.ok, report
+
+
+KERNEL_MUTANTS = [
+    NegativesDropped,
+    DiagonalOffByOne,
+    LastRaggedTileSkipped,
+    WeightIgnored,
+    IdsIgnored,
+    Zeros,
+    ZeroGradients,
+    NothingWritten,
+    BiasIgnored,
+    NaiveSoftplus,
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mutant", KERNEL_MUTANTS)
+def test_a_mutated_kernel_fails(
+    monkeypatch: pytest.MonkeyPatch, mutant: type[EagerBlockKernel], dtype: torch.dtype
+) -> None:
+    report = run_check(monkeypatch, mutant(), dtypes=[dtype])
+    assert report.failures, f"{mutant.__name__} goes unnoticed in {dtype}"
+
+
+def test_dropped_negatives_fail_at_the_start_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the positives hide them from an absolute tolerance, and from the feature gradients in bfloat16."""
+    report = run_check(monkeypatch, NegativesDropped(), regimes=["init"], pairs=["diagonal"], dtypes=[torch.bfloat16])
+    assert report.failures
+
+
+def last_block_skipped(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *shape: list(original(*shape))[:-1]
+
+
+def products_overwrite(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda out, a, b, accumulate=False: original(out, a, b)
+
+
+def products_always_accumulate(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda out, a, b, accumulate=False: original(out, a, b, accumulate=True)
+
+
+def denominator_of_the_texts(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda pairs, reduction, M, N: original(pairs, reduction, N, M)
+
+
+def products_rounded_to_bfloat16(original: Callable[..., Any]) -> Callable[..., Any]:
+    def matmul_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
+        original(out, a, b, accumulate=accumulate)
+        out.copy_(out.bfloat16())
+
+    return matmul_
+
+
+MUTATIONS = [
+    (schedule, "_blocks", last_block_skipped),
+    (schedule, "matmul_", products_overwrite),
+    (schedule, "matmul_", products_always_accumulate),
+    (schedule, "matmul_", products_rounded_to_bfloat16),
+    (schedule, "_denominator", denominator_of_the_texts),
+    (eager, "matmul_", products_rounded_to_bfloat16),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("module", "name", "mutate"), MUTATIONS, ids=[f"{m.__name__}.{f.__name__}" for m, _, f in MUTATIONS]
+)
+def test_a_mutated_schedule_or_product_fails(
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    name: str,
+    mutate: Callable[[Any], Callable[..., Any]],
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(module, name, mutate(getattr(module, name)))
+    assert run_check(monkeypatch, Kernel(), dtypes=[dtype]).failures, f"{mutate.__name__} goes unnoticed in {dtype}"
+
+
+def test_a_mutated_block_corner_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels and weights must be numbered from the block's own corner."""
+    monkeypatch.setattr(PairSpec, "block", lambda self, rows, cols: self)
+    with pytest.raises(RuntimeError):  # the weights of all images do not fit one block
+        run_check(monkeypatch, Kernel(), pairs=["weights"])
+    assert run_check(monkeypatch, Kernel(), pairs=["diagonal", "offset"]).failures
+
+
+def test_an_empty_report_is_not_ok() -> None:
+    assert not Report().ok
