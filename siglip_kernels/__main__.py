@@ -1,4 +1,4 @@
-"""``python -m siglip_kernels check``: the gradient check of every backend that runs here; ``info``: what runs and why not."""
+"""``python -m siglip_kernels check``: gradient check of the backends that run here; ``info``: which do, and why not."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import platform
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 
 import siglip_kernels
 from siglip_kernels import backends, testing
 from siglip_kernels.backends.base import Problem
+from siglip_kernels.loss import Backend, sigmoid_loss
 
 QUICK_SHAPES = ((1, 129, 33), (127, 129, 100), (600, 1100, 64))
 
@@ -27,7 +29,8 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {instructions}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -57,7 +60,7 @@ def check(only: str | None, device_name: str | None, quick: bool) -> int:
             if not possible:
                 print(f"{title}: not run: {'; '.join(why_not(backend, device, torch.float32))}")
                 continue
-            loss_fn = partial(siglip_kernels.sigmoid_loss, backend=backend)
+            loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
             report = testing.check(loss_fn, device=device, dtypes=possible, shapes=shapes, progress=_progress)
             _progress(None)
             print(f"{title}: {'ok' if report.ok else 'FAILED'}\n{report}\n")

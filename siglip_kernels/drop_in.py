@@ -56,7 +56,7 @@ class SigLipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss over the local batch, divided by its size; ``{"contrastive_loss": loss}`` with output_dict.
 
-        Shapes, dtypes and errors are those of :func:`siglip_kernels.sigmoid_loss`; logit_scale is already exponentiated.
+        Shapes, dtypes and errors are as for :func:`siglip_kernels.sigmoid_loss`; logit_scale is already exponentiated.
         """
         loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss

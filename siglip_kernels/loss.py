@@ -69,9 +69,10 @@ def sigmoid_loss(
             name raises with its reasons where it cannot run.
 
     Returns:
-        The loss, a scalar: float32, or float64 for float64 features. Where the denominator is 0 it is NaN, as a mean is.
-        Logits, sigmoid and loss are formed in that dtype, whatever the features' is. The gradients of the features, the
-        scale and the bias are formed in the same pass, only those that autograd will ask for. Not twice differentiable.
+        The loss, a scalar: float32, or float64 for float64 features; NaN where the denominator is 0, as a mean is.
+        Logits, sigmoid and loss are formed in that dtype, whatever the features' is. The gradients of the features,
+        the scale and the bias are formed in the same pass, only those that autograd will ask for. Not twice
+        differentiable.
 
     Raises:
         TypeError, ValueError: an argument is not as said above, or the backend cannot run the call.
@@ -95,8 +96,8 @@ def sigmoid_loss_and_grads(
 ) -> SigmoidLossGrads:
     """The loss and all its gradients at once, outside autograd: the building block of gradient caching.
 
-    Takes the arguments of :func:`sigmoid_loss`, whether or not they require grad. Under autocast the features' gradients
-    come in the features' own dtype.
+    Takes the arguments of :func:`sigmoid_loss`, whether or not they require grad. Under autocast too, the gradients of
+    the features come in the features' own dtype.
     """
     call = checked(**locals())
     return SigmoidLossGrads(*ops.loss_and_grads(call, image_features.dtype, text_features.dtype))

@@ -59,8 +59,8 @@ class PairSpec:
             return True
         return self.positive_offset is not None and -M < self.positive_offset < N
 
-    def positive_mask(self, M: int, N: int, device: torch.device) -> Tensor:
-        """[M, N] bool: the labels, materialised."""
+    def positive_mask(self, M: int, N: int, device: torch.device | None = None) -> Tensor:
+        """[M, N] bool: the labels, materialised; on ``device`` where no ids say where."""
         if self.image_ids is not None and self.text_ids is not None:
             return self.image_ids[:, None] == self.text_ids[None, :]
         mask = torch.zeros(M, N, dtype=torch.bool, device=device)

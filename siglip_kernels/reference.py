@@ -54,7 +54,7 @@ def pair_weights(pairs: PairSpec, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]
 
 def denominator(u: Tensor, v: Tensor, reduction: str) -> Tensor | float:
     """What the sum over pairs is divided by."""
-    return {"batchmean": u.sum(), "mean": u.sum() * v.sum(), "sum": 1.0}[reduction]
+    return 1.0 if reduction == "sum" else u.sum() if reduction == "batchmean" else u.sum() * v.sum()
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -21,7 +21,7 @@ from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.products import matmul_
 
-# dz is at most max(w) in size. In float16 it travels as dz · 2^14 / 2^⌈log2 max(w)⌉: 65504 holds it, and 2^-38 is not yet 0.
+# |dz| is at most max(w). In float16 it travels times 2^14 / 2^⌈log2 max(w)⌉: 65504 holds it, and 2^-38 is not yet 0.
 FLOAT16_DZ_EXPONENT = 14
 # Rows of the dz buffer start on multiples of 16 elements, as TMA and the library's fastest products want.
 DZ_ROW_MULTIPLE = 16
@@ -133,9 +133,9 @@ def _block_loop(
             workspace=workspace,
             loss_only=not wanted.any,
         )
-        if wanted.dx:
+        if dz is not None and wanted.dx:
             matmul_(dx[rows], dz, y_block, accumulate=cols.start > 0)
-        if wanted.dy:
+        if dz is not None and wanted.dy:
             matmul_(dy[cols], dz.T, x_block, accumulate=rows.start > 0)
     return dx, dy, sums
 

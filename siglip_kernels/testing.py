@@ -136,7 +136,7 @@ def scalar_terms(inputs: Inputs, upstream: float = 1.0, reduction: str = "batchm
     spec = PairSpec(**pairs)
     inner = x @ y.T
     z = scale * inner + bias
-    dz = torch.sigmoid(torch.where(spec.positive_mask(*z.shape, z.device), -z, z))
+    dz = torch.sigmoid(torch.where(spec.positive_mask(x.shape[0], y.shape[0], z.device), -z, z))
     weights = pair_weights(spec, x, y)
     dz *= weights[0][:, None] * weights[1] * (abs(upstream) / denominator(*weights, reduction))
     return Scalars(float((dz * inner).abs().sum()), float(dz.sum()))
@@ -231,7 +231,7 @@ def cases(
         for regime in regimes:
             for shape in shapes:
                 for name in pairs:
-                    yield Case(dtype, tuple(shape), regime, name)
+                    yield Case(dtype, shape, regime, name)
 
 
 def judge(loss_fn: Callable[..., Tensor], case: Case, device: torch.device | str = "cpu") -> Verdict:
@@ -326,7 +326,9 @@ def _worst_coordinate(name: str, ours: Grads, expected: Grads) -> str:
     position = COLUMNS.index(name)
     value, gold_value = ours[position], expected[position]
     difference = (value.double() - gold_value.double()).abs().nan_to_num(math.inf, math.inf)
-    index = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)) if difference.dim() else ()
+    index = (
+        tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)) if difference.dim() else ()
+    )
     return f" at {list(index)}: {float(value[index]):.9g}, expected {float(gold_value[index]):.9g}"
 
 

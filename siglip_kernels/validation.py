@@ -96,7 +96,7 @@ def _labels(positive_offset: Any, image_ids: Any, text_ids: Any) -> None:
         raise ValueError(f"{given} is given without {missing}; expected both or neither")
     if image_ids is not None and positive_offset not in (0, None):
         raise ValueError(
-            f"positive_offset = {positive_offset} is given with image_ids and text_ids, which alone say what is positive"
+            f"positive_offset = {positive_offset} is given with image_ids, which alone say what is positive; expected 0"
         )
 
 

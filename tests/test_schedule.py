@@ -34,7 +34,7 @@ class Kernel(EagerBlockKernel):
         return super().workspace(problem, R, C)
 
 
-# One block; exact multiples; ragged last blocks on both sides; one-row and one-column blocks; blocks beyond the problem.
+# One block; exact multiples; ragged last blocks a side; one-row and one-column blocks; blocks beyond the problem.
 @pytest.mark.parametrize("block", [(60, 90), (20, 30), (7, 64), (1, 90), (60, 1), (1000, 1000)])
 @pytest.mark.parametrize("pairs", ["offset", "ids", "weights", "none"])
 def test_any_split_gives_the_same_answer(block: tuple[int, int], pairs: str) -> None:
@@ -98,8 +98,12 @@ def test_float16_dz_is_carried_by_a_power_of_two(monkeypatch: pytest.MonkeyPatch
 
     def error(**weights: Tensor) -> float:
         pairs = {"positive_offset": None, **weights}
-        expected = gold(make_inputs(64, 64, 256, torch.float16)._replace(
-            image_features=x, text_features=y, logit_scale=scale, logit_bias=bias), **pairs)
+        expected = gold(
+            make_inputs(64, 64, 256, torch.float16)._replace(
+                image_features=x, text_features=y, logit_scale=scale, logit_bias=bias
+            ),
+            **pairs,
+        )
         result = schedule.run(Kernel(32, 64), x, y, scale, bias, PairSpec(**pairs), "batchmean", Wanted())
         return relative_l2(result.scalars[2] * result.dx, expected.image_features)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
+
 try:
     from siglip_kernels.backends.triton import TritonBlockKernel
 except ImportError:

@@ -63,7 +63,7 @@ class EagerBlockKernel(BlockKernel):
         matmul_(u, x, y.T)
         torch.mul(u, scale, out=a).add_(bias)
         positive.negate_(a)
-        torch._C._nn.softplus(a, 1.0, 40.0, out=terms)
+        torch.ops.aten.softplus.out(a, 1, 40, out=terms)
         sums[0] = _weigh_(terms, pairs).sum()
         if loss_only:
             return
@@ -82,7 +82,7 @@ class _Positives:
 
     def __init__(self, pairs: PairSpec, r: int, c: int) -> None:
         self.offset = pairs.positive_offset if pairs.may_have_positives(r, c) else None
-        self.mask = pairs.image_ids[:, None] == pairs.text_ids[None, :] if pairs.has_ids else None
+        self.mask = pairs.positive_mask(r, c) if pairs.has_ids else None
 
     def negate_(self, a: Tensor) -> None:
         if self.mask is not None:
