@@ -43,14 +43,14 @@ class PairSpec:
             text_weights=_take(self.text_weights, cols),
         )
 
-    def prepared(self, dtype: torch.dtype) -> PairSpec:
-        """The same pairs with contiguous vectors and with weights of ``dtype``, as block kernels take them."""
+    def prepared(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> PairSpec:
+        """As block kernels take it: vectors contiguous, weights of ``dtype`` and on both sides or on neither."""
         return replace(
             self,
             image_ids=None if self.image_ids is None else self.image_ids.contiguous(),
             text_ids=None if self.text_ids is None else self.text_ids.contiguous(),
-            image_weights=None if self.image_weights is None else self.image_weights.to(dtype).contiguous(),
-            text_weights=None if self.text_weights is None else self.text_weights.to(dtype).contiguous(),
+            image_weights=_weights(self.image_weights, x, dtype) if self.has_weights else None,
+            text_weights=_weights(self.text_weights, y, dtype) if self.has_weights else None,
         )
 
     def may_have_positives(self, M: int, N: int) -> bool:
@@ -67,6 +67,10 @@ class PairSpec:
         if self.may_have_positives(M, N):
             mask.diagonal(self.positive_offset or 0).fill_(True)
         return mask
+
+
+def _weights(weights: Tensor | None, features: Tensor, dtype: torch.dtype) -> Tensor:
+    return features.new_ones(len(features), dtype=dtype) if weights is None else weights.to(dtype).contiguous()
 
 
 def _take(vector: Tensor | None, index: slice) -> Tensor | None:

@@ -73,7 +73,7 @@ def run(
 
     scale = scale.reshape(()).to(dtype)
     bias = x.new_zeros((), dtype=dtype) if bias is None else bias.reshape(()).to(dtype)
-    pairs = pairs.prepared(dtype)
+    pairs = pairs.prepared(x, y, dtype)
     dz_scale = _dz_scale(pairs, x) if wanted.dz and kernel.operand_dtype(problem) is torch.float16 else None
 
     dx, dy, sums = _block_loop(kernel, problem, x, y, scale, bias, pairs, wanted, dz_scale)

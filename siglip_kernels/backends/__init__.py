@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
-
-try:
-    from siglip_kernels.backends.triton import TritonBlockKernel
-except ImportError:
-    TritonBlockKernel = EagerBlockKernel
+from siglip_kernels.backends.triton import TritonBlockKernel
 
 # In order of preference: "auto" takes the first that can run the call; the last one always can.
 BACKENDS: dict[str, BlockKernel] = {kernel.name: kernel for kernel in (TritonBlockKernel(), EagerBlockKernel())}
@@ -20,7 +16,7 @@ NAMES = ("auto", *BACKENDS, *PLANNED)
 def choose(name: str, problem: Problem) -> BlockKernel:
     """The block kernel that runs ``problem``; ValueError with every reason where the named one cannot."""
     if name == "auto":
-        return next(kernel for kernel in BACKENDS.values() if not kernel.why_not(problem))
+        return next(k for k in BACKENDS.values() if k.automatic(problem) and not k.why_not(problem))
     reasons = why_not(name, problem)
     if reasons:
         raise ValueError(f"backend={name!r} cannot run this call: " + "; ".join(reasons))

@@ -29,6 +29,10 @@ class BlockKernel(abc.ABC):
 
     name: str
 
+    def automatic(self, problem: Problem) -> bool:
+        """Whether backend="auto" may take this kernel, where it can run; else only its name reaches it."""
+        return True
+
     @abc.abstractmethod
     def why_not(self, problem: Problem) -> list[str]:
         """Every reason why this kernel cannot run the problem; empty when it can."""

@@ -92,8 +92,6 @@ class _Positives:
 
 
 def _weigh_(a: Tensor, pairs: PairSpec) -> Tensor:
-    if pairs.image_weights is not None:
-        a.mul_(pairs.image_weights[:, None])
-    if pairs.text_weights is not None:
-        a.mul_(pairs.text_weights[None, :])
+    if pairs.image_weights is not None and pairs.text_weights is not None:
+        a.mul_(pairs.image_weights[:, None]).mul_(pairs.text_weights[None, :])
     return a

@@ -1,0 +1,119 @@
+"""The block kernel in Triton: NVIDIA from compute capability 8.0, AMD CDNA, and CPU tensors under the interpreter."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.backends.base import BlockKernel, Problem
+from siglip_kernels.backends.triton import configs
+from siglip_kernels.pairs import PairSpec
+
+# dz of a block: 256 MiB, at which the blocks are large enough for full waves of tiles.
+DZ_BYTES = 256 * 2**20
+# Blocks are cut on multiples of the largest tile.
+TILE = 128
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class TritonBlockKernel(BlockKernel):
+    """One launch a block: of the logits nothing reaches memory but dz and three sums a tile."""
+
+    name = "triton"
+
+    def automatic(self, problem: Problem) -> bool:
+        return problem.device.type != "cpu"  # the interpreter is for tests
+
+    def why_not(self, problem: Problem) -> list[str]:
+        reasons = []
+        if problem.dtype not in DTYPES:
+            reasons.append(f"features are {problem.dtype}, expected float16, bfloat16 or float32")
+        if problem.D < 1:
+            reasons.append(f"D = {problem.D}, expected at least 1")
+        if not _installed():
+            reasons.append("Triton is not installed")
+        elif problem.device.type == "cpu":
+            reasons += _why_not_interpret(problem)
+        elif problem.device.type != "cuda":
+            reasons.append(f"features are on {problem.device.type}, expected a CUDA or ROCm device")
+        else:
+            reasons += _why_not_device(problem.device)
+        return reasons
+
+    def operand_dtype(self, problem: Problem) -> torch.dtype:
+        return problem.dtype
+
+    def block_shape(self, problem: Problem) -> tuple[int, int]:
+        """Twice as many texts as images where both sides are cut; either side is cut evenly."""
+        pairs = DZ_BYTES // problem.dtype.itemsize
+        R = _even_cut(problem.M, math.isqrt(pairs // 2))
+        C = _even_cut(problem.N, pairs // R)
+        if problem.N <= C:
+            R = _even_cut(problem.M, pairs // C)
+        return R, C
+
+    def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
+        """[3 · tiles] float32: the sums of every tile, of the smallest tile that a ragged block may take."""
+        return torch.empty(3 * configs.most_tiles(R, C), dtype=torch.float32, device=problem.device)
+
+    def block(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        pairs: PairSpec,
+        *,
+        sums: Tensor,
+        dz: Tensor | None,
+        dz_scale: Tensor | None,
+        workspace: Tensor,
+        loss_only: bool = False,
+    ) -> None:
+        from siglip_kernels.backends.triton.launch import launch_block
+
+        launch_block(architecture(x.device), x, y, scale, bias, pairs, sums, dz, dz_scale, workspace, loss_only)
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", …; the interpreter stands in for a Hopper."""
+    return "sm_90" if device.type == "cpu" else _architecture(device.index)
+
+
+@functools.cache
+def _architecture(index: int | None) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _why_not_interpret(problem: Problem) -> list[str]:
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        return ["features are on the CPU, where Triton runs only under its interpreter"]
+    if problem.dtype is torch.bfloat16:
+        return ["Triton's interpreter computes bfloat16 wrongly"]
+    return []
+
+
+def _why_not_device(device: torch.device) -> list[str]:
+    arch = _architecture(device.index)
+    if arch.startswith("sm_") and int(arch.removeprefix("sm_")) < 80:
+        return [f"compute capability {arch[3:-1]}.{arch[-1]} < 8.0"]
+    return []
+
+
+def _even_cut(length: int, limit: int) -> int:
+    """The size of a block when ``length`` is cut evenly, on multiples of TILE, into blocks of at most ``limit``."""
+    tiles, most = -(-length // TILE), max(1, limit // TILE)
+    blocks = max(1, -(-tiles // most))
+    return TILE * max(1, -(-tiles // blocks))

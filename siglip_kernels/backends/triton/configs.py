@@ -1,0 +1,111 @@
+"""Kernel configurations: data, chosen by a pure function of the architecture and the problem. Nothing is searched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile shape and launch parameters of the block kernel."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+
+# Tiles for problems that fill the device, and smaller ones that spread a small problem over more of it;
+# by architecture family and bytes an element.
+LARGE = {
+    ("sm_80", 2): Config(128, 64, 64, num_warps=8, num_stages=3),
+    ("sm_80", 4): Config(64, 64, 32, num_warps=8, num_stages=3),
+    ("sm_90", 2): Config(128, 128, 64, num_warps=8, num_stages=3),
+    ("sm_90", 4): Config(128, 128, 32, num_warps=8, num_stages=3),
+    ("sm_100", 2): Config(128, 128, 64, num_warps=8, num_stages=3),
+    ("sm_100", 4): Config(128, 128, 32, num_warps=8, num_stages=3),
+    ("gfx942", 2): Config(128, 128, 64, num_warps=8, num_stages=2),
+    ("gfx942", 4): Config(128, 128, 32, num_warps=8, num_stages=2),
+}
+SMALL = {
+    ("sm_80", 2): Config(64, 64, 64, num_warps=4, num_stages=3),
+    ("sm_80", 4): Config(64, 32, 32, num_warps=4, num_stages=3),
+    ("sm_90", 2): Config(64, 64, 64, num_warps=4, num_stages=3),
+    ("sm_90", 4): Config(64, 64, 32, num_warps=4, num_stages=3),
+    ("sm_100", 2): Config(64, 64, 64, num_warps=4, num_stages=3),
+    ("sm_100", 4): Config(64, 64, 32, num_warps=4, num_stages=3),
+    ("gfx942", 2): Config(64, 64, 64, num_warps=4, num_stages=2),
+    ("gfx942", 4): Config(64, 64, 32, num_warps=4, num_stages=2),
+}
+# A large tile must have this many siblings: about one for each multiprocessor of the parts above.
+ENOUGH_TILES = 128
+SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+TMA = ("sm_90", "sm_100")
+
+
+def family(arch: str) -> str:
+    """The architecture whose configurations serve ``arch`` ("sm_86", "gfx950", …)."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    number = int(arch.removeprefix("sm_"))
+    # sm_120 has neither wgmma nor tcgen05, and the shared memory of sm_86.
+    return "sm_90" if number == 90 else "sm_100" if 100 <= number < 120 else "sm_80"
+
+
+def choose(arch: str, M: int, N: int, D: int, dtype: torch.dtype) -> Config:
+    """The configuration for [M, D] images and [N, D] texts of ``dtype``."""
+    key = family(arch), dtype.itemsize
+    large = LARGE[key]
+    tiles = -(-M // large.block_m) * -(-N // large.block_n)
+    return large if tiles >= ENOUGH_TILES else SMALL[key]
+
+
+def most_tiles(M: int, N: int) -> int:
+    """An upper bound, over every configuration, of the tiles that [M, N] pairs take."""
+    return max(-(-M // c.block_m) * -(-N // c.block_n) for c in (*LARGE.values(), *SMALL.values()))
+
+
+def precision(arch: str, dtype: torch.dtype, allow_tf32: bool) -> str:
+    """How the tensor cores multiply: float32 to float32 accuracy in three TF32 products, unless TF32 will do."""
+    if dtype is not torch.float32 or family(arch) == "gfx942":
+        return "ieee"
+    return "tf32" if allow_tf32 else "tf32x3"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of the block kernel: all that its code depends on."""
+
+    arch: str
+    dtype: torch.dtype
+    config: Config
+    use_tma: bool
+    precision: str
+    labels: str = "offset"  # "none" | "offset" | "ids"
+    has_weights: bool = False
+    loss_only: bool = False
+    write_dz: bool = True
+
+
+def shipped() -> Iterator[Variant]:
+    """Every configuration on every path, with the labels, weights and outputs that shape its code most."""
+    uses = (
+        {"labels": "none"},
+        {"labels": "offset"},
+        {"labels": "ids", "has_weights": True},
+        {"labels": "offset", "loss_only": True, "write_dz": False},
+        {"labels": "offset", "write_dz": False},
+    )
+    for arch in SHARED_MEMORY:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for table in (LARGE, SMALL):
+                for tf32 in (False, True) if dtype is torch.float32 and not arch.startswith("gfx") else (False,):
+                    for use_tma in (True, False) if arch in TMA else (False,):
+                        config = table[arch, dtype.itemsize]
+                        for use in uses:
+                            yield Variant(arch, dtype, config, use_tma, precision(arch, dtype, tf32), **use)

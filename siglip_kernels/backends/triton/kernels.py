@@ -1,0 +1,220 @@
+"""The fused block kernel: a tile of the logits by the tensor cores, then its sigmoid-BCE epilogue, in registers.
+
+Measured facts, from cross-compiling (no GPU): the epilogue over the whole tile at once spills on every part (1188
+spill instructions on sm_90 at 128x128 with 4 warps). Walking it in quarters of the columns keeps few values alive:
+no spill under Triton 3.6 and 3.7, some 30 instructions and 2 special-function calls a pair.
+"""
+
+import triton
+import triton.language as tl
+
+LABELS_NONE = tl.constexpr(0)
+LABELS_OFFSET = tl.constexpr(1)
+LABELS_IDS = tl.constexpr(2)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Columns that the running product Π(1 + e) of a row keeps apart: at most BLOCK_N / 8 factors of 2 meet in one product.
+PRODUCTS = tl.constexpr(8)
+
+
+@triton.jit(do_not_specialize=["M", "N", "positive_offset"])
+def _sigmoid_block_kernel(
+    x,  # [M, D] descriptor or pointer
+    y,  # [N, D] descriptor or pointer
+    dz,  # [M, N] descriptor or pointer, out; None without WRITE_DZ
+    partials_ptr,  # [3, programs] float32, out: loss, dz·u, dz
+    scale_ptr,  # [] float32
+    bias_ptr,  # [] float32
+    dz_scale_ptr,  # [] float32 or None
+    image_ids_ptr,  # [M] integer or None
+    text_ids_ptr,  # [N] integer or None
+    image_weights_ptr,  # [M] float32 or None
+    text_weights_ptr,  # [N] float32 or None
+    M,
+    N,
+    D,
+    stride_xm,
+    stride_yn,
+    stride_dzm,
+    positive_offset,
+    LABELS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    LOSS_ONLY: tl.constexpr,
+    WRITE_DZ: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    pid_m, pid_n = _swizzle(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    start_m = pid_m * BLOCK_M
+    if USE_TMA:
+        acc = _inner_products_tma(x, y, D, start_m, pid_n * BLOCK_N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+    else:
+        rows_x = _wrapped_rows(x, start_m, stride_xm, M, BLOCK_M)
+        rows_y = _wrapped_rows(y, pid_n * BLOCK_N, stride_yn, N, BLOCK_N)
+        acc = _inner_products(rows_x, rows_y, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+
+    # Logits in units of ln 2, so that exp is one exp2.
+    scale2 = tl.load(scale_ptr) * LOG2E
+    bias2 = tl.load(bias_ptr) * LOG2E
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    sum_loss = tl.zeros((BLOCK_M,), tl.float32)
+    sum_dzu = tl.zeros((BLOCK_M,), tl.float32)
+    sum_dz = tl.zeros((BLOCK_M,), tl.float32)
+    product = tl.zeros((BLOCK_M, PRODUCTS), tl.float32)
+    if HAS_WEIGHTS:
+        image_weights = tl.load(image_weights_ptr + offs_m, mask=mask_m, other=0.0)
+    if LABELS == LABELS_IDS:
+        image_ids = tl.load(image_ids_ptr + offs_m, mask=mask_m, other=0)
+
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    quarters = _quarters(acc, BLOCK_M, BLOCK_N)
+    for quarter in tl.static_range(4):
+        u = quarters[quarter]
+        start_n = pid_n * BLOCK_N + quarter * QUARTER
+        offs_n = start_n + tl.arange(0, QUARTER)
+        mask_n = offs_n < N
+
+        # a = -s·z: positives change sign, on the tiles that hold some.
+        a = u * scale2 + bias2
+        first = start_m + positive_offset - start_n
+        on_diagonal = (first > -BLOCK_M) & (first < QUARTER)
+        if LABELS == LABELS_OFFSET:
+            if on_diagonal:
+                a = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -a, a)
+        if LABELS == LABELS_IDS:
+            text_ids = tl.load(text_ids_ptr + offs_n, mask=mask_n, other=0)
+            positive = image_ids[:, None] == text_ids[None, :]
+            a = tl.where(positive, -a, a)
+        if (start_m + BLOCK_M > M) | (start_n + QUARTER > N):
+            # Out of range: softplus and sigmoid of -inf are 0.
+            a = tl.where(mask_m[:, None] & mask_n[None, :], a, float("-inf"))
+
+        e = tl.exp2(-tl.abs(a))
+        if HAS_WEIGHTS:
+            text_weights = tl.load(text_weights_ptr + offs_n, mask=mask_n, other=0.0)
+            softplus = tl.maximum(a, 0.0) * LN2 + _log1p(e)
+            sum_loss += tl.sum(softplus * text_weights[None, :], 1)
+        else:
+            # Σ log1p(e) = log1p(p), where p gathers Π(1 + e) - 1 without forming 1 + e.
+            p = _gather_products(e, BLOCK_M, QUARTER)
+            product = product + p + product * p
+            sum_loss += tl.sum(tl.maximum(a, 0.0), 1) * LN2
+
+        if not LOSS_ONLY:
+            # σ(a) and σ(-a) are 1 and e over 1 + e; rsqrt squared is the shortest reciprocal.
+            root = tl.rsqrt(1.0 + e)
+            g = tl.where(a >= 0, 1.0, e) * (root * root)
+            if HAS_WEIGHTS:
+                g = g * (image_weights[:, None] * text_weights[None, :])
+            if LABELS == LABELS_OFFSET:
+                if on_diagonal:
+                    g = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -g, g)
+            if LABELS == LABELS_IDS:
+                g = tl.where(positive, -g, g)
+            sum_dzu += tl.sum(g * u, 1)
+            sum_dz += tl.sum(g, 1)
+            if WRITE_DZ:
+                if dz_scale_ptr is not None:
+                    g = g * tl.load(dz_scale_ptr)
+                if USE_TMA:
+                    dz.store([start_m, start_n], g.to(dz.dtype))
+                else:
+                    rows = dz + offs_m.to(tl.int64) * stride_dzm
+                    mask = mask_m[:, None] & mask_n[None, :]
+                    tl.store(rows[:, None] + offs_n[None, :], g.to(dz.dtype.element_ty), mask=mask)
+
+    if HAS_WEIGHTS:
+        sum_loss = sum_loss * image_weights
+    else:
+        sum_loss += tl.sum(_log1p(product), 1)
+    programs = tl.num_programs(0)
+    tl.store(partials_ptr + pid, tl.sum(sum_loss))
+    if not LOSS_ONLY:
+        tl.store(partials_ptr + programs + pid, tl.sum(sum_dzu))
+        tl.store(partials_ptr + 2 * programs + pid, tl.sum(sum_dz))
+
+
+@triton.jit
+def _swizzle(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(pid_m, pid_n): GROUP_M rows of tiles at a time, column by column, so that neighbours share operands in L2."""
+    group = pid // (GROUP_M * tiles_n)
+    inside = pid % (GROUP_M * tiles_n)
+    rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    return group * GROUP_M + inside % rows, inside // rows
+
+
+@triton.jit
+def _inner_products_tma(
+    x,
+    y,
+    D,
+    start_m,
+    start_n,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] float32; zero out of range."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        acc = tl.dot(x.load([start_m, d]), y.load([start_n, d]).T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _inner_products(
+    rows_x, rows_y, D, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """[BLOCK_M, BLOCK_N] float32 from pointers to rows; out of range it repeats rows that are in range."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    offs_d = tl.arange(0, BLOCK_D)
+    for d in range(0, D, BLOCK_D):
+        mask_d = (offs_d < D - d)[None, :]
+        x = tl.load(rows_x[:, None] + (d + offs_d)[None, :], mask=mask_d, other=0.0)
+        y = tl.load(rows_y[:, None] + (d + offs_d)[None, :], mask=mask_d, other=0.0)
+        acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _wrapped_rows(base_ptr, start, stride, length, BLOCK: tl.constexpr):
+    """[BLOCK] pointers to rows, wrapped round at the end so that no row needs a mask."""
+    rows = (start + tl.arange(0, BLOCK)) % length
+    return base_ptr + rows.to(tl.int64) * stride
+
+
+@triton.jit
+def _log1p(p):
+    """Of p >= 0, with the rounding of 1 + p made good."""
+    w = 1.0 + p
+    return tl.log(w) + (p - (w - 1.0)) / w
+
+
+@triton.jit
+def _halves(t, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Two [ROWS, COLS / 2]: left and right. In a tensor-core layout this moves no data."""
+    return tl.split(tl.permute(tl.reshape(t, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(t, ROWS: tl.constexpr, COLS: tl.constexpr):
+    left, right = _halves(t, ROWS, COLS)
+    left0, left1 = _halves(left, ROWS, COLS // 2)
+    right0, right1 = _halves(right, ROWS, COLS // 2)
+    return left0, left1, right0, right1
+
+
+@triton.jit
+def _gather_products(p, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, PRODUCTS]: Π(1 + p) - 1 over the columns that meet."""
+    if COLS == PRODUCTS:
+        return p
+    left, right = _halves(p, ROWS, COLS)
+    return _gather_products(left + right + left * right, ROWS, COLS // 2)
