@@ -33,11 +33,12 @@ class Regime(NamedTuple):
 
 
 REGIMES = {
-    "init": Regime(10.0, -10.0, 0.0),
+    "init": Regime(10.0, -10.0, 0.1),
     "trained": Regime(117.0, -12.9, 0.15),
-    "hot": Regime(900.0, -40.0, 0.15, hot=True),
-    "flat": Regime(0.01, 3.0, 0.0),
+    "hot": Regime(900.0, -40.0, 0.05, hot=True),
+    "flat": Regime(0.01, 3.0, 0.1),
 }
+ENOUGH_PAIRS = 1000  # for a comparison with eager
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # (M, N, D): one pair; one image; either side of a 128-tile with odd D; several tiles; several blocks of every backend's
 # smallest block a side.
@@ -83,7 +84,7 @@ def make_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Inputs:
-    """Normalised random features whose pairs (i, i + positive_offset) are as close as the regime says; scale and bias.
+    """Normalised random features whose pairs (i, i + positive_offset) have the regime's cosine; its scale and bias.
 
     Scale and bias are float32, or float64 for float64 features. The same numbers on every device.
     """
@@ -93,7 +94,8 @@ def make_inputs(
     y = F.normalize(torch.randn(N, D, generator=generator), dim=1)
     images = torch.arange(max(0, -positive_offset), min(M, N - positive_offset))
     texts = images + positive_offset
-    y[texts] = F.normalize(cosine * x[images] + math.sqrt(1 - cosine**2) * y[texts], dim=1)
+    across = y[texts] - (y[texts] * x[images]).sum(1, keepdim=True) * x[images]
+    y[texts] = cosine * x[images] + math.sqrt(1 - cosine**2) * F.normalize(across, dim=1)
     scalars = torch.tensor([scale, bias], dtype=torch.float64 if dtype is torch.float64 else torch.float32)
     return Inputs(x.to(device, dtype), y.to(device, dtype), *scalars.to(device).unbind())
 
@@ -251,7 +253,9 @@ def judge(loss_fn: Callable[..., Tensor], case: Case, device: torch.device | str
     admissible = _by_name(limits(case.dtype, case.regime))
     errors = _errors(ours, expected, terms)
     measured = [(name, name, error, admissible[name]) for name, error in errors.items()]
-    for name, index in (("dx", 1), ("dy", 2)):
+    # Fewer pairs are too small a sample of eager's rounding: it may be exact by luck.
+    features = (("dx", 1), ("dy", 2)) if math.prod(case.shape[:2]) >= ENOUGH_PAIRS else ()
+    for name, index in features:
         for measure, what in ((relative_l2, "against eager"), (worst_rows, "worst 64 rows against eager")):
             bound = _yardstick(case.dtype, measure(eager[index], expected[index]))
             measured.append((name, f"{name}, {what},", measure(ours[index], expected[index]), bound))
