@@ -1,0 +1,1 @@
+"""The microbenchmark: ours beside the hardware's floor and the rivals, interleaved in one process."""

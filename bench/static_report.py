@@ -1,0 +1,250 @@
+"""Registers, spills, shared memory and tensor-core instructions of every shipped Triton kernel; needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from siglip_kernels.backends.triton import configs
+
+# The instructions that are the tensor cores at work.
+TENSOR_CORE = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": r"v_mfma"}
+LABELS = {"none": 0, "offset": 1, "ids": 2}
+ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+COLUMNS = f"{'variant':76} {'regs':>5} {'spills':>6} {'stack':>6} {'shared':>7} {'tensor':>6} {'instr':>6}"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes of a multiprocessor."""
+
+    registers: int  # a thread; AMD: vector registers, accumulators included
+    spills: int  # NVIDIA: local loads and stores in the code; AMD: spilled vector and scalar registers
+    stack: int  # bytes of local (scratch) memory a thread
+    shared: int  # bytes
+    tensor_core: int  # instructions, as is the next
+    instructions: int
+
+
+class Row(NamedTuple):
+    """One line of the report."""
+
+    variant: configs.Variant
+    resources: Resources | None  # None: it does not compile
+    problems: list[str]
+
+
+def compile_variant(variant: configs.Variant, aligned: bool | None = None) -> Resources:
+    """Cross-compile ``variant`` as the launcher would ask for it.
+
+    ``aligned``: D and the row strides are multiples of 16. By default they are, unless only their not being so leads
+    to the variant: the pointer path of a part that has TMA.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel as kernel
+
+    if aligned is None:
+        aligned = variant.use_tma or variant.arch not in configs.TMA
+    constants = _constants(variant)
+    signature = {name: "constexpr" if name in constants else _type(variant, name) for name in kernel.arg_names}
+    divisible = {"D", "stride_xm", "stride_yn", "stride_dzm"} if aligned else {"stride_dzm"}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or (name in divisible and name not in constants)
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("hip", variant.arch, 64) if _is_amd(variant) else GPUTarget("cuda", int(variant.arch[3:]), 32),
+        options={"num_warps": variant.config.num_warps, "num_stages": variant.config.num_stages},
+    )
+    return _amd_resources(compiled, variant) if _is_amd(variant) else _nvidia_resources(compiled, variant)
+
+
+def problems(variant: configs.Variant, resources: Resources) -> list[str]:
+    """What is wrong with the compiled ``variant``; empty when nothing is."""
+    limit = configs.SHARED_MEMORY[variant.arch]
+    found = []
+    if resources.spills or resources.stack:
+        found.append(f"{resources.spills} spills, {resources.stack} bytes of stack")
+    if resources.shared > limit:
+        found.append(f"{resources.shared} bytes of shared memory, {variant.arch} has {limit}")
+    if not resources.tensor_core:
+        found.append(f"no {TENSOR_CORE[variant.arch]} instruction")
+    return found
+
+
+def report(variants: list[configs.Variant], processes: int = 2) -> Iterator[Row]:
+    """A row for each variant, in order, as they are compiled."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap(_row, variants)
+
+
+def describe(variant: configs.Variant) -> str:
+    """One line that tells any two shipped variants apart."""
+    config = variant.config
+    tile = f"{config.block_m}x{config.block_n}x{config.block_d} {config.num_warps}w {config.num_stages}s"
+    flags = {"weights": variant.has_weights, "loss-only": variant.loss_only, "no-dz": not variant.write_dz}
+    words = [
+        f"{variant.arch:6} {ELEMENTS[variant.dtype]} {tile:17}",
+        "tma" if variant.use_tma else "ptr",
+        f"{variant.precision:6}",
+        variant.labels,
+        *(name for name, is_set in flags.items() if is_set),
+    ]
+    return " ".join(words)
+
+
+def _row(variant: configs.Variant) -> Row:
+    try:
+        resources = compile_variant(variant)
+    except Exception as error:
+        return Row(variant, None, [f"does not compile: {type(error).__name__}: {str(error)[:300]}"])
+    return Row(variant, resources, problems(variant, resources))
+
+
+def _is_amd(variant: configs.Variant) -> bool:
+    return variant.arch.startswith("gfx")
+
+
+def _constants(variant: configs.Variant) -> dict[str, Any]:
+    """The constexpr arguments; an argument that the launcher passes as None is one."""
+    config = variant.config
+    absent = {
+        "dz": not variant.write_dz,
+        "dz_scale_ptr": not (variant.write_dz and variant.dtype is torch.float16),
+        "image_ids_ptr": variant.labels != "ids",
+        "text_ids_ptr": variant.labels != "ids",
+        "image_weights_ptr": not variant.has_weights,
+        "text_weights_ptr": not variant.has_weights,
+    }
+    return {name: None for name, is_absent in absent.items() if is_absent} | {
+        "LABELS": LABELS[variant.labels],
+        "HAS_WEIGHTS": variant.has_weights,
+        "LOSS_ONLY": variant.loss_only,
+        "WRITE_DZ": variant.write_dz,
+        "USE_TMA": variant.use_tma,
+        "PRECISION": variant.precision,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+        "GROUP_M": config.group_m,
+    }
+
+
+def _type(variant: configs.Variant, name: str) -> str:
+    """Triton's name for the type of an argument that is no constexpr."""
+    config, element = variant.config, ELEMENTS[variant.dtype]
+    blocks = {
+        "x": (config.block_m, config.block_d),
+        "y": (config.block_n, config.block_d),
+        "dz": (config.block_m, config.block_n // 4),
+    }
+    if name in blocks:
+        rows, cols = blocks[name]
+        return f"tensordesc<{element}[{rows}, {cols}]>" if variant.use_tma else f"*{element}"
+    if name.endswith("_ids_ptr"):
+        return "*i64"
+    return "*fp32" if name.endswith("_ptr") else "i32"
+
+
+def _nvidia_resources(compiled: Any, variant: configs.Variant) -> Resources:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _output(str(tools / "cuobjdump"), "-res-usage", cubin.name)
+        sass = _output(str(tools / "nvdisasm"), "-c", cubin.name)
+    # "  /*0a10*/  @!P0 HGMMA.64x128x16.F32 ..." without the predicate.
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.MULTILINE)
+    return Resources(
+        registers=_integer(r"REG:(\d+)", usage),
+        spills=sum(opcode in ("LDL", "STL") for opcode in opcodes),
+        stack=_integer(r"STACK:(\d+)", usage),
+        shared=compiled.metadata.shared,
+        tensor_core=_matches(TENSOR_CORE[variant.arch], opcodes),
+        instructions=len(opcodes),
+    )
+
+
+def _amd_resources(compiled: Any, variant: configs.Variant) -> Resources:
+    assembly = compiled.asm["amdgcn"]
+    opcodes = re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", assembly, re.MULTILINE)
+    return Resources(
+        registers=_integer(r"\.vgpr_count:\s+(\d+)", assembly),
+        spills=sum(_integer(rf"\.{kind}_spill_count:\s+(\d+)", assembly) for kind in ("vgpr", "sgpr")),
+        stack=_integer(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
+        shared=compiled.metadata.shared,
+        tensor_core=_matches(TENSOR_CORE[variant.arch], opcodes),
+        instructions=len(opcodes),
+    )
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _integer(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise LookupError(f"{pattern} is not in the compiler's output")
+    return int(match[1])
+
+
+def _matches(pattern: str, opcodes: list[str]) -> int:
+    return sum(re.match(pattern, opcode) is not None for opcode in opcodes)
+
+
+def _line(row: Row) -> str:
+    figures = list(asdict(row.resources).values()) if row.resources else ["-"] * 6
+    widths = (5, 6, 6, 7, 6, 6)
+    cells = " ".join(f"{figure:>{width}}" for figure, width in zip(figures, widths, strict=True))
+    return f"{describe(row.variant):76} {cells}  {'; '.join(row.problems)}".rstrip()
+
+
+def _as_json(row: Row) -> str:
+    resources = asdict(row.resources) if row.resources else None
+    return json.dumps({"variant": describe(row.variant), "resources": resources, "problems": row.problems})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report; the exit status is 1 if it found a problem."""
+    parser = argparse.ArgumentParser(prog="python -m bench.static_report", description=__doc__)
+    parser.add_argument("--arch", choices=sorted(configs.SHARED_MEMORY), help="only this architecture")
+    parser.add_argument("--variants", type=int, metavar="N", help="only N variants, spread evenly over all")
+    parser.add_argument("--processes", type=int, default=2, help="how many compile at once (default 2)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    options = parser.parse_args(arguments)
+
+    variants = [variant for variant in configs.shipped() if options.arch in (None, variant.arch)]
+    if options.variants and options.variants < len(variants):
+        variants = [variants[index * len(variants) // options.variants] for index in range(options.variants)]
+    if not options.json:
+        print(COLUMNS)
+    failed = 0
+    for row in report(variants, options.processes):
+        failed += bool(row.problems)
+        print(_as_json(row) if options.json else _line(row), flush=True)
+    if not options.json:
+        print(f"{len(variants)} variants, {failed} with problems")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The benchmark reports what it says, refuses to time a wrong loss, and reads memory right."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import accuracy, contenders, timing
+from bench.__main__ import main
+from bench.problems import FORWARD, FROZEN, FULL, Problem
+from siglip_kernels import backends
+from siglip_kernels.backends.eager import EagerBlockKernel
+from siglip_kernels.testing import gold, make_inputs, relative_l2
+
+CPU = torch.device("cpu")
+
+
+def test_it_writes_a_table_a_csv_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--device",
+        "cpu",
+        "--batches",
+        "96",
+        "160",
+        "--dim",
+        "32",
+        "--seconds",
+        "0.05",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main([*arguments, "--contenders", "ours", "eager", "chunk_size=1024"]) == 0
+    printed = capsys.readouterr().out
+    for column in ("TFLOP/s", "floor ratio", "× our time", "peak MiB", "loss error", "dx error", "dy error"):
+        assert column in printed
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["contender"] for r in rows] == ["floor", "ours (eager)", "eager", "chunk_size=1024"] * 2
+    for row in rows:
+        assert float(row["ms_low"]) <= float(row["ms"]) <= float(row["ms_high"])
+        assert float(row["floor_ratio"]) > 0
+        assert row["torch"] == torch.__version__
+        if row["contender"] != "floor":
+            assert 0 <= float(row["loss_error"]) < 1e-5
+            assert 0 < float(row["dx_error"]) < 1e-5
+    assert (tmp_path / "results.md").read_text() in printed
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Wrong(EagerBlockKernel):
+    def block(self, *args: Any, **out: Any) -> None:
+        super().block(*args, **out)
+        if out["dz"] is not None:
+            out["dz"].mul_(1.01)
+
+
+def test_a_wrong_gradient_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "eager", Wrong())
+    assert main(["--device", "cpu", "--batches", "64", "--dim", "8", "--out", str(tmp_path)]) == 1
+    assert "nothing is timed" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mib", [8, 64, 300])
+def test_peak_memory_is_read_right(mib: int) -> None:
+    """Allocations on either side of the C library's limit for keeping freed memory, after such a one was freed."""
+
+    def step() -> None:
+        torch.ones(mib * 2**20 // 4)
+
+    step()
+    peak = timing.peak_bytes(step, CPU)
+    if peak is None:
+        pytest.skip("peak memory cannot be read on this system")
+    assert peak / 2**20 == pytest.approx(mib, rel=0.05, abs=1)
+
+
+@pytest.mark.parametrize("name", ["eager", "chunked"])
+def test_the_rivals_compute_the_same_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "CHUNK", 40)  # several chunks, the last ragged
+    inputs = make_inputs(100, 100, 16, torch.float64)
+    assert relative_l2(getattr(contenders, name)(*inputs), gold(inputs).loss) < 1e-12
+
+
+def test_sampled_errors_are_those_of_the_whole() -> None:
+    inputs = make_inputs(300, 300, 16, torch.float64)
+    expected, sample = gold(inputs), accuracy.gold(inputs)
+    assert relative_l2(sample.loss, expected.loss) < 1e-12
+    assert relative_l2(sample.dx, expected.image_features[sample.rows]) < 1e-12
+    assert relative_l2(sample.dy, expected.text_features[sample.rows]) < 1e-12
+
+
+@pytest.mark.parametrize(("mode", "wanted"), [(FULL, 4), (FROZEN, 3), (FORWARD, 0)])
+def test_a_mode_forms_its_gradients_and_no_others(mode: str, wanted: int) -> None:
+    problem = Problem(32, 8, torch.float32, mode)
+    step = contenders.Step(contenders.Contender("eager", contenders.eager), problem, CPU)
+    step()
+    assert sum(leaf.grad is not None for leaf in step.leaves) == wanted
+    assert math.isfinite(step.loss)
+
+
+def test_rounds_are_interleaved() -> None:
+    calls: list[str] = []
+    steps = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
+    times = timing.interleaved(steps, CPU, seconds=0, min_rounds=3)
+    assert calls == ["a", "b"] * 3
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}

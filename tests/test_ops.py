@@ -1,0 +1,484 @@
+"""The operator: opcheck, compilation, shapes without data, no unasked work, no synchronisation, CUDA graphs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from siglip_kernels import SigmoidLoss, backends, ops, schedule, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels.backends.base import Problem
+from siglip_kernels.backends.eager import EagerBlockKernel
+from siglip_kernels.testing import COLUMNS, Grads, Inputs, check, differentiate, gold, make_inputs, relative_l2
+
+loss_fn = partial(sigmoid_loss, backend="eager")
+operator = torch.ops.siglip_kernels.sigmoid_loss.default
+
+SUBSETS = list(itertools.product([False, True], repeat=4))
+# M < N, so that the two feature gradients tell themselves apart by their rows; odd D.
+SHAPE = (6, 9, 5)
+
+
+def pairs_of(kind: str, M: int, N: int) -> dict[str, Any]:
+    return {
+        "offset": {"positive_offset": 2},
+        "none": {"positive_offset": None},
+        "ids": {"image_ids": torch.arange(M) % 3, "text_ids": torch.arange(N) % 4},
+        "weights": {
+            "image_weights": torch.arange(M) % 3 + 0.5,
+            "text_weights": torch.arange(N) % 2,
+            "reduction": "mean",
+        },
+    }[kind]
+
+
+PAIRS = ("offset", "none", "ids", "weights")
+
+
+def operands(dtype: torch.dtype, kind: str, wanted: tuple[bool, ...], bias: bool = True) -> tuple[Any, ...]:
+    """What the operator takes, all detached."""
+    x, y, t, b = make_inputs(*SHAPE, dtype)
+    arguments = {"positive_offset": 0, "reduction": "batchmean", **pairs_of(kind, *SHAPE[:2])}
+    labels = [arguments.get(name) for name in ("positive_offset", "image_ids", "text_ids")]
+    weights = [arguments.get(name) for name in ("image_weights", "text_weights")]
+    return (x, y, t, b if bias else None, *labels, *weights, arguments["reduction"], "eager", *wanted)
+
+
+def test_uninitialised_memory_is_nan() -> None:
+    """Of every kind that the package allocates; the NaN comes through the poison of conftest.py."""
+    like = torch.zeros(3)
+    made = {
+        "empty": torch.empty(3),
+        "half": torch.empty(3, dtype=torch.bfloat16),
+        "new_empty": like.new_empty((3, 2)),
+        "empty_like": torch.empty_like(like),
+        "grown": torch.zeros(1).resize_(4)[1:],
+    }
+    assert all(bool(t.isnan().all()) for t in made.values()), made
+
+
+@pytest.mark.parametrize("buffer", ["sums", "dz"])
+def test_an_unwritten_element_shows(monkeypatch: pytest.MonkeyPatch, buffer: str) -> None:
+    class Forgetful(EagerBlockKernel):
+        def block(self, *inputs: Any, **out: Any) -> None:
+            # The last one is left as it was allocated.
+            tensor = out[buffer]
+            super().block(*inputs, **{**out, buffer: tensor.clone()})
+            tensor[:-1] = 0
+
+    monkeypatch.setitem(backends.BACKENDS, "eager", Forgetful())
+    ours = differentiate(loss_fn, make_inputs(*SHAPE, torch.float32))
+    assert any(bool(t.isnan().any()) for t in ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", PAIRS)
+def test_opcheck(kind: str, dtype: torch.dtype) -> None:
+    for wanted, bias in (((True,) * 4, True), ((True, True, True, False), False), ((False, True, False, True), True)):
+        torch.library.opcheck(operator, operands(dtype, kind, wanted, bias))
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
+def test_opcheck_of_every_subset(wanted: tuple[bool, ...]) -> None:
+    torch.library.opcheck(
+        operator, operands(torch.float32, "offset", wanted), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def layout(t: Tensor) -> tuple[Any, ...]:
+    """What a compiler believes of a result it has not seen."""
+    return t.shape, t.dtype, t.stride(), t.storage_offset()
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
+def test_shapes_without_data(wanted: tuple[bool, ...]) -> None:
+    """Fake and meta tensors tell the layout of the real result."""
+    M, N, D = SHAPE
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
+        inputs, wide = operands(dtype, "weights", wanted), torch.float64 if dtype is torch.float64 else torch.float32
+        real = operator(*inputs)
+        assert [tuple(t.shape) for t in real] == [(), (3,), (M if wanted[0] else 0, D), (N if wanted[1] else 0, D)]
+        assert all(t.dtype is wide for t in real)
+        with FakeTensorMode() as mode:
+            fake = operator(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in inputs))
+        meta = operator(*(t.to("meta") if isinstance(t, Tensor) else t for t in inputs))
+        for kind, others in (("fake", fake), ("meta", meta)):
+            for name, t, other in zip(("loss", "scalars", "dx", "dy"), real, others, strict=True):
+                assert layout(t) == layout(other), (kind, name, dtype)
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
+def test_the_public_loss_on_fake_tensors(wanted: tuple[bool, ...]) -> None:
+    """What FSDP and the memory estimators do: a step without data."""
+    with FakeTensorMode() as mode:
+        leaves = [mode.from_tensor(t) for t in make_inputs(*SHAPE, torch.bfloat16)]
+        for leaf, asked in zip(leaves, wanted, strict=True):
+            leaf.requires_grad_(asked)
+        loss = loss_fn(*leaves)
+        assert (loss.shape, loss.dtype, loss.requires_grad) == ((), torch.float32, any(wanted))
+        if any(wanted):
+            loss.backward()
+        for leaf, asked in zip(leaves, wanted, strict=True):
+            assert (leaf.grad is not None) == asked
+            assert leaf.grad is None or (leaf.grad.shape, leaf.grad.dtype) == (leaf.shape, leaf.dtype)
+
+
+def test_the_public_loss_on_meta_tensors() -> None:
+    leaves = [t.to("meta").requires_grad_() for t in make_inputs(*SHAPE, torch.float32)]
+    loss = loss_fn(*leaves)
+    loss.backward()
+    assert loss.device.type == "meta"
+    assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
+class RecordingKernel(EagerBlockKernel):
+    """The eager kernel, which notes what each block was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[bool, bool]] = []
+
+    def block(self, *inputs: Any, **out: Any) -> None:
+        self.asked.append((out["dz"] is not None, out.get("loss_only", False)))
+        super().block(*inputs, **out)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[RecordingKernel, list[int]]:
+    """The kernel in place of eager, and the rows of each feature-gradient product's result."""
+    kernel, rows = RecordingKernel(), list[int]()
+    original = schedule.matmul_
+
+    def matmul_(out: Tensor, *inputs: Tensor, **options: Any) -> None:
+        rows.append(out.shape[0])
+        original(out, *inputs, **options)
+
+    monkeypatch.setitem(backends.BACKENDS, "eager", kernel)
+    monkeypatch.setattr(schedule, "matmul_", matmul_)
+    return kernel, rows
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
+def test_no_work_for_gradients_not_asked_for(
+    wanted: tuple[bool, ...], recorded: tuple[RecordingKernel, list[int]]
+) -> None:
+    kernel, rows = recorded
+    leaves = [t.requires_grad_(w) for t, w in zip(make_inputs(*SHAPE, torch.float32), wanted, strict=True)]
+    loss = loss_fn(*leaves)
+    if any(wanted):
+        loss.backward()
+    assert rows == [length for length, asked in zip(SHAPE, wanted[:2], strict=False) if asked]
+    assert kernel.asked == [(any(wanted[:2]), not any(wanted))]
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_grad_mode_off_means_forward_only(off: Callable[[], Any], recorded: tuple[RecordingKernel, list[int]]) -> None:
+    kernel, rows = recorded
+    leaves = [t.requires_grad_() for t in make_inputs(*SHAPE, torch.float32)]
+    with off():
+        loss = loss_fn(*leaves)
+    assert loss.grad_fn is None
+    assert not loss.requires_grad
+    assert rows == []
+    assert kernel.asked == [(False, True)]
+
+
+def test_loss_and_grads_without_bias_or_autograd_forms_each_product_once(
+    recorded: tuple[RecordingKernel, list[int]],
+) -> None:
+    _, rows = recorded
+    sigmoid_loss_and_grads(*make_inputs(*SHAPE, torch.float32)[:3], backend="eager")
+    assert rows == list(SHAPE[:2])
+
+
+@pytest.mark.parametrize("wanted", [w for w in SUBSETS if any(w)], ids=str)
+def test_backward_keeps_no_more_than_it_needs(wanted: tuple[bool, ...]) -> None:
+    kept: list[Tensor] = []
+    leaves = [t.requires_grad_(w) for t, w in zip(make_inputs(*SHAPE, torch.bfloat16), wanted, strict=True)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        loss_fn(*leaves, image_weights=torch.ones(SHAPE[0]))
+    features = sum(rows * SHAPE[2] for rows, asked in zip(SHAPE, wanted[:2], strict=False) if asked)
+    assert sum(t.numel() for t in kept) <= features + 3, [t.shape for t in kept]
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operations, those inside the package's own operator too, and the largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(func._schema.name)
+        if func is operator:
+            with self:
+                return ops._sigmoid_loss(*args)
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(t, Tensor):
+                self.largest = max(self.largest, t.numel())
+        return result
+
+    @property
+    def synchronisations(self) -> list[str]:
+        return [name for name in self.names if any(word in name for word in SYNCHRONISING)]
+
+
+# What makes the host wait for a GPU: a number, or a shape that depends on the data.
+SYNCHRONISING = ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "unique", "_to_cpu", "is_nonzero")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", PAIRS)
+def test_nothing_is_read_back_to_the_host(kind: str, dtype: torch.dtype) -> None:
+    leaves = [t.requires_grad_() for t in make_inputs(*SHAPE, dtype)]
+    arguments = pairs_of(kind, *SHAPE[:2])
+    with Watch() as forward:
+        loss = loss_fn(*leaves, **arguments)
+    with Watch() as backward:
+        loss.backward()
+    assert any("mm" in name for name in forward.names), "the inside of the operator was not watched"
+    assert backward.names
+    # Validation alone reads: whether CPU weights are negative, once a side.
+    reads = forward.synchronisations
+    assert len(reads) == (2 if kind == "weights" else 0), reads
+    forward.names = forward.names[forward.names.index("siglip_kernels::sigmoid_loss") :]
+    assert forward.synchronisations == []
+    assert backward.synchronisations == []
+
+
+def test_the_logits_are_never_held() -> None:
+    # 3000 × 3100: nine blocks of the CPU's 1024 × 1024, and logits nine times the largest buffer.
+    M, N, D = 3000, 3100, 2
+    leaves = [t.requires_grad_() for t in make_inputs(M, N, D, torch.float32)]
+    with Watch() as watch:
+        loss_fn(*leaves).backward()
+    assert watch.largest < M * N / 4, watch.largest
+
+
+def compiled_step(step: Callable[..., Tensor], compiler: Any, **options: Any) -> Callable[..., Grads]:
+    """``step`` compiled whole, and differentiated."""
+    whole = torch.compile(step, backend=compiler, fullgraph=True, **options)
+    return lambda inputs, **arguments: differentiate(whole, inputs, **arguments)
+
+
+def assert_same(ours: Grads, right: Grads, what: str, bound: float = 1e-6) -> None:
+    for name, value, expected in zip(COLUMNS, ours, right, strict=True):
+        assert value.dtype is expected.dtype, (what, name)
+        error = relative_l2(value, expected)
+        assert error <= bound, f"{what}: {name} {error:.2e} > {bound:.2e}"
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_compiles_whole(kind: str, compiler: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, arguments = make_inputs(*SHAPE, dtype), pairs_of(kind, *SHAPE[:2])
+        ours = compiled_step(loss_fn, compiler)(inputs, **arguments)
+        assert_same(ours, differentiate(loss_fn, inputs, **arguments), f"{compiler} {dtype} {SHAPE} {kind}", 0.0)
+
+
+def test_compiles_whole_by_inductor() -> None:
+    """With elementwise work on both sides, which the compiler may fuse with anything but the loss."""
+
+    def step(x: Tensor, y: Tensor, t: Tensor, b: Tensor) -> Tensor:
+        return 2 * loss_fn(x.tanh(), y.tanh(), t.exp(), b, positive_offset=1) + 1
+
+    inputs = make_inputs(*SHAPE, torch.float32)._replace(logit_scale=torch.tensor(2.3))
+    assert_same(compiled_step(step, "inductor")(inputs), differentiate(step, inputs), f"inductor {SHAPE}", 3e-6)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_one_compilation_serves_every_batch_size(compiler: str, dynamic: bool | None) -> None:
+    """Dynamic from the start: once. Left to the compiler: once for the first size, once for all others."""
+    counter = CompileCounterWithBackend(compiler)
+    step = compiled_step(loss_fn, counter, dynamic=dynamic)
+    # M ≠ N, multiples of nothing, and beyond one 1024-block.
+    for M, N in ((6, 9), (11, 7), (1030, 13), (5, 8)):
+        inputs = make_inputs(M, N, 4, torch.float32)
+        assert_same(step(inputs), differentiate(loss_fn, inputs), f"{compiler} dynamic={dynamic} {(M, N)}", 0.0)
+    assert counter.frame_count <= (1 if dynamic else 2), counter.frame_count
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compiled_with_ids_weights_and_float_scalars(dynamic: bool) -> None:
+    @partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    def step(x: Tensor, y: Tensor, t: float, b: float, **pairs: Tensor) -> Tensor:
+        return loss_fn(x, y, t, b, **pairs, reduction="mean")
+
+    for M, N, t in ((6, 9, 10.0), (11, 7, 12.5)):
+        x, y, *_ = make_inputs(M, N, 4, torch.float32)
+        pairs = {**pairs_of("ids", M, N), "image_weights": torch.rand(M), "text_weights": torch.rand(N)}
+        assert torch.equal(step(x, y, t, -t, **pairs), loss_fn(x, y, t, -t, **pairs, reduction="mean"))
+
+
+@pytest.mark.parametrize("compiler", [None, "eager", "aot_eager"])
+def test_one_tensor_as_both_arguments(compiler: str | None) -> None:
+    """Under torch.compile one tensor as two arguments has been seen to get half its gradient (pytorch#183604)."""
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        return loss_fn(x, x, t, -10.0)
+
+    x, _, t, _ = make_inputs(*SHAPE, torch.float64)
+    x.requires_grad_()
+    run = step if compiler is None else torch.compile(step, backend=compiler, fullgraph=True)
+    (dx,) = torch.autograd.grad(run(x, t), x)
+    right = gold(Inputs(x.detach(), x.detach(), t, torch.tensor(-10.0)))
+    assert relative_l2(dx, right.image_features + right.text_features) < 1e-12
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_the_module_compiles(compiler: str) -> None:
+    x, y, *_ = make_inputs(*SHAPE, torch.float32)
+    for bias in (-10.0, None):
+        module = SigmoidLoss(10.0, bias, backend="eager")
+        parameters = list(module.parameters())
+        right = [module(x, y), *torch.autograd.grad(module(x, y), parameters)]
+        loss = torch.compile(module, backend=compiler, fullgraph=True)(x, y)
+        for value, expected in zip([loss, *torch.autograd.grad(loss, parameters)], right, strict=True):
+            assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled_under_autocast_and_without_grad(compiler: str) -> None:
+    inputs = make_inputs(*SHAPE, torch.float32)
+    step = torch.compile(loss_fn, backend=compiler, fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, right = differentiate(step, inputs), differentiate(loss_fn, inputs)
+    assert_same(ours, right, f"autocast {compiler} {SHAPE}", 0.0)
+    with torch.no_grad():
+        loss = step(*(t.requires_grad_() for t in inputs))
+    assert not loss.requires_grad
+    assert torch.equal(loss, loss_fn(*inputs))
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False, False), (False, True, True, False), (False, False, True, True)]
+)
+def test_compiled_without_unasked_gradients(
+    wanted: tuple[bool, ...], recorded: tuple[RecordingKernel, list[int]]
+) -> None:
+    kernel, rows = recorded
+    leaves = [t.requires_grad_(w) for t, w in zip(make_inputs(*SHAPE, torch.float32), wanted, strict=True)]
+    torch.compile(loss_fn, backend="aot_eager", fullgraph=True)(*leaves).backward()
+    assert rows == [length for length, asked in zip(SHAPE, wanted[:2], strict=False) if asked]
+    assert kernel.asked == [(any(wanted[:2]), False)]
+    assert [leaf.grad is not None for leaf in leaves] == list(wanted)
+
+
+def gpu_backends() -> list[str]:
+    """Those that run a plain half-precision call on this machine's GPU."""
+    problem = Problem(1024, 1024, 768, torch.bfloat16, torch.device("cuda"))
+    return [name for name in backends.NAMES[1:] if not backends.why_not(name, problem)]
+
+
+# 1000 and 3000 are multiples of no tile; 768 is SigLIP's width.
+GPU_SHAPE = (1000, 3000, 768)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", backends.NAMES[1:])
+def test_gradient_check_on_the_gpu(backend: str) -> None:
+    if backend not in gpu_backends():
+        pytest.skip(f"{backend} does not run on this GPU")
+    report = check(partial(sigmoid_loss, backend=backend), device="cuda", dtypes=[torch.bfloat16], shapes=[GPU_SHAPE])
+    assert report.ok, report
+
+
+@pytest.mark.gpu
+def test_the_gpu_has_both_backends() -> None:
+    assert {"eager", "triton"} <= set(gpu_backends())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "triton", "auto"])
+def test_twenty_repeats_on_the_gpu_give_the_same_bits(backend: str, dtype: torch.dtype) -> None:
+    run = partial(differentiate, partial(sigmoid_loss, backend=backend))
+    inputs = make_inputs(*GPU_SHAPE, dtype, "trained", device="cuda")
+    first = run(inputs)
+    for repeat in range(20):
+        for name, value, right in zip(COLUMNS, run(inputs), first, strict=True):
+            assert torch.equal(value, right), (name, backend, repeat)
+
+
+@contextmanager
+def synchronisation_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_no_synchronisation_on_the_gpu(backend: str, kind: str) -> None:
+    M, N, D = 300, 500, 64
+    inputs = [t.requires_grad_() for t in make_inputs(M, N, D, torch.bfloat16, device="cuda")]
+    arguments = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in pairs_of(kind, M, N).items()}
+    run = partial(sigmoid_loss, *inputs, **arguments, backend=backend)
+    # Kernels are built and loaded by the first call.
+    run().backward()
+    torch.cuda.synchronize()
+    with synchronisation_is_an_error():
+        run().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_cuda_graph(backend: str) -> None:
+    """Forward and backward captured once; replayed on other inputs, also after the caching allocator was busy."""
+    inputs = make_inputs(*GPU_SHAPE, torch.bfloat16, "trained", device="cuda")
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    run = partial(sigmoid_loss, *leaves, positive_offset=3, backend=backend)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(run(), leaves)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = run()
+        grads = torch.autograd.grad(loss, leaves)
+    for seed in (1, 2):
+        other = make_inputs(*GPU_SHAPE, torch.bfloat16, "trained", device="cuda", seed=seed)
+        with torch.no_grad():
+            for leaf, value in zip(leaves, other, strict=True):
+                leaf.copy_(value)
+        garbage = torch.full((1 << 26,), float("nan"), device="cuda")
+        del garbage
+        graph.replay()
+        right = differentiate(partial(sigmoid_loss, positive_offset=3, backend=backend), other)
+        for name, value, expected in zip(COLUMNS, (loss, *grads), right, strict=True):
+            assert torch.equal(value, expected), (name, backend, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_more_than_two_to_the_31_pairs(backend: str) -> None:
+    """50,000² pairs overflow a 32-bit index. All features are equal: every logit is -0.5, and the answer is known."""
+    B, D = 50_000, 16
+    x = torch.full((B, D), 0.25, dtype=torch.bfloat16, device="cuda")
+    ours = sigmoid_loss_and_grads(x, x.clone(), 10.0, -10.5, positive_offset=None, backend=backend)
+    z = torch.tensor(-0.5, dtype=torch.float64)
+    dz = torch.sigmoid(z)
+    assert relative_l2(ours.loss.cpu(), B * torch.nn.functional.softplus(z)) < 2e-5
+    for grad in (ours.image_features, ours.text_features):
+        assert relative_l2(grad.cpu(), (10 * dz * 0.25).expand(B, D)) < 3.5e-3
+    assert relative_l2(ours.logit_scale.cpu(), B * dz) < 1e-5
+    assert relative_l2(ours.logit_bias.cpu(), B * dz) < 1e-5

@@ -1,0 +1,62 @@
+"""Every shipped Triton kernel, cross-compiled: no spill, shared memory that fits, tensor cores. Needs no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import static_report
+from bench.static_report import Resources, Row
+from siglip_kernels.backends.triton import configs
+from siglip_kernels.backends.triton.configs import Config, Variant
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+HOPPER = Variant("sm_90", torch.bfloat16, configs.LARGE["sm_90", 2], use_tma=True, precision="ieee")
+GOOD = Resources(registers=168, spills=0, stack=0, shared=98304, tensor_core=8, instructions=2000)
+
+
+def compiled(variants: list[Variant], monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    # In fresh processes, which take the environment of this one: under the interpreter there is nothing to compile.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return list(static_report.report(variants))
+
+
+def test_every_shipped_variant_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    # float16 repeats bfloat16 but for the scale of dz: of its uses, the one with dz and a diagonal.
+    variants = [v for v in configs.shipped() if v.dtype is not torch.float16 or (v.labels == "offset" and v.write_dz)]
+    unsound = [
+        f"{static_report.describe(row.variant)}: {'; '.join(row.problems)}"
+        for row in compiled(variants, monkeypatch)
+        if row.problems
+    ]
+    assert not unsound, "\n".join(unsound)
+
+
+def test_bad_configurations_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    ampere = Variant("sm_80", torch.float32, configs.SMALL["sm_80", 4], use_tma=False, precision="ieee")
+    expected = {
+        replace(HOPPER, config=Config(128, 128, 64, num_warps=4, num_stages=8)): "bytes of shared memory",
+        replace(HOPPER, config=Config(256, 128, 64, num_warps=4, num_stages=3)): "spills",
+        replace(HOPPER, config=Config(96, 128, 64, num_warps=4, num_stages=3)): "does not compile",
+        ampere: "no HMMA instruction",
+    }
+    rows = compiled(list(expected), monkeypatch)
+    for row, problem in zip(rows, expected.values(), strict=True):
+        assert any(problem in found for found in row.problems), row
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"spills": 2, "stack": 8}, "2 spills, 8 bytes of stack"),
+        ({"stack": 8}, "0 spills, 8 bytes of stack"),
+        ({"shared": 227 * 1024 + 1}, "232449 bytes of shared memory, sm_90 has 232448"),
+        ({"tensor_core": 0}, "no HGMMA instruction"),
+    ],
+)
+def test_problems(changes: dict[str, int], problem: str) -> None:
+    assert static_report.problems(HOPPER, GOOD) == []
+    assert static_report.problems(HOPPER, replace(GOOD, **changes)) == [problem]
