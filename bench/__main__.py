@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    if check(None, str(device), quick=True):
+    if check(None, device, quick=True):
         print("the gradient check failed: nothing is timed")
         return 1
 

@@ -96,7 +96,7 @@ class Step:
                 self.loss = self.contender.loss(*self.leaves)
         else:
             self.loss = self.contender.loss(*self.leaves)
-            self.loss.backward()  # type: ignore[no-untyped-call]
+            self.loss.backward()
 
     def forget(self) -> None:
         """Drop the last run's results."""

@@ -49,11 +49,11 @@ def info() -> int:
     return 0
 
 
-def check(only: str | None, device_name: str | None, quick: bool) -> int:
+def check(only: str | None, only_device: torch.device | None, quick: bool) -> int:
     """Judge every backend that runs here against float64; 1 when any case fails, or when nothing could be checked."""
     shapes = QUICK_SHAPES if quick else testing.SHAPES
     checked, failed = 0, 0
-    for device in devices() if device_name is None else [torch.device(device_name)]:
+    for device in devices() if only_device is None else [only_device]:
         for backend in backends.NAMES[1:] if only is None else [only]:
             possible = [dtype for dtype in testing.DTYPES if not why_not(backend, device, dtype)]
             title = f"{backend} on {device} ({describe(device)})"
@@ -70,6 +70,15 @@ def check(only: str | None, device_name: str | None, quick: bool) -> int:
     return int(failed > 0 or checked == 0)
 
 
+def _device_here(name: str) -> torch.device:
+    """The device of that name; argparse prints the error where there is none."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
 def _progress(case: testing.Case | None) -> None:
     """Shows the case on a terminal's last line; None clears it."""
     if sys.stderr.isatty():
@@ -82,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="devices and backends, and the reasons against those unavailable")
     check_parser = commands.add_parser("check", help="gradient check against float64")
     check_parser.add_argument("--backend", choices=backends.NAMES[1:], help="only this one")
-    check_parser.add_argument("--device", help="only this one, e.g. cuda:1 (default: every kind at hand)")
+    check_parser.add_argument("--device", type=_device_here, help="only this one (default: every kind at hand)")
     check_parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
     chosen = parser.parse_args(arguments)
     return info() if chosen.command == "info" else check(chosen.backend, chosen.device, chosen.quick)

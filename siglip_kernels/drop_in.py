@@ -43,7 +43,7 @@ class SigLipLoss(nn.Module):
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
-        self.dist_impl = dist_impl
+        self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
 
     def forward(

@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from siglip_kernels import ops
-from siglip_kernels.validation import checked
+from siglip_kernels import backends, ops
+from siglip_kernels.validation import REDUCTIONS, checked, one_of
 
 Reduction = Literal["batchmean", "mean", "sum"]
 Backend = Literal["auto", "eager", "cpu", "triton", "cuda"]
@@ -61,7 +61,9 @@ def sigmoid_loss(
         positive_offset: pair (i, i + positive_offset) is positive. None: every pair is negative.
         image_ids: [M] integer; given together with text_ids, a pair is positive exactly where the two ids are equal.
         text_ids: [N] integer.
-        image_weights: [M] real, non-negative; a pair weighs image_weights[i] · text_weights[j]. 0 marks padding.
+        image_weights: [M] real, non-negative; a pair weighs image_weights[i] · text_weights[j]. 0 marks padding, whose
+            features must still be finite: 0 · NaN is NaN. No gradient is formed for weights. That they are not negative
+            is checked on the CPU only, and not while compiling: elsewhere reading the answer would synchronise.
         text_weights: [N] real, non-negative.
         reduction: what the sum over pairs is divided by. "batchmean": Σ image_weights (M if there are none);
             "mean": Σ of the pair weights (M·N); "sum": 1.
@@ -72,7 +74,7 @@ def sigmoid_loss(
         The loss, a scalar: float32, or float64 for float64 features; NaN where the denominator is 0, as a mean is.
         Logits, sigmoid and loss are formed in that dtype, whatever the features' is. The gradients of the features,
         the scale and the bias are formed in the same pass, only those that autograd will ask for. Not twice
-        differentiable.
+        differentiable; no torch.func transforms, no forward-mode differentiation.
 
     Raises:
         TypeError, ValueError: an argument is not as said above, or the backend cannot run the call.
@@ -123,6 +125,8 @@ class SigmoidLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        one_of("reduction", reduction, REDUCTIONS)
+        one_of("backend", backend, backends.NAMES)
         if not init_logit_scale > 0:
             raise ValueError(f"init_logit_scale must be above 0, its logarithm is learned; got {init_logit_scale!r}")
         self.logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))

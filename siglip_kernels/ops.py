@@ -60,7 +60,7 @@ def _sigmoid_loss_fake(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor
     dtype = schedule.accumulator_dtype(x.dtype)
     return (
         x.new_empty((), dtype=dtype),
-        x.new_empty((3,), dtype=dtype),
+        x.new_empty((4,), dtype=dtype),
         x.new_empty((x.shape[0] if dx else 0, x.shape[1]), dtype=dtype),
         x.new_empty((y.shape[0] if dy else 0, y.shape[1]), dtype=dtype),
     )
@@ -85,7 +85,7 @@ class _SigmoidLoss(torch.autograd.Function):
                 "sigmoid_loss cannot be differentiated twice: call backward or torch.autograd.grad without create_graph"
             )
         scalars, dx, dy = ctx.saved_tensors
-        dscale, dbias, gain = (scalars * grad).unbind()
+        _, dscale, dbias, gain = (scalars * grad).unbind()
         return (
             scaled(dx, gain, ctx.dtype) if ctx.wanted.dx else None,
             scaled(dy, gain, ctx.dtype) if ctx.wanted.dy else None,
@@ -115,7 +115,7 @@ def loss_and_grads(
     x, y, scale, bias, *rest = (t.detach() if isinstance(t, Tensor) else t for t in call)
     wanted = (True, True, True, bias is not None)
     loss, scalars, dx, dy = torch.ops.siglip_kernels.sigmoid_loss(x, y, scale, bias, *rest, *wanted)
-    dscale, dbias, gain = scalars.unbind()
+    _, dscale, dbias, gain = scalars.unbind()
     return (
         loss,
         scaled(dx, gain, x_dtype),

@@ -50,7 +50,7 @@ class Result:
     """The loss, and the gradients as they come out of the block loop; unwanted ones are empty or meaningless."""
 
     loss: Tensor  # [] float32 or float64
-    scalars: Tensor  # [3] the same dtype: dscale, dbias, gain
+    scalars: Tensor  # [4] the same dtype: loss, dscale, dbias, gain
     dx: Tensor  # [M, D] the same dtype; the gradient is gain · dx
     dy: Tensor  # [N, D] the same dtype; the gradient is gain · dy
 
@@ -80,7 +80,7 @@ def run(
 
     gain = scale.double() if dz_scale is None else scale.double() / dz_scale
     totals = torch.cat([sums.sum(0), gain.reshape(1)]).div_(_denominator(pairs, reduction, M, N)).to(dtype)
-    return Result(totals[0].clone(), totals[1:], dx, dy)
+    return Result(totals[0].clone(), totals, dx, dy)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -153,7 +153,7 @@ def _dz_scale(pairs: PairSpec, x: Tensor) -> Tensor:
     for weights in (pairs.image_weights, pairs.text_weights):
         if weights is not None and weights.numel():
             exponent = exponent - torch.frexp(weights.amax()).exponent
-    return torch.ldexp(torch.ones((), device=x.device), exponent)
+    return torch.ldexp(torch.ones((), device=x.device), exponent.clamp(max=126))  # float32 ends at 2^127
 
 
 def _denominator(pairs: PairSpec, reduction: str, M: int, N: int) -> float | Tensor:

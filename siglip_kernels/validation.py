@@ -29,8 +29,8 @@ def checked(
     backend: Any,
 ) -> tuple[Any, ...]:
     """The operator's arguments up to ``backend``; ValueError or TypeError for any that is not as documented."""
-    _one_of("reduction", reduction, REDUCTIONS)
-    _one_of("backend", backend, backends.NAMES)
+    one_of("reduction", reduction, REDUCTIONS)
+    one_of("backend", backend, backends.NAMES)
     x, y = _features(image_features, text_features)
     M, N = x.shape[0], y.shape[0]
     _labels(positive_offset, image_ids, text_ids)
@@ -53,6 +53,8 @@ def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     """Both feature matrices, cast as autocast says."""
     for name, t in (("image_features", x), ("text_features", y)):
         _tensor(name, t, "floating")
+        if t.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
         if t.dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions [batch, D], got shape {tuple(t.shape)}")
         if t.dtype not in FEATURE_DTYPES:
@@ -69,7 +71,8 @@ def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
 
 def _autocast(t: Tensor) -> Tensor:
     device_type = t.device.type
-    if t.dtype is torch.float64 or not torch.is_autocast_enabled(device_type):
+    available = torch.amp.is_autocast_available(device_type)  # not for "meta"
+    if t.dtype is torch.float64 or not available or not torch.is_autocast_enabled(device_type):
         return t
     return t.to(torch.get_autocast_dtype(device_type))
 
@@ -140,6 +143,6 @@ def _same_device(name: str, t: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} is on {t.device}, image_features on {x.device}; expected one device")
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")

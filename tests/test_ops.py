@@ -106,7 +106,7 @@ def test_shapes_without_data(wanted: tuple[bool, ...]) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
         inputs, wide = operands(dtype, "weights", wanted), torch.float64 if dtype is torch.float64 else torch.float32
         real = operator(*inputs)
-        assert [tuple(t.shape) for t in real] == [(), (3,), (M if wanted[0] else 0, D), (N if wanted[1] else 0, D)]
+        assert [tuple(t.shape) for t in real] == [(), (4,), (M if wanted[0] else 0, D), (N if wanted[1] else 0, D)]
         assert all(t.dtype is wide for t in real)
         with FakeTensorMode() as mode:
             fake = operator(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in inputs))

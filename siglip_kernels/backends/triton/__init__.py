@@ -41,7 +41,7 @@ class TritonBlockKernel(BlockKernel):
         elif problem.device.type != "cuda":
             reasons.append(f"features are on {problem.device.type}, expected a CUDA or ROCm device")
         else:
-            reasons += _why_not_device(problem.device)
+            reasons += _why_not_device(problem.device) if torch.cuda.is_available() else ["no CUDA device"]
         return reasons
 
     def operand_dtype(self, problem: Problem) -> torch.dtype:
