@@ -206,7 +206,7 @@ def test_backward_keeps_no_more_than_it_needs(wanted: tuple[bool, ...]) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         loss_fn(*leaves, image_weights=torch.ones(SHAPE[0]))
     features = sum(rows * SHAPE[2] for rows, asked in zip(SHAPE, wanted[:2], strict=False) if asked)
-    assert sum(t.numel() for t in kept) <= features + 3, [t.shape for t in kept]
+    assert sum(t.numel() for t in kept) <= features + 4, [t.shape for t in kept]
 
 
 class Watch(TorchDispatchMode):
