@@ -45,7 +45,7 @@ def errors(gold: Gold, loss: Tensor, inputs: Inputs) -> dict[str, float | None]:
     """Relative error of the loss, relative L2 error of the sampled gradients; None for a gradient not formed."""
     dx, dy = inputs.image_features.grad, inputs.text_features.grad
     return {
-        "loss error": relative_l2(loss.detach(), gold.loss),
-        "dx error": None if dx is None else relative_l2(dx[gold.rows], gold.dx),
-        "dy error": None if dy is None else relative_l2(dy[gold.rows], gold.dy),
+        "loss_error": relative_l2(loss.detach(), gold.loss),
+        "dx_error": None if dx is None else relative_l2(dx[gold.rows], gold.dx),
+        "dy_error": None if dy is None else relative_l2(dy[gold.rows], gold.dy),
     }

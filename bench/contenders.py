@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.problems import FORWARD, FROZEN, FULL, Problem
+from bench.problems import FORWARD, FROZEN, FULL, PRODUCTS, Problem
 from siglip_kernels import backends, sigmoid_loss
 from siglip_kernels.backends.base import Problem as Call
 from siglip_kernels.loss import Backend
 from siglip_kernels.testing import Inputs, make_inputs
 
 Loss = Callable[..., Tensor]
-CHUNK = 1024  # texts a chunk in open_clip's chunked form
+CHUNK = 1024  # images a chunk in open_clip's chunked form
+FLOOR_BYTES = 2**33  # of logits that the floor holds at once; larger problems go by panels of images
 
 
 def eager(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """open_clip's SigLipLoss on one process: logits, ±1 labels, -logsigmoid, over the batch size."""
-    logits = scale.to(x.dtype) * (x @ y.T) + bias.to(x.dtype)
+    logits = scale * x @ y.T  # the scale meets x, not the logits
+    logits += bias
     labels = 2 * torch.eye(len(x), dtype=x.dtype, device=x.device) - 1
     return -F.logsigmoid(labels * logits).sum() / len(x)
 
 
 def chunked(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """open_clip's ``chunk_size``: texts in chunks, whose logits autograd keeps all the same."""
-    total = x.new_zeros(())
-    for start in range(0, len(y), CHUNK):
-        part = y[start : start + CHUNK]
-        logits = scale.to(x.dtype) * (x @ part.T) + bias.to(x.dtype)
-        labels = -torch.ones_like(logits)
-        labels.diagonal(-start)[: len(part)] = 1
-        total = total - F.logsigmoid(labels * logits).sum()
+    """open_clip's ``chunk_size``: every pair of a chunk of images as a negative, then the positives' correction.
+
+    softplus(-z) = softplus(z) - z, so it needs no labels; autograd keeps the logits of every chunk all the same.
+    """
+    total = torch.zeros((), device=x.device)
+    for start in range(0, len(x), CHUNK):
+        logits = scale * x[start : start + CHUNK] @ y.T
+        logits += bias
+        total = total + (F.softplus(logits).sum() - logits.diagonal(start).sum())
     return total / len(x)
 
 
@@ -47,71 +52,108 @@ class Contender:
     ours: bool = False
 
 
+def ours(problem: Problem, device: torch.device) -> list[str]:
+    """The backends that are worth timing here."""
+    call = Call(problem.B, problem.B, problem.D, problem.dtype, device)
+    return [name for name, kernel in backends.BACKENDS.items() if kernel.automatic(call) and not kernel.why_not(call)]
+
+
 def contenders(problem: Problem, device: torch.device, names: list[str] | None = None) -> list[Contender]:
     """Those that run here, the floor first, ours next; ``names`` selects among all but the floor."""
-    call = Call(problem.B, problem.B, problem.D, problem.dtype, device)
-    ours = [
+    entrants = [
         Contender(f"ours ({name})", partial(sigmoid_loss, backend=cast(Backend, name)), ours=True)
-        for name, kernel in backends.BACKENDS.items()
-        if kernel.automatic(call) and not kernel.why_not(call)
+        for name in ours(problem, device)
     ]
-    rivals = [
+    entrants += [
         Contender("eager", eager),
         Contender("torch.compile", torch.compile(eager, dynamic=False)),
         Contender(f"chunk_size={CHUNK}", chunked),
-        *_siglip_kernel(device),
     ]
-    chosen = [c for c in (*ours, *rivals) if names is None or c.name in names or c.name.split(" ")[0] in names]
+    if device.type == "cuda":
+        entrants.append(Contender("siglip-kernel", _siglip_kernel))
+    chosen = [c for c in entrants if names is None or c.name in names or c.name.split(" ")[0] in names]
     return [Contender("floor", None), *chosen]
 
 
-def _siglip_kernel(device: torch.device) -> list[Contender]:
-    """The PyPI package of that name, where it can be imported; it needs a GPU."""
-    if device.type != "cuda":
-        return []
-    try:
-        from siglip_kernel import siglip_loss
-    except ImportError:
-        return []
-    return [Contender("siglip-kernel", siglip_loss)]
+def _siglip_kernel(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The PyPI package of that name, which takes the scale's logarithm; ImportError where it is not installed."""
+    loss: Loss = importlib.import_module("siglip_kernel").fused_siglip_loss
+    return loss(x, y, scale.log(), bias)
+
+
+def input_sets(problem: Problem, device: torch.device) -> list[Inputs]:
+    """The inputs with the requires-grad flags of the mode; on a GPU enough copies to outgrow its L2 cache twice."""
+    inputs = make_inputs(problem.B, problem.B, problem.D, problem.dtype, device=device)
+    sets = 1
+    if device.type == "cuda":
+        size = sum(t.numel() * t.element_size() for t in inputs)
+        sets = min(64, 1 + math.ceil(2 * torch.cuda.get_device_properties(device).L2_cache_size / size))
+    wanted = {FULL: (True,) * 4, FROZEN: (False, True, True, True), FORWARD: (False,) * 4}[problem.mode]
+    copies = [inputs, *(Inputs(*(t.clone() for t in inputs)) for _ in range(sets - 1))]
+    return [Inputs(*(t.requires_grad_(w) for t, w in zip(copy, wanted, strict=True))) for copy in copies]
+
+
+def forget(sets: list[Inputs]) -> None:
+    """Drop the gradients."""
+    for leaves in sets:
+        for leaf in leaves:
+            leaf.grad = None
 
 
 class Step:
-    """One training step's worth of a contender: call it to run, then read ``loss`` and ``leaves``' gradients."""
+    """One training step's worth of a loss: ``forget``, call, then read ``loss`` and the gradients of ``leaves``."""
 
-    def __init__(self, contender: Contender, problem: Problem, device: torch.device) -> None:
-        self.contender, self.problem = contender, problem
-        inputs = make_inputs(problem.B, problem.B, problem.D, problem.dtype, device=device)
-        wanted = {FULL: (True,) * 4, FROZEN: (False, True, True, True), FORWARD: (False,) * 4}[problem.mode]
-        self.leaves = Inputs(*(t.requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)))
+    def __init__(self, loss: Loss, problem: Problem, sets: list[Inputs]) -> None:
+        self.loss_fn, self.forward_only, self.sets = loss, problem.mode == FORWARD, sets
+        self.leaves, self.turn = sets[0], 0
         self.loss = torch.empty(0)
-        self.dz = torch.randn(problem.B, problem.B, device=device).to(problem.dtype) if contender.loss is None else None
-
-    def __call__(self) -> None:
-        self.forget()
-        if self.contender.loss is None:
-            self._products()
-        elif self.problem.mode == FORWARD:
-            with torch.no_grad():
-                self.loss = self.contender.loss(*self.leaves)
-        else:
-            self.loss = self.contender.loss(*self.leaves)
-            self.loss.backward()
 
     def forget(self) -> None:
-        """Drop the last run's results."""
+        """Drop the last run's results, of whichever step over these inputs, and turn to the next set."""
         self.loss = torch.empty(0)
-        for leaf in self.leaves:
-            leaf.grad = None
+        forget(self.sets)
+        self.turn = (self.turn + 1) % len(self.sets)
+        self.leaves = self.sets[self.turn]
+
+    def __call__(self) -> None:
+        if self.forward_only:
+            with torch.no_grad():
+                self.loss = self.loss_fn(*self.leaves)
+        else:
+            self.loss = self.loss_fn(*self.leaves)
+            self.loss.backward()
 
     @property
     def grad_bytes(self) -> int:
         return sum(leaf.numel() * leaf.element_size() for leaf in self.leaves if leaf.requires_grad)
 
+
+class Floor:
+    """The products that the mode cannot do without, into outputs allocated once: x·yᵀ, then dzᵀ·x, then dz·y."""
+
+    def __init__(self, problem: Problem, sets: list[Inputs]) -> None:
+        self.products, self.sets, self.turn = PRODUCTS[problem.mode], sets, 0
+        x, y, scale, bias = (t.detach() for t in sets[0])
+        self.rows = max(1, min(len(x), FLOOR_BYTES // (len(y) * x.element_size())))
+        self.z = x.new_empty(self.rows, len(y))
+        # The dz of the negatives: on a GPU the speed of a product depends on the numbers in it.
+        torch.mm(x[: self.rows], y.T, out=self.z)
+        self.dz = torch.empty_like(self.z) if self.products > 1 else self.z
+        torch.sigmoid(self.z.mul_(scale).add_(bias), out=self.dz)
+        self.dx = torch.empty_like(x) if self.products > 2 else x
+        self.dy = torch.empty_like(y) if self.products > 1 else y
+
+    def forget(self) -> None:
+        self.turn = (self.turn + 1) % len(self.sets)
+
     @torch.no_grad()
-    def _products(self) -> None:
-        x, y = self.leaves[:2]
-        dz = cast(Tensor, self.dz)
-        products: list[Any] = [lambda: x @ y.T, lambda: dz.T @ x, lambda: dz @ y]
-        for product in products[: {FULL: 3, FROZEN: 2, FORWARD: 1}[self.problem.mode]]:
-            product()
+    def __call__(self) -> None:
+        x, y = self.sets[self.turn][:2]
+        for start in range(0, len(x), self.rows):
+            part = x[start : start + self.rows]
+            z, dz = self.z[: len(part)], self.dz[: len(part)]
+            torch.mm(part, y.T, out=z)
+            if self.products > 1:
+                torch.addmm(self.dy, dz.T, part, beta=int(start > 0), out=self.dy)
+            if self.products > 2:
+                torch.mm(dz, y, out=self.dx[start : start + self.rows])

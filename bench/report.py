@@ -9,10 +9,12 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import siglip_kernels
+from bench.problems import FULL
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,11 @@ class Row:
     ms: float | None = None
     ms_low: float | None = None
     ms_high: float | None = None
+    rounds: int | None = None
     tflops: float | None = None  # by the operations of the mode's products: 6·B²·D with every gradient
     floor_ratio: float | None = None  # the floor's time / this time
     times_ours: float | None = None  # this time / ours, round by round
+    of_full: float | None = None  # this time / the same backend's with every gradient, round by round
     peak_mib: float | None = None  # above inputs and gradients
     loss_error: float | None = None  # relative, against float64
     dx_error: float | None = None  # relative L2 over a sample of rows
@@ -43,11 +47,16 @@ COLUMNS = {
     "tflops": "TFLOP/s",
     "floor_ratio": "floor ratio",
     "times_ours": "× our time",
+    "of_full": "of full",
     "peak_mib": "peak MiB",
     "loss_error": "loss error",
     "dx_error": "dx error",
     "dy_error": "dy error",
     "note": "",
+}
+FORMATS = dict.fromkeys(("floor_ratio", "times_ours", "of_full"), "{:.2f}") | {
+    "tflops": "{:.3f}",
+    "peak_mib": "{:,.0f}",
 }
 
 
@@ -70,11 +79,10 @@ def markdown(rows: Sequence[Row], about: dict[str, str]) -> str:
     """A table for each problem; the same text serves the terminal."""
     lines = [", ".join(f"{key} {value}" for key, value in about.items() if value), ""]
     for title in dict.fromkeys(_title(row) for row in rows):
-        cells = [
-            list(COLUMNS.values()),
-            *([_cell(row, key) for key in COLUMNS] for row in rows if _title(row) == title),
-        ]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+        shown = [row for row in rows if _title(row) == title]
+        keys = [key for key in COLUMNS if any(_cell(row, key) for row in shown)]
+        cells = [[COLUMNS[key] for key in keys], *([_cell(row, key) for key in keys] for row in shown)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
         table = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
         rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
         lines += [f"### {title}", "", table[0], rule, *table[1:], ""]
@@ -82,7 +90,7 @@ def markdown(rows: Sequence[Row], about: dict[str, str]) -> str:
 
 
 def write(rows: Sequence[Row], about: dict[str, str], folder: Path) -> list[Path]:
-    """results.csv, results.md and, with matplotlib, results.png."""
+    """results.csv and results.md."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "results.csv", folder / "results.md"]
     with paths[0].open("w", newline="") as file:
@@ -91,7 +99,7 @@ def write(rows: Sequence[Row], about: dict[str, str], folder: Path) -> list[Path
         writer.writeheader()
         writer.writerows({**asdict(row), **about} for row in rows)
     paths[1].write_text(markdown(rows, about))
-    return [*paths, *plot(rows, about, folder / "results.png")]
+    return paths
 
 
 def plot(rows: Sequence[Row], about: dict[str, str], path: Path) -> list[Path]:
@@ -102,35 +110,41 @@ def plot(rows: Sequence[Row], about: dict[str, str], path: Path) -> list[Path]:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        print("matplotlib is not installed: no plot")
+        print("no plot: matplotlib is not installed")
         return []
-    full = [row for row in rows if row.mode == "forward + backward" and row.ms is not None]
+    full = [row for row in rows if row.mode == FULL and row.ms is not None]
     D = max((row.D for row in full), default=0)
-    dtypes = list(dict.fromkeys(row.dtype for row in full if row.D == D))
-    figure, grid = plt.subplots(max(1, len(dtypes)), 2, figsize=(11, 4 * max(1, len(dtypes))), squeeze=False)
-    for axes, dtype in zip(grid, dtypes, strict=False):
-        shown = [row for row in full if (row.dtype, row.D) == (dtype, D)]
-        for name in dict.fromkeys(row.contender for row in shown):
-            line = [row for row in shown if row.contender == name]
-            style = {"label": name, "marker": "o", "linewidth": 2.5 if name.startswith("ours") else 1.2}
-            axes[0].plot([r.B for r in line], [r.ms for r in line], **style)
-            measured = [r for r in line if r.peak_mib is not None]
-            if measured:
-                axes[1].plot([r.B for r in measured], [r.peak_mib for r in measured], **style)
-        for axis, what in zip(axes, ("time, ms", "peak memory above inputs and gradients, MiB"), strict=True):
-            axis.set(xscale="log", yscale="log", xlabel="batch", title=f"{what} ({dtype}, D = {D})")
-            axis.set_xticks([r.B for r in shown], [str(r.B) for r in shown], minor=False)
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-        axes[0].legend()
-    caption = (
-        f"forward + backward, {about['device']}, torch {about['torch']}, commit {about['commit']}, {about['date']}"
-    )
-    figure.suptitle(caption, fontsize=9)
-    figure.tight_layout()
+    full = [row for row in full if row.D == D]
+    dtypes = list(dict.fromkeys(row.dtype for row in full)) or [""]
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.contender for row in full))}
+    figure, grid = plt.subplots(len(dtypes), 2, figsize=(11, 1 + 3.6 * len(dtypes)), squeeze=False)
+    for axes, dtype in zip(grid, dtypes, strict=True):
+        shown = [row for row in full if row.dtype == dtype]
+        _panel(axes[0], shown, "ms", f"time, ms ({dtype}, D = {D})", colours)
+        _panel(axes[1], shown, "peak_mib", f"peak MiB above inputs and gradients ({dtype}, D = {D})", colours)
+    # The floor has a time only: the left panel names every line.
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(colours) or 1)
+    versions = f"torch {about['torch']}, commit {about['commit'] or 'unknown'}, {about['date']}"
+    figure.suptitle(f"forward + backward, {about['device']}, {about['threads']} threads, {versions}", fontsize=9)
+    figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return [path]
+
+
+def _panel(axis: Any, rows: Sequence[Row], key: str, title: str, colours: dict[str, str]) -> None:
+    """A line for each contender: the field ``key`` against the batch. Same colours in every panel."""
+    for name, colour in colours.items():
+        points = [(row.B, getattr(row, key)) for row in rows if row.contender == name and getattr(row, key) is not None]
+        if points:
+            width = 2.8 if name.startswith("ours") else 1.2
+            axis.plot(*zip(*points, strict=True), label=name, color=colour, marker="o", linewidth=width)
+    batches = sorted({row.B for row in rows})
+    axis.set(xscale="log", yscale="log", xlabel="batch")
+    axis.set_title(title, fontsize=10)
+    axis.set_xticks(batches, [str(B) for B in batches])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
 
 
 def _title(row: Row) -> str:
@@ -145,9 +159,7 @@ def _cell(row: Row, key: str) -> str:
         return f"{value:.1f} [{row.ms_low:.1f}-{row.ms_high:.1f}]"
     if isinstance(value, str):
         return value
-    return {"tflops": "{:.3f}", "floor_ratio": "{:.2f}", "times_ours": "{:.2f}", "peak_mib": "{:,.0f}"}.get(
-        key, "{:.1e}"
-    ).format(value)
+    return FORMATS.get(key, "{:.1e}").format(value)
 
 
 def _device_name(device: torch.device) -> str:

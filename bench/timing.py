@@ -6,7 +6,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,35 +25,47 @@ def spread(values: list[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
-def synchronize(device: torch.device) -> None:
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    """One run from an idle device: by CUDA events, launches included, or by the process's clock."""
     if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         torch.cuda.synchronize(device)
+        events[0].record()
+        step()
+        events[1].record()
+        events[1].synchronize()
+        return events[0].elapsed_time(events[1]) / 1000
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
 
 
 def interleaved(
-    steps: dict[str, Callable[[], None]],
+    steps: Mapping[str, Callable[[], None]],
     device: torch.device,
     seconds: float,
     min_rounds: int = 3,
     max_rounds: int = 50,
+    before: Callable[[str], None] = lambda name: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, list[float]]:
     """Seconds of each step, by round: every step once a round, so that all share the machine's moods.
 
-    The caller has warmed the steps up. Rounds go on until ``seconds`` are spent.
+    The first of a round becomes the last of the next, so that none profits from its place. ``before`` runs untimed
+    ahead of each step. The caller has warmed the steps up. No round begins that would not end within ``seconds``.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
     start = time.perf_counter()
     for done in range(max_rounds):
-        if done >= min_rounds and time.perf_counter() - start > seconds:
+        spent = time.perf_counter() - start
+        if done >= min_rounds and spent * (done + 1) > seconds * done:
             break
         progress(done)
-        for name, step in steps.items():
-            synchronize(device)
-            begin = time.perf_counter()
-            step()
-            synchronize(device)
-            times[name].append(time.perf_counter() - begin)
+        for name in names:
+            before(name)
+            times[name].append(seconds_of(steps[name], device))
+        names.append(names.pop(0))
     return times
 
 
@@ -61,17 +73,19 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
     """Bytes that ``step`` takes at its peak above what is held before it; None where that cannot be read."""
     gc.collect()
     if device.type == "cuda":
-        synchronize(device)
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
-        synchronize(device)
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
     # Freed memory that the allocator holds on to would hide what the step takes: give it back first.
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
     clear.write_text("5")
     before = _status_bytes("VmRSS")
     step()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import accuracy, contenders, timing
+from bench import accuracy, contenders, measure, timing
 from bench.__main__ import main
 from bench.problems import FORWARD, FROZEN, FULL, Problem
+from bench.progress import Progress
 from siglip_kernels import backends
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.testing import gold, make_inputs, relative_l2
@@ -100,15 +104,62 @@ def test_sampled_errors_are_those_of_the_whole() -> None:
 @pytest.mark.parametrize(("mode", "wanted"), [(FULL, 4), (FROZEN, 3), (FORWARD, 0)])
 def test_a_mode_forms_its_gradients_and_no_others(mode: str, wanted: int) -> None:
     problem = Problem(32, 8, torch.float32, mode)
-    step = contenders.Step(contenders.Contender("eager", contenders.eager), problem, CPU)
+    step = contenders.Step(contenders.eager, problem, contenders.input_sets(problem, CPU))
     step()
     assert sum(leaf.grad is not None for leaf in step.leaves) == wanted
     assert math.isfinite(step.loss)
 
 
+@pytest.mark.parametrize(("mode", "products"), [(FULL, 3), (FROZEN, 2), (FORWARD, 1)])
+def test_the_floor_is_the_products_of_the_mode(mode: str, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(48, 8, torch.float64, mode)
+    monkeypatch.setattr(contenders, "FLOOR_BYTES", 20 * 48 * 8)  # panels of 20 images, the last ragged
+    floor = contenders.Floor(problem, contenders.input_sets(problem, CPU))
+    floor()
+    x, y = (t.detach() for t in floor.sets[0][:2])
+    assert floor.z.shape == (20, 48)
+    assert relative_l2(floor.z[:8], x[40:] @ y.T) < 1e-12
+    panel = floor.dz
+    dz = torch.cat([panel, panel, panel[:8]])
+    if products > 1:
+        assert relative_l2(floor.dy, dz.T @ x) < 1e-12
+    if products > 2:
+        assert relative_l2(floor.dx, dz @ y) < 1e-12
+
+
+def test_the_other_project_is_called_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss takes the logarithm of the scale; where it is missing, the row says so."""
+    module = types.ModuleType("siglip_kernel")
+    module.fused_siglip_loss = lambda x, y, log_scale, bias: contenders.eager(x, y, log_scale.exp(), bias)  # type: ignore[attr-defined]
+    inputs = make_inputs(20, 20, 8, torch.float64)
+    monkeypatch.setitem(sys.modules, "siglip_kernel", module)
+    assert relative_l2(contenders._siglip_kernel(*inputs), gold(inputs).loss) < 1e-12
+
+
+def test_a_rival_that_cannot_run_is_shown_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*inputs: Any) -> None:
+        raise RuntimeError("no room\nfor this")
+
+    rivals = [
+        contenders.Contender("floor", None),
+        contenders.Contender("ours (eager)", contenders.eager, ours=True),
+        contenders.Contender("broken", broken),  # type: ignore[arg-type]
+    ]
+    monkeypatch.setattr(measure, "contenders", lambda *arguments: rivals)
+    rows = measure.measure(Problem(16, 8, torch.float32, FROZEN), CPU, 0.0, None, Progress(1))
+    assert [(row.contender, row.note) for row in rows][2] == ("broken", "n/a: RuntimeError: no room")
+    assert rows[2].ms is None
+    assert rows[1].of_full is not None
+    assert rows[1].of_full > 0
+    monkeypatch.setattr(measure, "contenders", lambda *arguments: [rivals[0], replace(rivals[2], ours=True)])
+    with pytest.raises(RuntimeError, match="no room"):
+        measure.measure(Problem(16, 8, torch.float32), CPU, 0.0, None, Progress(1))
+
+
 def test_rounds_are_interleaved() -> None:
     calls: list[str] = []
     steps = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
-    times = timing.interleaved(steps, CPU, seconds=0, min_rounds=3)
-    assert calls == ["a", "b"] * 3
+    times = timing.interleaved(steps, CPU, seconds=0, min_rounds=3, before=lambda name: calls.append(f"before {name}"))
+    assert [call for call in calls if "before" not in call] == ["a", "b", "b", "a", "a", "b"]
+    assert calls[:2] == ["before a", "a"]
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}

@@ -172,6 +172,9 @@ def test_why_not_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     on_mps = make_problem(device=torch.device("mps"))
     assert kernel.why_not(on_mps) == ["features are on mps, expected a CUDA or ROCm device"]
     on_cuda = make_problem(dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernel.why_not(on_cuda) == ["no CUDA device"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for arch, reasons in {
         "sm_75": ["compute capability 7.5 < 8.0"],
         "sm_80": [],

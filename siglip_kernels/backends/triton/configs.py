@@ -26,9 +26,9 @@ LARGE = {
     ("sm_80", 2): Config(128, 64, 64, num_warps=8, num_stages=3),
     ("sm_80", 4): Config(64, 64, 32, num_warps=8, num_stages=3),
     ("sm_90", 2): Config(128, 128, 64, num_warps=8, num_stages=3),
-    ("sm_90", 4): Config(128, 128, 32, num_warps=8, num_stages=3),
-    ("sm_100", 2): Config(128, 128, 64, num_warps=8, num_stages=3),
-    ("sm_100", 4): Config(128, 128, 32, num_warps=8, num_stages=3),
+    ("sm_90", 4): Config(128, 64, 32, num_warps=8, num_stages=3),
+    ("sm_100", 2): Config(128, 64, 32, num_warps=8, num_stages=4),
+    ("sm_100", 4): Config(128, 64, 32, num_warps=8, num_stages=3),
     ("gfx942", 2): Config(128, 128, 64, num_warps=8, num_stages=2),
     ("gfx942", 4): Config(128, 128, 32, num_warps=8, num_stages=2),
 }
@@ -38,7 +38,7 @@ SMALL = {
     ("sm_90", 2): Config(64, 64, 64, num_warps=4, num_stages=3),
     ("sm_90", 4): Config(64, 64, 32, num_warps=4, num_stages=3),
     ("sm_100", 2): Config(64, 64, 64, num_warps=4, num_stages=3),
-    ("sm_100", 4): Config(64, 64, 32, num_warps=4, num_stages=3),
+    ("sm_100", 4): Config(64, 64, 32, num_warps=4, num_stages=2),
     ("gfx942", 2): Config(64, 64, 64, num_warps=4, num_stages=2),
     ("gfx942", 4): Config(64, 64, 32, num_warps=4, num_stages=2),
 }

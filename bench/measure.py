@@ -1,0 +1,163 @@
+"""One problem measured: every contender warmed up, its memory and errors read, then timed beside the others."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from bench import accuracy
+from bench.contenders import Contender, Floor, Step, contenders, forget, input_sets
+from bench.problems import FULL, Problem
+from bench.progress import Progress
+from bench.report import Row
+from bench.timing import MIB, interleaved, peak_bytes, seconds_of, spread
+from siglip_kernels.testing import make_inputs
+
+Errors = dict[str, Any]  # by column of Row: float, or None where not formed
+
+
+def measure(
+    problem: Problem, device: torch.device, seconds: float, names: list[str] | None, progress: Progress
+) -> list[Row]:
+    """A row for each contender. A rival that cannot run is shown with its reason; ours and the floor must."""
+    sets = input_sets(problem, device)
+    entrants = contenders(problem, device, names)
+    steps: dict[str, Step | Floor] = {}
+    peaks: dict[str, float | None] = {}
+    errors: dict[str, Errors] = {}
+    notes: dict[str, str] = {}
+    for contender in entrants:
+        forget(sets)
+        progress.show(f"{problem}: {contender.name}, warming up, memory and errors")
+        try:
+            step = Floor(problem, sets) if contender.loss is None else Step(contender.loss, problem, sets)
+            step()
+            if isinstance(step, Step):
+                peaks[contender.name] = _peak_mib(step, device)
+                errors[contender.name] = accuracy.errors(_gold(problem, device), step.loss, step.leaves)
+            steps[contender.name] = step
+        except Exception as error:  # out of memory, no compiler, not installed
+            if contender.ours or contender.loss is None:
+                raise
+            notes[contender.name] = f"n/a: {_reason(error)}"
+
+    full = _full_steps(problem, device, entrants)
+    times = interleaved(
+        {**steps, **full},
+        device,
+        seconds,
+        before=lambda name: {**steps, **full}[name].forget(),
+        progress=lambda done: progress.show(f"{problem}: round {done + 1}"),
+    )
+    ours = next((c.name for c in entrants if c.ours), None)
+    rows = [
+        _row(problem, c, times, peaks.get(c.name), errors.get(c.name, {}), ours)
+        if c.name in times
+        else _blank(problem, c.name, notes[c.name])
+        for c in entrants
+    ]
+    progress.finish(str(problem))
+    return rows
+
+
+def _full_steps(problem: Problem, device: torch.device, entrants: list[Contender]) -> dict[str, Step]:
+    """Ours with every gradient, warmed up, to run beside a mode that forms fewer."""
+    if problem.mode == FULL:
+        return {}
+    whole = replace(problem, mode=FULL)
+    sets = input_sets(whole, device)
+    steps = {_full(c): Step(c.loss, whole, sets) for c in entrants if c.ours and c.loss is not None}
+    for step in steps.values():
+        step()
+        step.forget()
+    return steps
+
+
+def _full(contender: Contender) -> str:
+    return f"{contender.name}, {FULL}"
+
+
+def measure_memory(problem: Problem, device: torch.device, progress: Progress) -> list[Row]:
+    """Peak and time of ours, one run each, where the logits would not fit."""
+    rows = []
+    for contender in contenders(problem, device):
+        if not contender.ours or contender.loss is None:
+            continue
+        progress.show(f"{problem}: {contender.name}")
+        step = Step(contender.loss, problem, input_sets(problem, device))
+        peak = _peak_mib(step, device)
+        step.forget()
+        ms = 1000 * seconds_of(step, device)
+        note = f"the logits alone: {problem.B**2 * 4 / MIB:,.0f} MiB"
+        rows.append(Row(*_key(problem), contender.name, ms, ms, ms, 1, _tflops(problem, ms), peak_mib=peak, note=note))
+    progress.finish(str(problem))
+    return rows
+
+
+def _peak_mib(step: Step, device: torch.device) -> float | None:
+    """Peak of one run above the inputs and the gradients that it leaves."""
+    step.forget()
+    taken = peak_bytes(step, device)
+    return None if taken is None else (taken - step.grad_bytes) / MIB
+
+
+def _gold(problem: Problem, device: torch.device) -> accuracy.Gold:
+    return _gold_of(problem.B, problem.D, problem.dtype, device)
+
+
+@lru_cache(maxsize=1)
+def _gold_of(B: int, D: int, dtype: torch.dtype, device: torch.device) -> accuracy.Gold:
+    """The modes of one shape share it: their inputs are the same."""
+    return accuracy.gold(make_inputs(B, B, D, dtype, device=device))
+
+
+def _row(
+    problem: Problem,
+    contender: Contender,
+    times: dict[str, list[float]],
+    peak: float | None,
+    errors: Errors,
+    ours: str | None,
+) -> Row:
+    mine = times[contender.name]
+    ms = spread([1000 * t for t in mine])
+    return Row(
+        *_key(problem),
+        contender.name,
+        *ms,
+        rounds=len(mine),
+        tflops=_tflops(problem, ms.median),
+        floor_ratio=_ratio(times["floor"], mine),
+        times_ours=_ratio(mine, times[ours]) if ours else None,
+        of_full=_ratio(mine, times[_full(contender)]) if _full(contender) in times else None,
+        peak_mib=peak,
+        **errors,
+    )
+
+
+def _reason(error: Exception) -> str:
+    """One line: a compiler's first complaint, if any, else the error's own first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = next((line for line in lines if "error:" in line.lower()), lines[0])
+    return f"{type(error).__name__}: {said}"[:100]
+
+
+def _blank(problem: Problem, name: str, note: str) -> Row:
+    return Row(*_key(problem), name, note=note)
+
+
+def _key(problem: Problem) -> tuple[str, str, int, int]:
+    return problem.mode, str(problem.dtype).removeprefix("torch."), problem.B, problem.D
+
+
+def _tflops(problem: Problem, ms: float) -> float:
+    return problem.flops / ms / 1e9
+
+
+def _ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Round by round, so that a slow moment of the machine weighs on both."""
+    return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))

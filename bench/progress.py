@@ -1,0 +1,32 @@
+"""How far the benchmark is."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    """A bar on a terminal's last line; elsewhere a line for each problem done."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.start = total, 0, time.perf_counter()
+
+    def show(self, what: str) -> None:
+        if sys.stderr.isatty():
+            filled = 24 * self.done // max(1, self.total)
+            line = f"[{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} {self.seconds:4.0f} s  {what}"
+            print(f"\r\033[K{line[:118]}", end="", file=sys.stderr, flush=True)
+
+    def finish(self, what: str) -> None:
+        self.done += 1
+        if sys.stderr.isatty():
+            self.show(what)
+            if self.done == self.total:
+                print(file=sys.stderr)
+        else:
+            print(f"{self.done}/{self.total} {what}, {self.seconds:.0f} s", file=sys.stderr, flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
