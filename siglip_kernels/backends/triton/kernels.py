@@ -214,7 +214,9 @@ def _quarters(t, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def _gather_products(p, ROWS: tl.constexpr, COLS: tl.constexpr):
     """[ROWS, PRODUCTS]: Π(1 + p) - 1 over the columns that meet."""
+    # Without the else the compiler would go on below a true condition.
     if COLS == PRODUCTS:
         return p
-    left, right = _halves(p, ROWS, COLS)
-    return _gather_products(left + right + left * right, ROWS, COLS // 2)
+    else:
+        left, right = _halves(p, ROWS, COLS)
+        return _gather_products(left + right + left * right, ROWS, COLS // 2)
