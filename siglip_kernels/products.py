@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def accumulates_in_float32(device: torch.device) -> bool:
-    """Whether the device's library multiplies half-precision matrices into a float32 result."""
-    return device.type == "cuda"
+    """Whether the device's library multiplies half-precision matrices into a float32 result; ROCm's was not tried."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def matmul_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:

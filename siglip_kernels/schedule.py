@@ -78,7 +78,7 @@ def run(
 
     dx, dy, sums = _block_loop(kernel, problem, x, y, scale, bias, pairs, wanted, dz_scale)
 
-    gain = scale.double() if dz_scale is None else scale.double() / dz_scale
+    gain = scale.to(sums.dtype) if dz_scale is None else scale.to(sums.dtype) / dz_scale
     totals = torch.cat([sums.sum(0), gain.reshape(1)]).div_(_denominator(pairs, reduction, M, N)).to(dtype)
     return Result(totals[0].clone(), totals, dx, dy)
 
@@ -86,6 +86,11 @@ def run(
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of logits, loss, scalar gradients and accumulators, for features of ``dtype``."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In which the blocks' sums are added up: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _block_loop(
@@ -109,11 +114,11 @@ def _block_loop(
     dx = torch.empty(M if wanted.dx else 0, D, dtype=scale.dtype, device=x.device)
     dy = torch.empty(N if wanted.dy else 0, D, dtype=scale.dtype, device=x.device)
     if not blocks:
-        return dx.zero_(), dy.zero_(), x.new_zeros((1, 3), dtype=torch.float64)
+        return dx.zero_(), dy.zero_(), x.new_zeros((1, 3), dtype=sum_dtype(x.device))
 
     row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
     dz_buffer = torch.empty(R if wanted.dz else 0, row, dtype=operand, device=x.device)
-    sums = torch.empty(len(blocks), 3, dtype=torch.float64, device=x.device)
+    sums = torch.empty(len(blocks), 3, dtype=sum_dtype(x.device), device=x.device)
     workspace = kernel.workspace(problem, R, C)
 
     for index, (rows, cols) in enumerate(blocks):
@@ -158,8 +163,8 @@ def _dz_scale(pairs: PairSpec, x: Tensor) -> Tensor:
 
 def _denominator(pairs: PairSpec, reduction: str, M: int, N: int) -> float | Tensor:
     """Of the loss; a tensor where it depends on weights. 0 where nothing counts: the loss is then NaN, as a mean is."""
-    images = M if pairs.image_weights is None else pairs.image_weights.sum(dtype=torch.float64)
-    texts = N if pairs.text_weights is None else pairs.text_weights.sum(dtype=torch.float64)
+    images = M if pairs.image_weights is None else _total(pairs.image_weights)
+    texts = N if pairs.text_weights is None else _total(pairs.text_weights)
     match reduction:
         case "sum":
             return 1.0
@@ -168,3 +173,7 @@ def _denominator(pairs: PairSpec, reduction: str, M: int, N: int) -> float | Ten
         case "mean":
             return images * texts
     raise ValueError(f"reduction {reduction!r}")
+
+
+def _total(weights: Tensor) -> Tensor:
+    return weights.sum(dtype=sum_dtype(weights.device))

@@ -108,3 +108,14 @@ def test_float16_dz_is_carried_by_a_power_of_two(monkeypatch: pytest.MonkeyPatch
     assert error(**heavy) < 4e-4
     monkeypatch.setattr(schedule, "FLOAT16_DZ_EXPONENT", 0)
     assert error() > 1e-2
+
+
+def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs: the sums are then float32, and still right."""
+    arguments = {"image_weights": torch.rand(60), "text_weights": torch.rand(90)}
+    inputs = make_inputs(60, 90, 24, torch.float32)
+    expected = gold(inputs, reduction="mean", **arguments)
+    monkeypatch.setattr(schedule, "sum_dtype", lambda device: torch.float32)
+    result = schedule.run(Kernel(16, 32), *inputs, PairSpec(**arguments), "mean", Wanted())
+    assert relative_l2(result.loss, expected.loss) < 1e-6
+    assert relative_l2(result.scalars[3] * result.dx, expected.image_features) < 1e-6

@@ -70,7 +70,7 @@ def launch_block(
             num_stages=config.num_stages,
         )
     written = 1 if loss_only else 3
-    torch.sum(partials[:written], dim=1, dtype=torch.float64, out=sums[:written])
+    torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
 
 
 def _tma_can_address(t: Tensor) -> bool:
