@@ -1,7 +1,16 @@
 """The SigLIP sigmoid loss as fused kernels for PyTorch: the loss and all its gradients, never holding the logits."""
 
+from siglip_kernels import reference, testing
 from siglip_kernels.drop_in import SigLipLoss
 from siglip_kernels.loss import SigmoidLoss, SigmoidLossGrads, sigmoid_loss, sigmoid_loss_and_grads
 
-__all__ = ["SigLipLoss", "SigmoidLoss", "SigmoidLossGrads", "sigmoid_loss", "sigmoid_loss_and_grads"]
+__all__ = [
+    "SigLipLoss",
+    "SigmoidLoss",
+    "SigmoidLossGrads",
+    "reference",
+    "sigmoid_loss",
+    "sigmoid_loss_and_grads",
+    "testing",
+]
 __version__ = "0.1.0"

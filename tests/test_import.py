@@ -114,8 +114,10 @@ def test_public_names() -> None:
         "SigLipLoss",
         "SigmoidLoss",
         "SigmoidLossGrads",
+        "reference",
         "sigmoid_loss",
         "sigmoid_loss_and_grads",
+        "testing",
     ]
     assert all(hasattr(siglip_kernels, name) for name in siglip_kernels.__all__)
     assert (PACKAGE / "py.typed").exists()
