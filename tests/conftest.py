@@ -41,6 +41,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def private_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The compiler's cache on disk does not see a change of our operator's fake: no run may find another's."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     """No test finds the compiled code, or the recompilation count, of another."""
