@@ -20,7 +20,6 @@ from siglip_kernels.backends.triton import configs
 
 # The instructions that are the tensor cores at work.
 TENSOR_CORE = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": r"v_mfma"}
-LABELS = {"none": 0, "offset": 1, "ids": 2}
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 COLUMNS = f"{'variant':76} {'regs':>5} {'spills':>6} {'stack':>6} {'shared':>7} {'tensor':>6} {'instr':>6}"
 
@@ -133,7 +132,7 @@ def _constants(variant: configs.Variant) -> dict[str, Any]:
         "text_weights_ptr": not variant.has_weights,
     }
     return {name: None for name, is_absent in absent.items() if is_absent} | {
-        "LABELS": LABELS[variant.labels],
+        "LABELS": configs.LABELS[variant.labels],
         "HAS_WEIGHTS": variant.has_weights,
         "LOSS_ONLY": variant.loss_only,
         "WRITE_DZ": variant.write_dz,

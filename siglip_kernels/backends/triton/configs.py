@@ -46,6 +46,8 @@ SMALL = {
 ENOUGH_TILES = 128
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TMA = ("sm_90", "sm_100")
+# How the kernel is told where the positives are; its LABELS_… constants.
+LABELS = {"none": 0, "offset": 1, "ids": 2}
 
 
 def family(arch: str) -> str:

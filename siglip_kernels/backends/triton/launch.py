@@ -13,8 +13,6 @@ from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel
 from siglip_kernels.pairs import PairSpec
 
-LABELS = {"none": 0, "offset": 1, "ids": 2}
-
 
 def launch_block(
     arch: str,
@@ -56,7 +54,7 @@ def launch_block(
             y.stride(0),
             0 if dz is None else dz.stride(0),
             pairs.positive_offset or 0,
-            LABELS=LABELS[labels],
+            LABELS=configs.LABELS[labels],
             HAS_WEIGHTS=pairs.has_weights,
             LOSS_ONLY=loss_only,
             WRITE_DZ=dz is not None,
