@@ -264,7 +264,7 @@ def test_bitwise_repeatable() -> None:
 
 
 def drop_positives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(launch.LABELS, "offset", launch.LABELS["none"])
+    monkeypatch.setitem(configs.LABELS, "offset", configs.LABELS["none"])
 
 
 def repeat_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
