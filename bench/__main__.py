@@ -1,4 +1,7 @@
-"""``python -m bench``: gradient check, then ours beside the floor and the rivals; table, CSV, Markdown, plot."""
+"""``python -m bench``: gradient check, then ours beside the floor and the rivals; table, CSV, Markdown, plot.
+
+``python -m bench gpu``: all that is to be known of a GPU. ``python -m bench readme``: the README's tables.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from bench import problems, report
+from bench import gpu, problems, readme, report
 from bench.contenders import ours
-from bench.measure import measure, measure_memory
+from bench.measure import measure, measure_alone
 from bench.problems import MEMORY_PROBLEM, Problem
 from bench.progress import Progress
 from siglip_kernels.__main__ import check
@@ -40,6 +43,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] in (["gpu"], ["readme"]):
+        return (gpu if arguments[0] == "gpu" else readme).main(arguments[1:])
     options = parse(arguments)
     device = torch.device(options.device)
     if options.threads:
@@ -55,15 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with_memory = not options.quick and not options.batches
     progress = Progress(len(chosen) + with_memory)
-    about, rows = report.environment(device), []
+    results = report.Results(report.environment(device))
     for problem in chosen:
-        rows += measure(problem, device, options.seconds, options.contenders, progress)
+        results.rows += measure(problem, device, options.seconds, options.contenders, progress)
         torch._dynamo.reset()
-        report.write(rows, about, options.out)  # an interruption loses nothing
+        report.write(results, options.out)  # an interruption loses nothing
     if with_memory:
-        rows += measure_memory(MEMORY_PROBLEM, device, progress)
-    paths = report.write(rows, about, options.out) + report.plot(rows, about, options.out / "results.png")
-    print("\n" + report.markdown(rows, about))
+        results.rows += measure_alone(MEMORY_PROBLEM, device, options.contenders, progress)
+    paths = report.write(results, options.out) + report.plot(results, options.out)
+    print("\n" + report.markdown(results))
     print("written: " + ", ".join(map(str, paths)))
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -20,6 +20,7 @@ from siglip_kernels.loss import Backend
 from siglip_kernels.testing import Inputs, make_inputs
 
 Loss = Callable[..., Tensor]
+GRAPHS_UP_TO = 4096  # a batch at which launches, not products, may take the time
 CHUNK = 1024  # images a chunk in open_clip's chunked form
 FLOOR_BYTES = 2**33  # of logits that the floor holds at once; larger problems go by panels of images
 
@@ -50,6 +51,12 @@ class Contender:
     name: str
     loss: Loss | None  # None: the floor, the library's products alone
     ours: bool = False
+    graph: bool = False  # captured once as a CUDA graph, then replayed
+
+    def step(self, problem: Problem, sets: list[Inputs]) -> Step | Floor:
+        if self.loss is None:
+            return Floor(problem, sets)
+        return (Graphed if self.graph else Step)(self.loss, problem, sets)
 
 
 def ours(problem: Problem, device: torch.device) -> list[str]:
@@ -71,6 +78,9 @@ def contenders(problem: Problem, device: torch.device, names: list[str] | None =
     ]
     if device.type == "cuda":
         entrants.append(Contender("siglip-kernel", _siglip_kernel))
+    if device.type == "cuda" and problem.B <= GRAPHS_UP_TO:
+        eager_and_compiled = [c for c in entrants if c.ours or c.loss is eager or c.name == "torch.compile"]
+        entrants += [replace(c, name=f"{c.name}, graph", graph=True, ours=False) for c in eager_and_compiled]
     chosen = [c for c in entrants if names is None or c.name in names or c.name.split(" ")[0] in names]
     return [Contender("floor", None), *chosen]
 
@@ -83,7 +93,7 @@ def _siglip_kernel(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 def input_sets(problem: Problem, device: torch.device) -> list[Inputs]:
     """The inputs with the requires-grad flags of the mode; on a GPU enough copies to outgrow its L2 cache twice."""
-    inputs = make_inputs(problem.B, problem.B, problem.D, problem.dtype, device=device)
+    inputs = make_inputs(problem.B, problem.B, problem.D, problem.dtype, device=device, drawn_on=device)
     sets = 1
     if device.type == "cuda":
         size = sum(t.numel() * t.element_size() for t in inputs)
@@ -126,6 +136,36 @@ class Step:
     @property
     def grad_bytes(self) -> int:
         return sum(leaf.numel() * leaf.element_size() for leaf in self.leaves if leaf.requires_grad)
+
+
+class Graphed(Step):
+    """The step captured as a CUDA graph for each set of inputs, its memory shared among them."""
+
+    def __init__(self, loss: Loss, problem: Problem, sets: list[Inputs]) -> None:
+        super().__init__(loss, problem, sets)
+        self.captured: list[tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor | None]]] = []
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.forget()
+                super().__call__()
+        torch.cuda.current_stream().wait_stream(side)
+        self.turn, pool = len(sets) - 1, None
+        for _ in sets:
+            self.forget()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                super().__call__()
+            pool = graph.pool()
+            self.captured.append((graph, self.loss, [leaf.grad for leaf in self.leaves]))
+        self.forget()
+
+    def __call__(self) -> None:
+        graph, self.loss, grads = self.captured[self.turn]
+        graph.replay()
+        for leaf, grad in zip(self.leaves, grads, strict=True):
+            leaf.grad = grad
 
 
 class Floor:

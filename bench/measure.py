@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -14,30 +15,36 @@ from bench.contenders import Contender, Floor, Step, contenders, forget, input_s
 from bench.problems import FULL, Problem
 from bench.progress import Progress
 from bench.report import Row
-from bench.timing import MIB, interleaved, peak_bytes, seconds_of, spread
+from bench.timing import MIB, interleaved, peak_bytes, release, seconds_of, spread
 from siglip_kernels.testing import make_inputs
 
 Errors = dict[str, Any]  # by column of Row: float, or None where not formed
 
 
 def measure(
-    problem: Problem, device: torch.device, seconds: float, names: list[str] | None, progress: Progress
+    problem: Problem,
+    device: torch.device,
+    seconds: float,
+    names: list[str] | None,
+    progress: Progress,
+    without: Sequence[str] = (),
 ) -> list[Row]:
     """A row for each contender. A rival that cannot run is shown with its reason; ours and the floor must."""
     sets = input_sets(problem, device)
-    entrants = contenders(problem, device, names)
+    entrants = [c for c in contenders(problem, device, names) if c.name not in without]
     steps: dict[str, Step | Floor] = {}
     peaks: dict[str, float | None] = {}
     errors: dict[str, Errors] = {}
     notes: dict[str, str] = {}
     for contender in entrants:
         forget(sets)
+        release(device)
         progress.show(f"{problem}: {contender.name}, warming up, memory and errors")
         try:
-            step = Floor(problem, sets) if contender.loss is None else Step(contender.loss, problem, sets)
+            step = contender.step(problem, sets)
             step()
             if isinstance(step, Step):
-                peaks[contender.name] = _peak_mib(step, device)
+                peaks[contender.name] = None if contender.graph else _peak_mib(step, device)
                 errors[contender.name] = accuracy.errors(_gold(problem, device), step.loss, step.leaves)
             steps[contender.name] = step
         except Exception as error:  # out of memory, no compiler, not installed
@@ -57,7 +64,7 @@ def measure(
     rows = [
         _row(problem, c, times, peaks.get(c.name), errors.get(c.name, {}), ours)
         if c.name in times
-        else _blank(problem, c.name, notes[c.name])
+        else Row.blank(problem, c.name, notes[c.name])
         for c in entrants
     ]
     progress.finish(str(problem))
@@ -81,19 +88,24 @@ def _full(contender: Contender) -> str:
     return f"{contender.name}, {FULL}"
 
 
-def measure_memory(problem: Problem, device: torch.device, progress: Progress) -> list[Row]:
+def measure_alone(
+    problem: Problem, device: torch.device, names: list[str] | None, progress: Progress, *, with_errors: bool = False
+) -> list[Row]:
     """Peak and time of ours, one run each, where the logits would not fit."""
     rows = []
-    for contender in contenders(problem, device):
-        if not contender.ours or contender.loss is None:
+    for contender in contenders(problem, device, names):
+        if not contender.ours:
             continue
         progress.show(f"{problem}: {contender.name}")
-        step = Step(contender.loss, problem, input_sets(problem, device))
+        step = contender.step(problem, input_sets(problem, device)[:1])
+        assert isinstance(step, Step)
         peak = _peak_mib(step, device)
+        errors: Errors = accuracy.errors(_gold(problem, device), step.loss, step.leaves) if with_errors else {}
         step.forget()
         ms = 1000 * seconds_of(step, device)
         note = f"the logits alone: {problem.B**2 * 4 / MIB:,.0f} MiB"
-        rows.append(Row(*_key(problem), contender.name, ms, ms, ms, 1, _tflops(problem, ms), peak_mib=peak, note=note))
+        row = Row(*problem.key, contender.name, ms, ms, ms, 1, _tflops(problem, ms), peak_mib=peak, note=note)
+        rows.append(replace(row, **errors))
     progress.finish(str(problem))
     return rows
 
@@ -112,7 +124,7 @@ def _gold(problem: Problem, device: torch.device) -> accuracy.Gold:
 @lru_cache(maxsize=1)
 def _gold_of(B: int, D: int, dtype: torch.dtype, device: torch.device) -> accuracy.Gold:
     """The modes of one shape share it: their inputs are the same."""
-    return accuracy.gold(make_inputs(B, B, D, dtype, device=device))
+    return accuracy.gold(make_inputs(B, B, D, dtype, device=device, drawn_on=device))
 
 
 def _row(
@@ -126,7 +138,7 @@ def _row(
     mine = times[contender.name]
     ms = spread([1000 * t for t in mine])
     return Row(
-        *_key(problem),
+        *problem.key,
         contender.name,
         *ms,
         rounds=len(mine),
@@ -144,14 +156,6 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     said = next((line for line in lines if "error:" in line.lower()), lines[0])
     return f"{type(error).__name__}: {said}"[:100]
-
-
-def _blank(problem: Problem, name: str, note: str) -> Row:
-    return Row(*_key(problem), name, note=note)
-
-
-def _key(problem: Problem) -> tuple[str, str, int, int]:
-    return problem.mode, str(problem.dtype).removeprefix("torch."), problem.B, problem.D
 
 
 def _tflops(problem: Problem, ms: float) -> float:

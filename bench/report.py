@@ -1,20 +1,22 @@
-"""Rows of measurements as a table, CSV, Markdown and a plot."""
+"""What was measured, as JSON, CSV, Markdown and a plot."""
 
 from __future__ import annotations
 
 import csv
 import datetime
+import json
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import siglip_kernels
-from bench.problems import FULL
+from bench.ceilings import Bound, Rate
+from bench.problems import FULL, Problem
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,24 @@ class Row:
     dx_error: float | None = None  # relative L2 over a sample of rows
     dy_error: float | None = None
     note: str = ""
+
+    @classmethod
+    def blank(cls, problem: Problem, contender: str, note: str) -> Row:
+        """Of a contender that could not run."""
+        return cls(*problem.key, contender, note=note)
+
+
+@dataclass
+class Results:
+    """One run of the benchmark."""
+
+    about: dict[str, str]  # what the figures depend on
+    checks: list[dict[str, Any]] = field(default_factory=list)  # by check, backend and dtype: what is wrong
+    rates: list[Rate] = field(default_factory=list)
+    bounds: list[Bound] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # problems that time did not allow
+    seconds: dict[str, float] = field(default_factory=dict)  # by step
 
 
 COLUMNS = {
@@ -75,35 +95,65 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def markdown(rows: Sequence[Row], about: dict[str, str]) -> str:
-    """A table for each problem; the same text serves the terminal."""
-    lines = [", ".join(f"{key} {value}" for key, value in about.items() if value), ""]
-    for title in dict.fromkeys(_title(row) for row in rows):
-        shown = [row for row in rows if _title(row) == title]
-        keys = [key for key in COLUMNS if any(_cell(row, key) for row in shown)]
-        cells = [[COLUMNS[key] for key in keys], *([_cell(row, key) for key in keys] for row in shown)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
-        table = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
-        rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-        lines += [f"### {title}", "", table[0], rule, *table[1:], ""]
-    return "\n".join(lines)
+def markdown(results: Results) -> str:
+    """Everything; the same text serves the terminal."""
+    lines = [", ".join(f"{key} {value}" for key, value in results.about.items() if value), ""]
+    if results.checks:
+        wrong = [f"- {c['backend']} {c['dtype']} {c['check']}: {line}" for c in results.checks for line in c["wrong"]]
+        lines += ["### Checks", "", f"{len(results.checks)} run, {len(wrong)} failures", *wrong, ""]
+    if results.rates:
+        lines += ["### Ceilings and parts (TFLOP/s; copy: TB/s)", "", records(results.rates), ""]
+    if results.bounds:
+        lines += ["### Workspace", "", records(results.bounds), ""]
+    for title in dict.fromkeys(_title(row) for row in results.rows):
+        lines += [f"### {title}", "", table([row for row in results.rows if _title(row) == title]), ""]
+    return "\n".join(lines + [f"- {line}" for line in results.left_out])
 
 
-def write(rows: Sequence[Row], about: dict[str, str], folder: Path) -> list[Path]:
-    """results.csv and results.md."""
+def table(rows: Sequence[Row]) -> str:
+    """The rows of one problem, without the columns that none of them fills."""
+    keys = [key for key in COLUMNS if any(_cell(row, key) for row in rows)]
+    return grid([COLUMNS[key] for key in keys], [[_cell(row, key) for key in keys] for row in rows])
+
+
+def records(items: Sequence[Rate] | Sequence[Bound]) -> str:
+    """Dataclass instances of one kind, by their fields."""
+    values = [asdict(item) for item in items]
+    cells = [[f"{v:,.3f}" if isinstance(v, float) else str(v) for v in value.values()] for value in values]
+    return grid(list(values[0]), cells)
+
+
+def grid(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are aligned."""
+    widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(head))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in (head, *cells)]
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """results.json, results.csv and results.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "results.csv", folder / "results.md"]
-    with paths[0].open("w", newline="") as file:
+    paths = [folder / f"results.{kind}" for kind in ("json", "csv", "md")]
+    paths[0].write_text(json.dumps(asdict(results), indent=1, ensure_ascii=False) + "\n")
+    with paths[1].open("w", newline="") as file:
         names = [field.name for field in fields(Row)]
-        writer = csv.DictWriter(file, [*names, *about])
+        writer = csv.DictWriter(file, [*names, *results.about])
         writer.writeheader()
-        writer.writerows({**asdict(row), **about} for row in rows)
-    paths[1].write_text(markdown(rows, about))
+        writer.writerows({**asdict(row), **results.about} for row in results.rows)
+    paths[2].write_text(markdown(results))
     return paths
 
 
-def plot(rows: Sequence[Row], about: dict[str, str], path: Path) -> list[Path]:
-    """Time and memory against batch, of the largest D, for each dtype; nothing without matplotlib."""
+def read(folder: Path) -> Results:
+    """What :func:`write` wrote."""
+    saved = json.loads((folder / "results.json").read_text())
+    kinds: dict[str, Any] = {"rates": Rate, "bounds": Bound, "rows": Row}
+    return Results(**saved | {name: [kind(**item) for item in saved[name]] for name, kind in kinds.items()})
+
+
+def plot(results: Results, folder: Path) -> list[Path]:
+    """results.png: time and memory against batch, for each dtype and D of several; nothing without matplotlib."""
     try:
         import matplotlib
 
@@ -112,18 +162,21 @@ def plot(rows: Sequence[Row], about: dict[str, str], path: Path) -> list[Path]:
     except ImportError:
         print("no plot: matplotlib is not installed")
         return []
-    full = [row for row in rows if row.mode == FULL and row.ms is not None]
-    D = max((row.D for row in full), default=0)
-    full = [row for row in full if row.D == D]
-    dtypes = list(dict.fromkeys(row.dtype for row in full)) or [""]
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.contender for row in full))}
-    figure, grid = plt.subplots(len(dtypes), 2, figsize=(11, 1 + 3.6 * len(dtypes)), squeeze=False)
-    for axes, dtype in zip(grid, dtypes, strict=True):
-        shown = [row for row in full if row.dtype == dtype]
-        _panel(axes[0], shown, "ms", f"time, ms ({dtype}, D = {D})", colours)
-        _panel(axes[1], shown, "peak_mib", f"peak MiB above inputs and gradients ({dtype}, D = {D})", colours)
+    about, path = results.about, folder / "results.png"
+    families: dict[tuple[str, int], list[Row]] = {}
+    for row in results.rows:
+        if row.mode == FULL and row.ms is not None:
+            families.setdefault((row.dtype, row.D), []).append(row)
+    families = {key: rows for key, rows in families.items() if len({row.B for row in rows}) > 1}
+    names = dict.fromkeys(row.contender for rows in families.values() for row in rows)
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    height = 1 + 3.6 * max(1, len(families))
+    figure, panels = plt.subplots(max(1, len(families)), 2, figsize=(11, height), squeeze=False)
+    for axes, ((dtype, D), rows) in zip(panels, families.items(), strict=False):
+        _panel(axes[0], rows, "ms", f"time, ms ({dtype}, D = {D})", colours)
+        _panel(axes[1], rows, "peak_mib", f"peak MiB above inputs and gradients ({dtype}, D = {D})", colours)
     # The floor has a time only: the left panel names every line.
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(colours) or 1)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=min(6, len(colours)) or 1)
     versions = f"torch {about['torch']}, commit {about['commit'] or 'unknown'}, {about['date']}"
     figure.suptitle(f"forward + backward, {about['device']}, {about['threads']} threads, {versions}", fontsize=9)
     figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ def spread(values: list[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
-def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+def seconds_of(step: Callable[[], Any], device: torch.device) -> float:
     """One run from an idle device: by CUDA events, launches included, or by the process's clock."""
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -41,20 +41,20 @@ def seconds_of(step: Callable[[], None], device: torch.device) -> float:
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], None]],
+    steps: Mapping[Any, Callable[[], Any]],
     device: torch.device,
     seconds: float,
     min_rounds: int = 3,
     max_rounds: int = 50,
-    before: Callable[[str], None] = lambda name: None,
+    before: Callable[[Any], Any] = lambda name: None,
     progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, list[float]]:
+) -> dict[Any, list[float]]:
     """Seconds of each step, by round: every step once a round, so that all share the machine's moods.
 
     The first of a round becomes the last of the next, so that none profits from its place. ``before`` runs untimed
     ahead of each step. The caller has warmed the steps up. No round begins that would not end within ``seconds``.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[Any, list[float]] = {name: [] for name in steps}
     names = list(steps)
     start = time.perf_counter()
     for done in range(max_rounds):
@@ -69,7 +69,14 @@ def interleaved(
     return times
 
 
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
+def release(device: torch.device) -> None:
+    """Give back what is no longer held, so that one contender's leavings do not crowd out the next."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes that ``step`` takes at its peak above what is held before it; None where that cannot be read."""
     gc.collect()
     if device.type == "cuda":

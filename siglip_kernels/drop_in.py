@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from siglip_kernels.loss import sigmoid_loss
+from siglip_kernels.validation import one_of
 
 DIST_IMPLS = (None, "bidir", "shift", "reduce", "gather")
 
@@ -29,8 +30,7 @@ class SigLipLoss(nn.Module):
         chunk_size: int = 0,
     ) -> None:
         super().__init__()
-        if dist_impl not in DIST_IMPLS:
-            raise ValueError(f"dist_impl must be one of {', '.join(map(repr, DIST_IMPLS))}; got {dist_impl!r}")
+        one_of("dist_impl", dist_impl, DIST_IMPLS)
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size); got rank = {rank!r}, world_size = {world_size!r}")
         if chunk_size < 0:

@@ -143,6 +143,6 @@ def _same_device(name: str, t: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} is on {t.device}, image_features on {x.device}; expected one device")
 
 
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bench import checks
+
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     # Triton reads it when it is first imported, which importing torch does not do.
@@ -32,13 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialised floating memory is NaN, and integers are their largest, so that an unwritten element shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    """An unwritten element shows."""
+    with checks.poisoned_memory(warn_only=False):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

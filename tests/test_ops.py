@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import checks
 from siglip_kernels import SigmoidLoss, backends, ops, schedule, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
@@ -384,16 +384,14 @@ def gpu_backends() -> list[str]:
     return [name for name in backends.NAMES[1:] if not backends.why_not(name, problem)]
 
 
-# 1000 and 3000 are multiples of no tile; 768 is SigLIP's width.
-GPU_SHAPE = (1000, 3000, 768)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", backends.NAMES[1:])
 def test_gradient_check_on_the_gpu(backend: str) -> None:
     if backend not in gpu_backends():
         pytest.skip(f"{backend} does not run on this GPU")
-    report = check(partial(sigmoid_loss, backend=backend), device="cuda", dtypes=[torch.bfloat16], shapes=[GPU_SHAPE])
+    report = check(
+        partial(sigmoid_loss, backend=backend), device="cuda", dtypes=[torch.bfloat16], shapes=[checks.SHAPE]
+    )
     assert report.ok, report
 
 
@@ -405,80 +403,6 @@ def test_the_gpu_has_both_backends() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["eager", "triton", "auto"])
-def test_twenty_repeats_on_the_gpu_give_the_same_bits(backend: str, dtype: torch.dtype) -> None:
-    run = partial(differentiate, partial(sigmoid_loss, backend=backend))
-    inputs = make_inputs(*GPU_SHAPE, dtype, "trained", device="cuda")
-    first = run(inputs)
-    for repeat in range(20):
-        for name, value, right in zip(COLUMNS, run(inputs), first, strict=True):
-            assert torch.equal(value, right), (name, backend, repeat)
-
-
-@contextmanager
-def synchronisation_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", PAIRS)
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_no_synchronisation_on_the_gpu(backend: str, kind: str) -> None:
-    M, N, D = 300, 500, 64
-    inputs = [t.requires_grad_() for t in make_inputs(M, N, D, torch.bfloat16, device="cuda")]
-    arguments = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in pairs_of(kind, M, N).items()}
-    run = partial(sigmoid_loss, *inputs, **arguments, backend=backend)
-    # Kernels are built and loaded by the first call.
-    run().backward()
-    torch.cuda.synchronize()
-    with synchronisation_is_an_error():
-        run().backward()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_cuda_graph(backend: str) -> None:
-    """Forward and backward captured once; replayed on other inputs, also after the caching allocator was busy."""
-    inputs = make_inputs(*GPU_SHAPE, torch.bfloat16, "trained", device="cuda")
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    run = partial(sigmoid_loss, *leaves, positive_offset=3, backend=backend)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            torch.autograd.grad(run(), leaves)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = run()
-        grads = torch.autograd.grad(loss, leaves)
-    for seed in (1, 2):
-        other = make_inputs(*GPU_SHAPE, torch.bfloat16, "trained", device="cuda", seed=seed)
-        with torch.no_grad():
-            for leaf, value in zip(leaves, other, strict=True):
-                leaf.copy_(value)
-        garbage = torch.full((1 << 26,), float("nan"), device="cuda")
-        del garbage
-        graph.replay()
-        right = differentiate(partial(sigmoid_loss, positive_offset=3, backend=backend), other)
-        for name, value, expected in zip(COLUMNS, (loss, *grads), right, strict=True):
-            assert torch.equal(value, expected), (name, backend, seed)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_more_than_two_to_the_31_pairs(backend: str) -> None:
-    """50,000² pairs overflow a 32-bit index. All features are equal: every logit is -0.5, and the answer is known."""
-    B, D = 50_000, 16
-    x = torch.full((B, D), 0.25, dtype=torch.bfloat16, device="cuda")
-    ours = sigmoid_loss_and_grads(x, x.clone(), 10.0, -10.5, positive_offset=None, backend=backend)
-    z = torch.tensor(-0.5, dtype=torch.float64)
-    dz = torch.sigmoid(z)
-    assert relative_l2(ours.loss.cpu(), B * torch.nn.functional.softplus(z)) < 2e-5
-    for grad in (ours.image_features, ours.text_features):
-        assert relative_l2(grad.cpu(), (10 * dz * 0.25).expand(B, D)) < 3.5e-3
-    assert relative_l2(ours.logit_scale.cpu(), B * dz) < 1e-5
-    assert relative_l2(ours.logit_bias.cpu(), B * dz) < 1e-5
+@pytest.mark.parametrize("run", [checks.repeats, checks.graph_replay, checks.no_synchronisation, checks.many_pairs])
+def test_on_the_gpu(run: Callable[..., list[str]], backend: str, dtype: torch.dtype) -> None:
+    assert run(backend, torch.device("cuda"), dtype) == []

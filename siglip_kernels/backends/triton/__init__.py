@@ -25,6 +25,9 @@ class TritonBlockKernel(BlockKernel):
 
     name = "triton"
 
+    def __init__(self, dz_bytes: int = DZ_BYTES) -> None:
+        self.dz_bytes = dz_bytes
+
     def automatic(self, problem: Problem) -> bool:
         return problem.device.type != "cpu"  # the interpreter is for tests
 
@@ -49,7 +52,7 @@ class TritonBlockKernel(BlockKernel):
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
         """Twice as many texts as images where both sides are cut; either side is cut evenly."""
-        pairs = DZ_BYTES // problem.dtype.itemsize
+        pairs = self.dz_bytes // problem.dtype.itemsize
         R = _even_cut(problem.M, math.isqrt(pairs // 2))
         C = _even_cut(problem.N, pairs // R)
         if problem.N <= C:
