@@ -6,6 +6,7 @@ keeps the accumulators; backward only scales them by the upstream gradient.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def _sigmoid_loss(
     pairs = PairSpec(positive_offset, image_ids, text_ids, image_weights, text_weights)
     kernel = backends.choose(backend, Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, dx or dy))
     # The products inside choose their own precision; autocast must not touch them.
-    with torch.autocast(x.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         result = schedule.run(kernel, x, y, scale, bias, pairs, reduction, Wanted(dx, dy, dscale, dbias))
     return result.loss, result.scalars, result.dx, result.dy
 

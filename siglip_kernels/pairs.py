@@ -34,6 +34,8 @@ class PairSpec:
     def block(self, rows: slice, cols: slice) -> PairSpec:
         """The pairs of images ``rows`` and texts ``cols``, numbered from the block's own corner."""
         offset = self.positive_offset
+        if not self.has_ids and not self.has_weights:
+            return PairSpec(None if offset is None else offset + rows.start - cols.start)
         return replace(
             self,
             positive_offset=None if offset is None else offset + rows.start - cols.start,
@@ -45,6 +47,8 @@ class PairSpec:
 
     def prepared(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> PairSpec:
         """As block kernels take it: vectors contiguous, weights of ``dtype`` and on both sides or on neither."""
+        if not self.has_ids and not self.has_weights:
+            return self
         return replace(
             self,
             image_ids=None if self.image_ids is None else self.image_ids.contiguous(),

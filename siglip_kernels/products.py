@@ -19,7 +19,8 @@ def matmul_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> N
         else:
             torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
         return
-    a, b = a.to(out.dtype), b.to(out.dtype)
+    if a.dtype is not out.dtype:
+        a, b = a.to(out.dtype), b.to(out.dtype)
     if accumulate:
         torch.addmm(out, a, b, out=out)
     else:

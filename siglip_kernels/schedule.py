@@ -71,16 +71,17 @@ def run(
     dtype = accumulator_dtype(x.dtype)
     problem = Problem(M, N, D, x.dtype, x.device, wanted.dz)
 
-    scale = scale.reshape(()).to(dtype)
-    bias = x.new_zeros((), dtype=dtype) if bias is None else bias.reshape(()).to(dtype)
+    scale = _scalar(scale, dtype)
+    bias = x.new_zeros((), dtype=dtype) if bias is None else _scalar(bias, dtype)
     pairs = pairs.prepared(x, y, dtype)
     dz_scale = _dz_scale(pairs, x) if wanted.dz and kernel.operand_dtype(problem) is torch.float16 else None
 
     dx, dy, sums = _block_loop(kernel, problem, x, y, scale, bias, pairs, wanted, dz_scale)
 
-    gain = scale.to(sums.dtype) if dz_scale is None else scale.to(sums.dtype) / dz_scale
-    totals = torch.cat([sums.sum(0), gain.reshape(1)]).div_(_denominator(pairs, reduction, M, N)).to(dtype)
-    return Result(totals[0].clone(), totals, dx, dy)
+    totals = sums[0] if len(sums) == 1 else sums.sum(0)
+    totals[3] = scale if dz_scale is None else scale / dz_scale
+    scalars = torch.div(totals, _denominator(pairs, reduction, M, N), out=x.new_empty(4, dtype=dtype))
+    return Result(scalars[0].clone(), scalars, dx, dy)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -104,7 +105,7 @@ def _block_loop(
     wanted: Wanted,
     dz_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [M, D] and dy [N, D], each empty if not wanted, and the blocks' sums [blocks, 3]."""
+    """dx [M, D] and dy [N, D], each empty if not wanted, and the blocks' sums [blocks, 4], the last column unused."""
     M, N, D = problem.M, problem.N, problem.D
     operand = kernel.operand_dtype(problem)
     R, C = kernel.block_shape(problem)
@@ -114,35 +115,50 @@ def _block_loop(
     dx = torch.empty(M if wanted.dx else 0, D, dtype=scale.dtype, device=x.device)
     dy = torch.empty(N if wanted.dy else 0, D, dtype=scale.dtype, device=x.device)
     if not blocks:
-        return dx.zero_(), dy.zero_(), x.new_zeros((1, 3), dtype=sum_dtype(x.device))
+        return dx.zero_(), dy.zero_(), x.new_zeros((1, 4), dtype=sum_dtype(x.device))
 
     row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
     dz_buffer = torch.empty(R if wanted.dz else 0, row, dtype=operand, device=x.device)
-    sums = torch.empty(len(blocks), 3, dtype=sum_dtype(x.device), device=x.device)
+    sums = torch.empty(len(blocks), 4, dtype=sum_dtype(x.device), device=x.device)
     workspace = kernel.workspace(problem, R, C)
 
     for index, (rows, cols) in enumerate(blocks):
         if cols.start == 0:
-            x_block = x[rows].to(operand)
-        y_block = y[cols].to(operand)
-        dz = dz_buffer[: x_block.shape[0], : y_block.shape[0]] if wanted.dz else None
+            x_block = _as(_rows(x, rows), operand)
+        y_block = _as(_rows(y, cols), operand)
+        shape = x_block.shape[0], y_block.shape[0]
+        dz = None if not wanted.dz else dz_buffer if dz_buffer.shape == shape else dz_buffer[: shape[0], : shape[1]]
         kernel.block(
             x_block,
             y_block,
             scale,
             bias,
             pairs.block(rows, cols),
-            sums=sums[index],
+            sums=sums[index, :3],
             dz=dz,
             dz_scale=dz_scale,
             workspace=workspace,
             loss_only=not wanted.any,
         )
         if dz is not None and wanted.dx:
-            matmul_(dx[rows], dz, y_block, accumulate=cols.start > 0)
+            matmul_(_rows(dx, rows), dz, y_block, accumulate=cols.start > 0)
         if dz is not None and wanted.dy:
-            matmul_(dy[cols], dz.T, x_block, accumulate=rows.start > 0)
+            matmul_(_rows(dy, cols), dz.T, x_block, accumulate=rows.start > 0)
     return dx, dy, sums
+
+
+def _rows(t: Tensor, rows: slice) -> Tensor:
+    """``t[rows]``; a view costs as much as a small product, and a small problem is one block."""
+    return t if rows.stop - rows.start == t.shape[0] else t[rows]
+
+
+def _scalar(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """[] of ``dtype``."""
+    return _as(t if t.dim() == 0 else t.reshape(()), dtype)
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _blocks(M: int, N: int, R: int, C: int) -> Iterator[tuple[slice, slice]]:

@@ -13,7 +13,7 @@ from siglip_kernels.products import accumulates_in_float32, matmul_
 
 
 class Workspace(NamedTuple):
-    """Flat buffers of R·C elements in the logits' dtype."""
+    """[R, C] buffers in the logits' dtype."""
 
     u: Tensor  # inner products, then dz·u
     a: Tensor  # -s·z, then σ and dz
@@ -40,7 +40,7 @@ class EagerBlockKernel(BlockKernel):
 
     def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
         dtype = torch.float64 if problem.dtype is torch.float64 else torch.float32
-        return Workspace(*(torch.empty(R * C, dtype=dtype, device=problem.device) for _ in Workspace._fields))
+        return Workspace(*(torch.empty(R, C, dtype=dtype, device=problem.device) for _ in Workspace._fields))
 
     def block(
         self,
@@ -57,7 +57,7 @@ class EagerBlockKernel(BlockKernel):
         loss_only: bool = False,
     ) -> None:
         r, c = x.shape[0], y.shape[0]
-        u, a, terms = (buffer[: r * c].view(r, c) for buffer in workspace)
+        u, a, terms = workspace if workspace.u.shape == (r, c) else (b.view(-1)[: r * c].view(r, c) for b in workspace)
         positive = _Positives(pairs, r, c)
 
         matmul_(u, x, y.T)
@@ -68,14 +68,16 @@ class EagerBlockKernel(BlockKernel):
         if loss_only:
             return
 
-        torch.sigmoid(a, out=a)
-        positive.negate_(a)
-        _weigh_(a, pairs)
+        # Straight into dz where it is of the same kind.
+        g = dz if dz is not None and dz_scale is None and dz.dtype is a.dtype and dz.is_contiguous() else a
+        torch.sigmoid(a, out=g)
+        positive.negate_(g)
+        _weigh_(g, pairs)
         # Not torch.dot: its plain accumulation errs by 5e-6 of Σ|terms| over a block, the cascade of sum by 4e-8.
-        sums[1] = u.mul_(a).sum()
-        sums[2] = a.sum()
-        if dz is not None:
-            torch.mul(a, 1.0 if dz_scale is None else dz_scale, out=dz)
+        sums[1] = u.mul_(g).sum()
+        sums[2] = g.sum()
+        if dz is not None and g is not dz:
+            torch.mul(g, 1.0 if dz_scale is None else dz_scale, out=dz)
 
 
 class _Positives:
