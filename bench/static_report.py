@@ -44,23 +44,17 @@ class Row(NamedTuple):
     problems: list[str]
 
 
-def compile_variant(variant: configs.Variant, aligned: bool | None = None) -> Resources:
-    """Cross-compile ``variant`` as the launcher would ask for it.
-
-    ``aligned``: D and the row strides are multiples of 16. By default they are, unless only their not being so leads
-    to the variant: the pointer path of a part that has TMA.
-    """
+def compile_variant(variant: configs.Variant) -> Resources:
+    """Cross-compile ``variant`` as the launcher would ask for it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel as kernel
 
-    if aligned is None:
-        aligned = variant.use_tma or variant.arch not in configs.TMA
     constants = _constants(variant)
     signature = {name: "constexpr" if name in constants else _type(variant, name) for name in kernel.arg_names}
-    divisible = {"D", "stride_xm", "stride_yn", "stride_dzm"} if aligned else {"stride_dzm"}
+    divisible = {"D", "stride_xm", "stride_yn", "stride_dzm"} if variant.aligned else {"stride_dzm"}
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
@@ -100,7 +94,7 @@ def describe(variant: configs.Variant) -> str:
     flags = {"weights": variant.has_weights, "loss-only": variant.loss_only, "no-dz": not variant.write_dz}
     words = [
         f"{variant.arch:6} {ELEMENTS[variant.dtype]} {tile:17}",
-        "tma" if variant.use_tma else "ptr",
+        "tma" if variant.use_tma else "ptr" if variant.aligned else "odd",
         f"{variant.precision:6}",
         variant.labels,
         *(name for name, is_set in flags.items() if is_set),
@@ -226,12 +220,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the report; the exit status is 1 if it found a problem."""
     parser = argparse.ArgumentParser(prog="python -m bench.static_report", description=__doc__)
     parser.add_argument("--arch", choices=sorted(configs.SHARED_MEMORY), help="only this architecture")
+    parser.add_argument("--every", action="store_true", help="with every kind of labels, weights and outputs")
     parser.add_argument("--variants", type=int, metavar="N", help="only N variants, spread evenly over all")
     parser.add_argument("--processes", type=int, default=2, help="how many compile at once (default 2)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     options = parser.parse_args(arguments)
 
-    variants = [variant for variant in configs.shipped() if options.arch in (None, variant.arch)]
+    variants = [variant for variant in configs.shipped(options.every) if options.arch in (None, variant.arch)]
     if options.variants and options.variants < len(variants):
         variants = [variants[index * len(variants) // options.variants] for index in range(options.variants)]
     if not options.json:

@@ -48,6 +48,17 @@ def test_bad_configurations_are_reported(monkeypatch: pytest.MonkeyPatch) -> Non
         assert any(problem in found for found in row.problems), row
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_two_programs_share_a_hopper_multiprocessor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that the epilogue of one runs under the products of the other.
+    variants = [replace(HOPPER, dtype=dtype, labels=labels) for labels in ("none", "offset")]
+    for row in compiled(variants, monkeypatch):
+        assert row.resources is not None, row.problems
+        registers = -(-row.resources.registers // 8) * 8 * 32 * row.variant.config.num_warps
+        assert 2 * registers <= 65536, row
+        assert 2 * (row.resources.shared + 1024) <= 228 * 1024, row
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

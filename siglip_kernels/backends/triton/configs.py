@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ LARGE = {
     ("sm_80", 4): Config(64, 64, 32, num_warps=8, num_stages=3),
     ("sm_90", 2): Config(128, 128, 64, num_warps=8, num_stages=3),
     ("sm_90", 4): Config(128, 64, 32, num_warps=8, num_stages=3),
-    ("sm_100", 2): Config(128, 64, 32, num_warps=8, num_stages=4),
+    ("sm_100", 2): Config(128, 128, 64, num_warps=8, num_stages=3),
     ("sm_100", 4): Config(128, 64, 32, num_warps=8, num_stages=3),
     ("gfx942", 2): Config(128, 128, 64, num_warps=8, num_stages=2),
     ("gfx942", 4): Config(128, 128, 32, num_warps=8, num_stages=2),
@@ -92,22 +93,34 @@ class Variant:
     has_weights: bool = False
     loss_only: bool = False
     write_dz: bool = True
+    aligned: bool = True  # D and the row strides are multiples of 16
 
 
-def shipped() -> Iterator[Variant]:
-    """Every configuration on every path, with the labels, weights and outputs that shape its code most."""
-    uses = (
-        {"labels": "none"},
-        {"labels": "offset"},
-        {"labels": "ids", "has_weights": True},
-        {"labels": "offset", "loss_only": True, "write_dz": False},
-        {"labels": "offset", "write_dz": False},
-    )
+# What is asked of the kernel: the uses that shape its code most, and all there are.
+USES: tuple[dict[str, Any], ...] = (
+    {"labels": "none"},
+    {"labels": "offset"},
+    {"labels": "ids", "has_weights": True},
+    {"labels": "offset", "loss_only": True, "write_dz": False},
+    {"labels": "offset", "write_dz": False},
+)
+EVERY_USE: tuple[dict[str, Any], ...] = tuple(
+    {"labels": labels, "has_weights": has_weights, "loss_only": loss_only, "write_dz": write_dz}
+    for labels in LABELS
+    for has_weights in (False, True)
+    for loss_only, write_dz in ((False, True), (False, False), (True, False))
+)
+
+
+def shipped(every: bool = False) -> Iterator[Variant]:
+    """Every configuration on every path, with USES; ``every``: with EVERY_USE, and aligned or not where TMA is not."""
     for arch in SHARED_MEMORY:
+        # Where there is TMA, its not being able to address the rows is what leads to the pointers.
+        paths = [(True, True), (False, False)] if arch in TMA else [(False, True), (False, False)][: 1 + every]
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for table in (LARGE, SMALL):
-                for tf32 in (False, True) if dtype is torch.float32 and not arch.startswith("gfx") else (False,):
-                    for use_tma in (True, False) if arch in TMA else (False,):
-                        config = table[arch, dtype.itemsize]
-                        for use in uses:
-                            yield Variant(arch, dtype, config, use_tma, precision(arch, dtype, tf32), **use)
+                config = table[arch, dtype.itemsize]
+                for precise in dict.fromkeys(precision(arch, dtype, tf32) for tf32 in (False, True)):
+                    for use_tma, aligned in paths:
+                        for use in EVERY_USE if every else USES:
+                            yield Variant(arch, dtype, config, use_tma, precise, aligned=aligned, **use)

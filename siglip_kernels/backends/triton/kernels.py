@@ -1,8 +1,9 @@
 """The fused block kernel: a tile of the logits by the tensor cores, then its sigmoid-BCE epilogue, in registers.
 
 Measured facts, from cross-compiling (no GPU): the epilogue over the whole tile at once spills on every part (1188
-spill instructions on sm_90 at 128x128 with 4 warps). Walking it in quarters of the columns keeps few values alive:
-no spill under Triton 3.6 and 3.7, some 30 instructions and 2 special-function calls a pair.
+spill instructions on sm_90 at 128x128 with 4 warps). Walking it in quarters of the columns keeps few values alive, if
+a branch stands between them: without one the scheduler interleaves the quarters (156 registers on sm_90 at 128x128
+with 8 warps, with it 124, so that two programs share a multiprocessor). No spill under Triton 3.6 and 3.7.
 """
 
 import triton
@@ -14,6 +15,8 @@ LABELS_IDS = tl.constexpr(2)
 LOG2E = tl.constexpr(1.4426950408889634)
 # Columns that the running product Π(1 + e) of a row keeps apart: at most BLOCK_N / 8 factors of 2 meet in one product.
 PRODUCTS = tl.constexpr(8)
+# Columns that the sums of a row keep apart until the tile's end: the threads of a tensor-core layout.
+LANES = tl.constexpr(4)
 
 
 @triton.jit(do_not_specialize=["M", "N", "positive_offset"])
@@ -61,9 +64,9 @@ def _sigmoid_block_kernel(
     bias = tl.load(bias_ptr)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    sum_loss = tl.zeros((BLOCK_M,), tl.float32)
-    sum_dzu = tl.zeros((BLOCK_M,), tl.float32)
-    sum_dz = tl.zeros((BLOCK_M,), tl.float32)
+    sum_loss = tl.zeros((BLOCK_M, LANES), tl.float32)
+    sum_dzu = tl.zeros((BLOCK_M, LANES), tl.float32)
+    sum_dz = tl.zeros((BLOCK_M, LANES), tl.float32)
     product = tl.zeros((BLOCK_M, PRODUCTS), tl.float32)
     if HAS_WEIGHTS:
         image_weights = tl.load(image_weights_ptr + offs_m, mask=mask_m, other=0.0)
@@ -75,64 +78,67 @@ def _sigmoid_block_kernel(
     for quarter in tl.static_range(4):
         u = quarters[quarter]
         start_n = pid_n * BLOCK_N + quarter * QUARTER
-        offs_n = start_n + tl.arange(0, QUARTER)
-        mask_n = offs_n < N
+        # Nothing to do beyond the last text. The branch also keeps the quarters apart in the machine code.
+        if start_n < N:
+            offs_n = start_n + tl.arange(0, QUARTER)
+            mask_n = offs_n < N
 
-        # a = -s·z: positives change sign, on the tiles that hold some.
-        a = u * scale + bias
-        first = start_m + positive_offset - start_n
-        on_diagonal = (first > -BLOCK_M) & (first < QUARTER)
-        if LABELS == LABELS_OFFSET:
-            if on_diagonal:
-                a = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -a, a)
-        if LABELS == LABELS_IDS:
-            text_ids = tl.load(text_ids_ptr + offs_n, mask=mask_n, other=0)
-            positive = image_ids[:, None] == text_ids[None, :]
-            a = tl.where(positive, -a, a)
-        if (start_m + BLOCK_M > M) | (start_n + QUARTER > N):
-            # Out of range: softplus and sigmoid of -inf are 0.
-            a = tl.where(mask_m[:, None] & mask_n[None, :], a, float("-inf"))
-
-        # Folding log2(e) into scale and bias would save this product, but their rounding is the same for every pair:
-        # at z = -10 it shifts σ by 5e-7.
-        e = tl.exp2(-tl.abs(a) * LOG2E)
-        if HAS_WEIGHTS:
-            text_weights = tl.load(text_weights_ptr + offs_n, mask=mask_n, other=0.0)
-            softplus = tl.maximum(a, 0.0) + _log1p(e)
-            sum_loss += tl.sum(softplus * text_weights[None, :], 1)
-        else:
-            # Σ log1p(e) = log1p(p), where p gathers Π(1 + e) - 1 without forming 1 + e.
-            p = _gather_products(e, BLOCK_M, QUARTER)
-            product = product + p + product * p
-            sum_loss += tl.sum(tl.maximum(a, 0.0), 1)
-
-        if not LOSS_ONLY:
-            # σ(a) and σ(-a) are 1 and e over 1 + e; rsqrt squared is the shortest reciprocal.
-            root = tl.rsqrt(1.0 + e)
-            g = tl.where(a >= 0, 1.0, e) * (root * root)
-            if HAS_WEIGHTS:
-                g = g * (image_weights[:, None] * text_weights[None, :])
+            # a = -s·z: positives change sign, on the tiles that hold some.
+            a = u * scale + bias
+            first = start_m + positive_offset - start_n
+            on_diagonal = (first > -BLOCK_M) & (first < QUARTER)
             if LABELS == LABELS_OFFSET:
                 if on_diagonal:
-                    g = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -g, g)
+                    a = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -a, a)
             if LABELS == LABELS_IDS:
-                g = tl.where(positive, -g, g)
-            sum_dzu += tl.sum(g * u, 1)
-            sum_dz += tl.sum(g, 1)
-            if WRITE_DZ:
-                if dz_scale_ptr is not None:
-                    g = g * tl.load(dz_scale_ptr)
-                if USE_TMA:
-                    dz.store([start_m, start_n], g.to(dz.dtype))
-                else:
-                    rows = dz + offs_m.to(tl.int64) * stride_dzm
-                    mask = mask_m[:, None] & mask_n[None, :]
-                    tl.store(rows[:, None] + offs_n[None, :], g.to(dz.dtype.element_ty), mask=mask)
+                text_ids = tl.load(text_ids_ptr + offs_n, mask=mask_n, other=0)
+                # A factor, not a mask: on CDNA masks spill scalar registers.
+                sign = tl.where(image_ids[:, None] == text_ids[None, :], -1.0, 1.0)
+                a = a * sign
+            if (start_m + BLOCK_M > M) | (start_n + QUARTER > N):
+                # Out of range: softplus and sigmoid of -inf are 0.
+                a = tl.where(mask_m[:, None] & mask_n[None, :], a, float("-inf"))
+
+            # Folding log2(e) into scale and bias would save this product, but their rounding is the same for every
+            # pair: at z = -10 it shifts σ by 5e-7.
+            e = tl.exp2(-tl.abs(a) * LOG2E)
+            if HAS_WEIGHTS:
+                text_weights = tl.load(text_weights_ptr + offs_n, mask=mask_n, other=0.0)
+                softplus = tl.maximum(a, 0.0) + _log1p(e)
+                sum_loss += _lane_sums(softplus * text_weights[None, :], BLOCK_M, QUARTER)
+            else:
+                # Σ log1p(e) = log1p(p), where p gathers Π(1 + e) - 1 without forming 1 + e.
+                p = _gather_products(e, BLOCK_M, QUARTER)
+                product = product + p + product * p
+                sum_loss += _lane_sums(tl.maximum(a, 0.0), BLOCK_M, QUARTER)
+
+            if not LOSS_ONLY:
+                # σ(a) and σ(-a) are 1 and e over 1 + e; rsqrt squared is the shortest reciprocal.
+                root = tl.rsqrt(1.0 + e)
+                g = tl.where(a >= 0, 1.0, e) * (root * root)
+                if HAS_WEIGHTS:
+                    g = g * (image_weights[:, None] * text_weights[None, :])
+                if LABELS == LABELS_OFFSET:
+                    if on_diagonal:
+                        g = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -g, g)
+                if LABELS == LABELS_IDS:
+                    g = g * sign
+                sum_dzu += _lane_sums(g * u, BLOCK_M, QUARTER)
+                sum_dz += _lane_sums(g, BLOCK_M, QUARTER)
+                if WRITE_DZ:
+                    if dz_scale_ptr is not None:
+                        g = g * tl.load(dz_scale_ptr)
+                    if USE_TMA:
+                        dz.store([start_m, start_n], g.to(dz.dtype))
+                    else:
+                        rows = dz + offs_m.to(tl.int64) * stride_dzm
+                        mask = mask_m[:, None] & mask_n[None, :]
+                        tl.store(rows[:, None] + offs_n[None, :], g.to(dz.dtype.element_ty), mask=mask)
 
     if HAS_WEIGHTS:
-        sum_loss = sum_loss * image_weights
+        sum_loss = sum_loss * image_weights[:, None]
     else:
-        sum_loss += tl.sum(_log1p(product), 1)
+        sum_loss += _lane_sums(_log1p(product), BLOCK_M, PRODUCTS)
     programs = tl.num_programs(0)
     tl.store(partials_ptr + pid, tl.sum(sum_loss))
     if not LOSS_ONLY:
@@ -194,7 +200,9 @@ def _wrapped_rows(base_ptr, start, stride, length, BLOCK: tl.constexpr):
 def _log1p(p):
     """Of p >= 0, with the rounding of 1 + p made good."""
     w = 1.0 + p
-    return tl.log(w) + (p - (w - 1.0)) / w
+    # The correction is at most 2^-24 of w: an approximate 1 / w will do, and the epilogue has this one already.
+    root = tl.rsqrt(w)
+    return tl.log(w) + (p - (w - 1.0)) * (root * root)
 
 
 @triton.jit
@@ -220,3 +228,14 @@ def _gather_products(p, ROWS: tl.constexpr, COLS: tl.constexpr):
     else:
         left, right = _halves(p, ROWS, COLS)
         return _gather_products(left + right + left * right, ROWS, COLS // 2)
+
+
+@triton.jit
+def _lane_sums(t, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, LANES]: sums over the columns that one thread holds, so that no data moves."""
+    if COLS == 2 * LANES:
+        left, right = tl.split(tl.reshape(t, (ROWS, LANES, 2)))
+        return left + right
+    else:
+        left, right = _halves(t, ROWS, COLS)
+        return _lane_sums(left + right, ROWS, COLS // 2)
