@@ -19,7 +19,6 @@ from torch import Tensor
 
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.products import matmul_
 
 # |dz| is at most max(w). In float16 it travels times 2^14 / 2^⌈log2 max(w)⌉: 65504 holds it, and 2^-38 is not yet 0.
 FLOAT16_DZ_EXPONENT = 14
@@ -141,9 +140,9 @@ def _block_loop(
             loss_only=not wanted.any,
         )
         if dz is not None and wanted.dx:
-            matmul_(_rows(dx, rows), dz, y_block, accumulate=cols.start > 0)
+            kernel.matmul_(_rows(dx, rows), dz, y_block, accumulate=cols.start > 0)
         if dz is not None and wanted.dy:
-            matmul_(_rows(dy, cols), dz.T, x_block, accumulate=rows.start > 0)
+            kernel.matmul_(_rows(dy, cols), dz.T, x_block, accumulate=rows.start > 0)
     return dx, dy, sums
 
 

@@ -11,6 +11,8 @@ namespace siglip {
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context);
 
+// Bits of siglip_features().
+enum Features : int64_t { kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 4, kAmxBf16 = 8 };
 enum Labels : int64_t { kNone = 0, kOffset = 1, kIds = 2 };
 enum Element : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2 };
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from siglip_kernels.backends.base import BlockKernel, Problem
+from siglip_kernels.backends.cpu import CpuBlockKernel
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.backends.triton import TritonBlockKernel
 
 # In order of preference: "auto" takes the first that can run the call; the last one always can.
-BACKENDS: dict[str, BlockKernel] = {kernel.name: kernel for kernel in (TritonBlockKernel(), EagerBlockKernel())}
+BACKENDS: dict[str, BlockKernel] = {
+    kernel.name: kernel for kernel in (TritonBlockKernel(), CpuBlockKernel(), EagerBlockKernel())
+}
 # Names of the public contract whose kernels are still to come.
-PLANNED = ("cpu", "cuda")
+PLANNED = ("cuda",)
 NAMES = ("auto", *BACKENDS, *PLANNED)
 
 

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from siglip_kernels import products
 from siglip_kernels.pairs import PairSpec
+
+
+ENOUGH_PAIRS = 1024
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,11 @@ class Problem:
     dtype: torch.dtype  # of the features
     device: torch.device
     needs_dz: bool = True  # some feature gradient is wanted
+
+    @property
+    def rounds_out(self) -> bool:
+        """Whether the rounding of a half-precision dz averages out; of a few pairs it may show whole in a gradient."""
+        return self.M * self.N >= ENOUGH_PAIRS
 
 
 class BlockKernel(abc.ABC):
@@ -65,3 +74,7 @@ class BlockKernel(abc.ABC):
         loss_only: bool = False,  # no gradient is wanted at all: only sums[0] will be read
     ) -> None:
         """Write ``sums`` and ``dz`` of the block; read nothing back to the host."""
+
+    def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
+        """``out = a @ b`` or ``out += a @ b``: the gradients' products, of dz and features in the operand dtype."""
+        products.matmul_(out, a, b, accumulate=accumulate)

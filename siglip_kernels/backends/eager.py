@@ -31,7 +31,8 @@ class EagerBlockKernel(BlockKernel):
     def operand_dtype(self, problem: Problem) -> torch.dtype:
         half = problem.dtype in (torch.float16, torch.bfloat16)
         # Without products that accumulate in float32, half-precision operands would round the logits: widen them.
-        return torch.float32 if half and not accumulates_in_float32(problem.device) else problem.dtype
+        keep = accumulates_in_float32(problem.device) and problem.rounds_out
+        return torch.float32 if half and not keep else problem.dtype
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
         # CPU: 16 MiB in all, in reach of the caches; the speed curve is flat from (512, 512) on (see bench/NOTES.md).

@@ -48,11 +48,11 @@ class TritonBlockKernel(BlockKernel):
         return reasons
 
     def operand_dtype(self, problem: Problem) -> torch.dtype:
-        return problem.dtype
+        return problem.dtype if problem.rounds_out else torch.float32
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
         """Twice as many texts as images where both sides are cut; either side is cut evenly."""
-        pairs = self.dz_bytes // problem.dtype.itemsize
+        pairs = self.dz_bytes // self.operand_dtype(problem).itemsize
         R = _even_cut(problem.M, math.isqrt(pairs // 2))
         C = _even_cut(problem.N, pairs // R)
         if problem.N <= C:
