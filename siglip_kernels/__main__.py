@@ -1,4 +1,5 @@
-"""``python -m siglip_kernels check``: gradient check of the backends that run here; ``info``: which do, and why not."""
+"""``python -m siglip_kernels check``: gradient check of the backends that run here; ``info``: which do, and why not;
+``build``: compile ahead what is otherwise compiled on first use."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import argparse
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -13,7 +15,7 @@ from typing import Any, cast
 import torch
 
 import siglip_kernels
-from siglip_kernels import backends, testing
+from siglip_kernels import backends, build, testing
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.loss import Backend, sigmoid_loss
 
@@ -45,8 +47,26 @@ def info() -> int:
         print(f"\n{device}: {describe(device)}")
         for backend in backends.NAMES[1:]:
             reasons = why_not(backend, device, torch.float32)
-            print(f"  {backend:<7} {'available' if not reasons else 'unavailable: ' + '; '.join(reasons)}")
+            pending = backend in build.TARGETS and not build.is_built(build.TARGETS[backend])
+            available = "available" + (", not built yet: it will be on first use" if pending else "")
+            print(f"  {backend:<7} {available if not reasons else 'unavailable: ' + '; '.join(reasons)}")
     return 0
+
+
+def build_ahead() -> int:
+    """Compile every target, those that failed before too; 1 when any fails."""
+    failed = 0
+    for name, target in build.TARGETS.items():
+        cached = build.is_built(target)
+        build.forget_failure(target)
+        start = time.perf_counter()
+        try:
+            path = build.library(target)
+            print(f"{name}: {'cached' if cached else f'built in {time.perf_counter() - start:.1f} s'}: {path}")
+        except build.BuildError as error:
+            print(f"{name}: failed: {error}")
+            failed += 1
+    return int(failed > 0)
 
 
 def check(only: str | None, only_device: torch.device | None, quick: bool) -> int:
@@ -89,12 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m siglip_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="devices and backends, and the reasons against those unavailable")
+    commands.add_parser("build", help="compile ahead, for images and clusters; tries again what failed before")
     check_parser = commands.add_parser("check", help="gradient check against float64")
     check_parser.add_argument("--backend", choices=backends.NAMES[1:], help="only this one")
     check_parser.add_argument("--device", type=_device_here, help="only this one (default: every kind at hand)")
     check_parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
     chosen = parser.parse_args(arguments)
-    return info() if chosen.command == "info" else check(chosen.backend, chosen.device, chosen.quick)
+    if chosen.command == "check":
+        return check(chosen.backend, chosen.device, chosen.quick)
+    return info() if chosen.command == "info" else build_ahead()
 
 
 if __name__ == "__main__":

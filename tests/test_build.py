@@ -1,0 +1,492 @@
+"""``siglip_kernels.build``: once per content, safe among processes, and a reason where there is no library."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from siglip_kernels import backends, build
+from siglip_kernels.__main__ import main
+from siglip_kernels.backends.base import Problem
+from siglip_kernels.backends.eager import EagerBlockKernel
+from siglip_kernels.build import BuildError, Source, Target
+
+ROOT = Path(build.__file__).parents[1]
+SOURCE = '#include "common/step.h"\nextern "C" int value() { return STEP + EXTRA; }\n'
+TARGET = Target("tiny", (Source("cpu/tiny.cpp", ("-DEXTRA=2",)),), ("common/step.h",), ("-O1",))
+REAL = next(filter(None, map(shutil.which, build.COMPILERS["cxx"][0])), None)
+
+
+@dataclass
+class Place:
+    """A csrc/, a cache and a compiler that notes what it is asked to do."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        # Spaces and dollars are what a user's path may hold.
+        self.csrc, self.cache, self.bin = self.root / "c $rc", self.root / "ca che", self.root / "bin"
+        for folder in (self.csrc / "cpu", self.csrc / "common", self.bin):
+            folder.mkdir(parents=True)
+        self.write("cpu/tiny.cpp", SOURCE)
+        self.write("common/step.h", "#define STEP 40\n")
+        self.compiler()
+
+    def write(self, path: str, text: str) -> None:
+        (self.csrc / path).write_text(text, encoding="utf-8")
+
+    def compiler(self, before: str = "") -> None:
+        """A c++ that notes its arguments, does ``before`` and goes on as the real one."""
+        program = self.bin / "c++"
+        program.write_text(
+            f'#!/bin/sh\necho "$*" >> {shlex.quote(str(self.root / "log"))}\n{before}\nexec {REAL} "$@"\n'
+        )
+        program.chmod(0o755)
+
+    @property
+    def log(self) -> list[str]:
+        """What the compiler was asked, oldest first."""
+        path = self.root / "log"
+        return path.read_text().splitlines() if path.exists() else []
+
+    @property
+    def compilations(self) -> int:
+        return sum(" -c " in line for line in self.log)
+
+    def files(self) -> set[str]:
+        """What the cache holds."""
+        return {path.name for path in self.cache.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    if REAL is None or not (shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))):
+        pytest.skip("needs a C++ compiler and ninja")
+    place = Place(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place.cache))
+    monkeypatch.setenv("PATH", f"{place.bin}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(build, "CSRC", place.csrc)
+    monkeypatch.setattr(build, "_outcomes", {})
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return place
+
+
+def new_process() -> None:
+    """Forget what a process remembers, but not what the cache does."""
+    build._outcomes.clear()
+
+
+def value(library: Path) -> int:
+    return int(ctypes.CDLL(str(library)).value())
+
+
+def test_builds_and_leaves_nothing_else(place: Place) -> None:
+    assert not build.is_built(TARGET)
+    assert build.why_not(TARGET) == []
+    assert place.compilations == 0
+    library = build.library(TARGET)
+    assert value(library) == 42
+    assert build.is_built(TARGET)
+    assert library.is_relative_to(place.cache / "siglip_kernels")
+    assert place.files() == {"tiny.so"}
+    assert [path.name for path in library.parent.iterdir()] == ["tiny.so"], "the private folder is left"
+    assert not any((place.root / "temporary").iterdir())
+
+
+def test_is_quiet(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    place.write("cpu/tiny.cpp", '#warning "not a word"\n' + SOURCE)
+    build.library(TARGET)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_second_call_starts_no_compiler(place: Place) -> None:
+    library = build.library(TARGET)
+    asked = place.log
+    assert build.library(TARGET) == library
+    assert build.why_not(TARGET) == []
+    assert place.log == asked
+    new_process()
+    assert build.library(TARGET) == library
+    # A new process asks for the version, and nothing more.
+    assert place.log == [*asked, "--version"]
+
+
+def new_version(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.compiler('test "$1" = --version && echo 99.9 && exit')
+
+
+CHANGES: dict[str, tuple[Target, Callable[[Place, pytest.MonkeyPatch], object], int]] = {
+    "source": (TARGET, lambda place, _: place.write("cpu/tiny.cpp", SOURCE.replace("STEP", "1 + STEP")), 43),
+    "header": (TARGET, lambda place, _: place.write("common/step.h", "#define STEP 50\n"), 52),
+    "flag of the source": (replace(TARGET, sources=(Source("cpu/tiny.cpp", ("-DEXTRA=3",)),)), lambda *_: None, 43),
+    "flag of the target": (replace(TARGET, flags=("-O2",)), lambda *_: None, 42),
+    "flag of the link": (replace(TARGET, link_flags=("-lm",)), lambda *_: None, 42),
+    "compiler": (TARGET, new_version, 42),
+    "torch": (TARGET, lambda _, patch: patch.setattr(torch, "__version__", "9.9"), 42),
+    "platform": (TARGET, lambda _, patch: patch.setattr("sysconfig.get_platform", lambda: "abacus"), 42),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_builds_anew(what: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = build.library(TARGET)
+    target, change, expected = CHANGES[what]
+    with monkeypatch.context() as patch:
+        change(place, patch)
+        new_process()
+        assert not build.is_built(target)
+        new = build.library(target)
+    assert new != old
+    assert value(new) == expected
+    assert place.compilations == 2
+    assert value(old) == 42, "another process may still load it"
+
+
+def test_a_source_compiled_in_two_ways(place: Place) -> None:
+    text = 'extern "C" int NAME() { return NUMBER; }\n'
+    place.write("cpu/level.cpp", text)
+    ways = (("-DNAME=value", "-DNUMBER=1"), ("-DNAME=other", '-DNUMBER=sizeof("a b$")'))
+    library = build.library(Target("levels", tuple(Source("cpu/level.cpp", flags) for flags in ways)))
+    assert value(library) == 1
+    assert ctypes.CDLL(str(library)).other() == 5
+
+
+def test_torch_flags(place: Place) -> None:
+    text = """
+#ifndef TORCH_TARGET_VERSION
+#error "the stable ABI is not chosen"
+#endif
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+extern "C" int value() { return aoti_torch_dtype_float32(); }
+"""
+    place.write("cpu/torch.cpp", text)
+    compile_flags, link_flags = build.torch_flags()
+    # Undefined symbols would otherwise be looked for in the process.
+    strict = ("-Wl,-z,defs",) if sys.platform == "linux" else ()
+    target = Target("torch", (Source("cpu/torch.cpp"),), (), ("-std=c++17", *compile_flags), (*link_flags, *strict))
+    assert value(build.library(target)) == 6  # c10::ScalarType::Float
+
+
+@pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS["nvcc"][0])), reason="needs nvcc")
+def test_nvcc(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    # nvcc's own shell takes the dollar in a path for a variable.
+    place.csrc = place.csrc.rename(place.root / "c src")
+    monkeypatch.setattr(build, "CSRC", place.csrc)
+    text = '__global__ void nothing() {}\nextern "C" int value() { nothing<<<1, 1>>>(); return 7; }\n'
+    place.write("cpu/tiny.cu", text)
+    assert value(build.library(Target("tiny", (Source("cpu/tiny.cu"),), compiler="nvcc"))) == 7
+
+
+def build_in_child(csrc: Path, barrier: multiprocessing.synchronize.Barrier, results: multiprocessing.Queue) -> None:
+    build.CSRC = csrc
+    barrier.wait(60)
+    library = build.library(TARGET)
+    results.put((str(library), value(library)))
+
+
+def test_two_processes_at_once(place: Place) -> None:
+    # Slow enough that both compile before either is done.
+    place.compiler('test "$1" = --version || sleep 1')
+    spawn = multiprocessing.get_context("spawn")
+    barrier, results = spawn.Barrier(2), spawn.Queue()
+    children = [spawn.Process(target=build_in_child, args=(place.csrc, barrier, results)) for _ in range(2)]
+    for child in children:
+        child.start()
+    found = {results.get(timeout=60) for _ in children}
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
+    assert place.compilations == 2, "they did not overlap"
+    assert found == {(str(build.library(TARGET)), 42)}
+    assert place.files() == {"tiny.so"}
+
+
+def test_the_second_takes_the_first_ones(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = build._compile
+
+    def overtaken(target: Target, program: str, folder: Path) -> None:
+        compile_(target, program, folder)
+        (folder.parent / "tiny.so").write_text("the first one's")
+
+    monkeypatch.setattr(build, "_compile", overtaken)
+    assert build.library(TARGET).read_text() == "the first one's"
+
+
+def test_a_failure_is_told_once_and_remembered(place: Place) -> None:
+    place.write("cpu/tiny.cpp", "int value() { return nonsense; }\n")
+    assert build.why_not(TARGET) == [], "nothing is known before the first build"
+    with pytest.raises(BuildError, match=r"c\+\+: .*tiny\.cpp:1:\d+: error: .*nonsense") as first:
+        build.library(TARGET)
+    assert "\n" not in str(first.value)
+    with pytest.raises(BuildError) as second:
+        build.library(TARGET)
+    assert str(second.value) == str(first.value)
+    assert place.compilations == 1
+    assert place.files() == {"failed.txt"}
+    new_process()
+    with pytest.raises(BuildError, match=r"error: .*python -m siglip_kernels build tries again"):
+        build.library(TARGET)
+    new_process()
+    (reason,) = build.why_not(TARGET)
+    assert str(first.value) in reason
+    assert not build.is_built(TARGET)
+    assert place.compilations == 1
+    new_process()
+    place.write("cpu/tiny.cpp", SOURCE)
+    assert value(build.library(TARGET)) == 42
+
+
+def test_a_failure_that_is_forgotten(place: Place) -> None:
+    place.compiler('case "$*" in *" -c "*) test -e "$0.fixed" || { echo "error: the moon" >&2; exit 1; };; esac')
+    with pytest.raises(BuildError, match="the moon"):
+        build.library(TARGET)
+    (place.bin / "c++.fixed").touch()
+    with pytest.raises(BuildError, match="the moon"):
+        build.library(TARGET)
+    build.forget_failure(TARGET)
+    assert build.why_not(TARGET) == []
+    assert value(build.library(TARGET)) == 42
+
+
+@pytest.mark.parametrize(
+    ("link_flags", "says"), [(("-lnowhere_at_all",), "nowhere_at_all"), (("--no-such-flag",), "no-such-flag")]
+)
+def test_a_link_that_fails(link_flags: tuple[str, ...], says: str, place: Place) -> None:
+    with pytest.raises(BuildError, match=says) as caught:
+        build.library(replace(TARGET, link_flags=link_flags))
+    assert "-shared" not in str(caught.value), "the command is no reason"
+
+
+def test_a_build_that_takes_too_long(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.compiler('test "$1" = --version || { echo $$ > "$0.pid"; exec sleep 60; }')
+    monkeypatch.setattr(build, "TIMEOUT", 1.0)
+    start = time.monotonic()
+    with pytest.raises(BuildError, match="took more than 1 s"):
+        build.library(TARGET)
+    assert time.monotonic() - start < 20
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((place.bin / "c++.pid").read_text()), 0)
+    new_process()
+    with pytest.raises(BuildError, match=r"took more than 1 s .*remembered"):
+        build.library(TARGET)
+
+
+def only(programs: list[str], place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PATH with these programs alone."""
+    folder = place.root / "only"
+    folder.mkdir()
+    for program in programs:
+        found = shutil.which(program)
+        assert found is not None
+        (folder / program).symlink_to(found)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_no_compiler(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    only([], place, monkeypatch)
+    with pytest.raises(BuildError, match=r"no compiler: none of c\+\+, g\+\+, clang\+\+ is on the PATH"):
+        build.library(TARGET)
+    assert build.why_not(TARGET)
+    assert place.files() == set(), "a compiler may be installed later"
+
+
+def test_a_library_built_ahead_needs_no_compiler(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = build.library(TARGET)
+    new_process()
+    only([], place, monkeypatch)
+    assert build.library(TARGET) == library
+    assert build.why_not(TARGET) == []
+    new_process()
+    place.write("common/step.h", "#define STEP 50\n")
+    with pytest.raises(BuildError, match="no compiler"):
+        build.library(TARGET)
+
+
+def test_a_compiler_that_does_not_run(place: Place) -> None:
+    place.compiler("exit 3")
+    with pytest.raises(BuildError, match=r"no compiler: .*exit status 3"):
+        build.library(TARGET)
+
+
+def test_no_ninja(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = build.library(TARGET)
+    only(["c++"], place, monkeypatch)
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    other = replace(TARGET, flags=("-O2",))
+    with pytest.raises(BuildError, match=r"no ninja: .*pip install ninja"):
+        build.library(other)
+    assert build.why_not(other)
+    # What is built needs none. The compiler's path is another here.
+    monkeypatch.setenv("PATH", str(place.bin))
+    new_process()
+    assert build.library(TARGET) == library
+
+
+def test_ninja_of_the_python_module(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ninja")
+    only(["c++"], place, monkeypatch)
+    assert build.why_not(TARGET) == []
+
+
+def test_a_source_that_is_not_there(place: Place) -> None:
+    with pytest.raises(BuildError, match=r"'tiny' cannot be read: .*absent\.h"):
+        build.library(replace(TARGET, headers=("common/absent.h",)))
+
+
+@pytest.mark.parametrize("unusable", ["read-only", "a file", "no home"])
+def test_a_cache_that_cannot_be_written(unusable: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A private folder below the temporary folder serves."""
+    if unusable == "read-only":
+        if os.geteuid() == 0:
+            pytest.skip("root writes everywhere")
+        place.cache.mkdir(mode=0o500)
+    elif unusable == "a file":
+        place.cache.touch()
+    else:
+        # A relative folder is none; a user without a home keeps the ~.
+        monkeypatch.chdir(place.root)
+        monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    library = build.library(TARGET)
+    shared = place.root / "temporary" / f"siglip_kernels-{os.getuid()}"
+    assert value(library) == 42
+    assert library.is_relative_to(shared)
+    assert shared.stat().st_mode & 0o777 == 0o700
+    new_process()
+    assert build.library(TARGET) == library
+    assert place.compilations == 1
+
+
+@pytest.mark.parametrize("how", ["open to all", "a link"])
+def test_a_temporary_folder_of_others_is_not_trusted(how: str, place: Place) -> None:
+    place.cache.touch()
+    shared = place.root / "temporary" / f"siglip_kernels-{os.getuid()}"
+    library = build.library(TARGET)
+    assert library.is_relative_to(shared)
+    if how == "open to all":
+        shared.chmod(0o777)
+    else:
+        shared.rename(place.root / "theirs")
+        shared.symlink_to(place.root / "theirs")
+    new_process()
+    assert not build.is_built(TARGET)
+    with pytest.raises(BuildError, match=r"no folder to build in: .*ca che"):
+        build.library(TARGET)
+
+
+def test_the_command_builds_ahead(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "TARGETS", {"tiny": TARGET})
+    assert main(["build"]) == 0
+    assert capsys.readouterr().out.startswith("tiny: built in ")
+    new_process()
+    assert main(["build"]) == 0
+    assert capsys.readouterr().out.startswith("tiny: cached: ")
+    place.write("cpu/broken.cpp", "nonsense;\n")
+    broken = Target("broken", (Source("cpu/broken.cpp"),))
+    monkeypatch.setattr(build, "TARGETS", {"broken": broken, "tiny": TARGET})
+    for times in (1, 2):
+        assert main(["build"]) == 1
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.startswith("broken: failed: c++: ")
+        assert "nonsense" in first
+        assert second.startswith("tiny: cached: ")
+        assert place.compilations == 1 + times, "what failed is tried again"
+        new_process()
+
+
+class Compiled(EagerBlockKernel):
+    def why_not(self, problem: Problem) -> list[str]:
+        return build.why_not(TARGET)
+
+
+def test_info_builds_nothing(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(build, "TARGETS", {"eager": TARGET})
+    monkeypatch.setitem(backends.BACKENDS, "eager", Compiled())
+
+    def line() -> str:
+        new_process()
+        assert main(["info"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return next(line.strip() for line in reversed(lines) if line.startswith("  eager"))
+
+    assert line() == "eager   available, not built yet: it will be on first use"
+    assert place.compilations == 0
+    build.library(TARGET)
+    assert line() == "eager   available"
+    place.write("cpu/tiny.cpp", "nonsense;\n")
+    new_process()
+    with pytest.raises(BuildError):
+        build.library(TARGET)
+    assert line().startswith("eager   unavailable: c++: ")
+
+
+@pytest.mark.parametrize("program", ["import siglip_kernels", "import siglip_kernels.build, siglip_kernels.__main__"])
+def test_an_import_never_builds(program: str, place: Place) -> None:
+    # Whatever torch itself may start, none of our programs is looked for.
+    watch = """
+import sys, torch, shutil, subprocess
+def refuse(*_, **__): raise SystemExit("something was started")
+shutil.which = subprocess.run = subprocess.Popen.__init__ = refuse
+"""
+    subprocess.run([sys.executable, "-c", watch + program], cwd=ROOT, check=True, timeout=120)
+    assert place.log == []
+    assert not place.cache.exists()
+
+
+def test_sdist_and_wheel_carry_csrc(tmp_path: Path) -> None:
+    """The wheel is built from the sdist, as installers do; and a module forgotten in pyproject.toml shows."""
+    pytest.importorskip("setuptools", minversion="77")
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("siglip_kernels", "csrc"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    (tree / "csrc" / "cpu" / "deep").mkdir(parents=True, exist_ok=True)
+    added = ("cpu/deep/new.cpp", "new.h", "cpu/new.cu", "cpu/new.cuh")
+    for name in added:
+        (tree / "csrc" / name).write_text("// nothing\n")
+    (tree / "csrc" / "cpu" / "left_over.o").touch()
+
+    def run(what: str, folder: Path) -> None:
+        program = f"import setuptools.build_meta as b; b.build_{what}({str(out)!r})"
+        done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    expected = {f"csrc/{path.relative_to(ROOT / 'csrc')}" for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    expected |= {f"csrc/{name}" for name in added}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "siglip_kernels").rglob("*.py")}
+    out.mkdir()
+    run("sdist", tree)
+    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path, filter="data")
+    assert expected | modules <= names
+    run("wheel", next(tmp_path.glob("siglip_kernels-*")))
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
+    assert {f"siglip_kernels/{name}" for name in expected} | modules | {"siglip_kernels/py.typed"} <= names
+    assert not any(name.endswith(".o") for name in names)
+    program = "import siglip_kernels.build as b; print(b.CSRC)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, timeout=120
+    )
+    assert Path(done.stdout.strip()) == tmp_path / "installed" / "siglip_kernels" / "csrc", done.stderr
