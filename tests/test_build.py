@@ -274,14 +274,14 @@ def test_a_link_that_fails(link_flags: tuple[str, ...], says: str, place: Place)
 
 
 def test_a_build_that_takes_too_long(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    place.compiler('test "$1" = --version || { echo $$ > "$0.pid"; exec sleep 60; }')
+    place.compiler('test "$1" = --version || { sleep 3; touch "$0.went.on"; exit 1; }')
     monkeypatch.setattr(build, "TIMEOUT", 1.0)
     start = time.monotonic()
     with pytest.raises(BuildError, match="took more than 1 s"):
         build.library(TARGET)
-    assert time.monotonic() - start < 20
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((place.bin / "c++.pid").read_text()), 0)
+    assert time.monotonic() - start < 2.5, "the compiler was waited for"
+    time.sleep(3)
+    assert not (place.bin / "c++.went.on").exists(), "the compiler was left running"
     new_process()
     with pytest.raises(BuildError, match=r"took more than 1 s .*remembered"):
         build.library(TARGET)
@@ -329,9 +329,10 @@ def test_no_ninja(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     only(["c++"], place, monkeypatch)
     monkeypatch.setitem(sys.modules, "ninja", None)
     other = replace(TARGET, flags=("-O2",))
+    (reason,) = build.why_not(other)
+    assert "no ninja: " in reason
     with pytest.raises(BuildError, match=r"no ninja: .*pip install ninja"):
         build.library(other)
-    assert build.why_not(other)
     # What is built needs none. The compiler's path is another here.
     monkeypatch.setenv("PATH", str(place.bin))
     new_process()
@@ -353,9 +354,9 @@ def test_a_source_that_is_not_there(place: Place) -> None:
 def test_a_cache_that_cannot_be_written(unusable: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A private folder below the temporary folder serves."""
     if unusable == "read-only":
-        if os.geteuid() == 0:
-            pytest.skip("root writes everywhere")
         place.cache.mkdir(mode=0o500)
+        if os.access(place.cache, os.W_OK):
+            pytest.skip("this user, root perhaps, writes everywhere")
     elif unusable == "a file":
         place.cache.touch()
     else:
