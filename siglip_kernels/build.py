@@ -61,17 +61,26 @@ class Target:
     compiler: str = "cxx"  # or "nvcc"
 
 
-TARGETS: dict[str, Target] = {}  # by the backend's name
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+# The epilogue for each instruction set, whatever this machine has: the library chooses when it runs.
+_X86 = (
+    Source("cpu/level.cpp", ("-DSIGLIP_LEVEL=avx2", *_AVX2)),
+    Source("cpu/level.cpp", ("-DSIGLIP_LEVEL=avx512", *_AVX512)),
+    Source("cpu/gemm_bf16.cpp", (*_AVX512, "-mavx512bf16")),
+)
+_PORTABLE = (Source("cpu/level.cpp", ("-DSIGLIP_LEVEL=portable",)), Source("cpu/features.cpp"))
+TARGETS = {  # by the backend's name
+    "cpu": Target(
+        "cpu",
+        _PORTABLE + (_X86 if platform.machine() in ("x86_64", "AMD64") else ()),
+        headers=("cpu/api.h", "cpu/epilogue.h", "cpu/vec.h"),
+        flags=("-std=c++20", "-O3", "-fvisibility=hidden", "-Wno-psabi"),
+    )
+}
 
 # What this process knows already: the library, or the reason why there is none.
 _outcomes: dict[Target, Path | str] = {}
-
-
-def torch_flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(compile, link) flags for C++ on libtorch's stable ABI as of torch 2.11, the oldest that the package takes."""
-    root = Path(torch.__file__).parent
-    compile_flags = ("-isystem", str(root / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000")
-    return compile_flags, (f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu")
 
 
 def library(target: Target) -> Path:

@@ -167,22 +167,6 @@ def test_a_source_compiled_in_two_ways(place: Place) -> None:
     assert ctypes.CDLL(str(library)).other() == 5
 
 
-def test_torch_flags(place: Place) -> None:
-    text = """
-#ifndef TORCH_TARGET_VERSION
-#error "the stable ABI is not chosen"
-#endif
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-extern "C" int value() { return aoti_torch_dtype_float32(); }
-"""
-    place.write("cpu/torch.cpp", text)
-    compile_flags, link_flags = build.torch_flags()
-    # Undefined symbols would otherwise be looked for in the process.
-    strict = ("-Wl,-z,defs",) if sys.platform == "linux" else ()
-    target = Target("torch", (Source("cpu/torch.cpp"),), (), ("-std=c++17", *compile_flags), (*link_flags, *strict))
-    assert value(build.library(target)) == 6  # c10::ScalarType::Float
-
-
 @pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS["nvcc"][0])), reason="needs nvcc")
 def test_nvcc(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     # nvcc's own shell takes the dollar in a path for a variable.

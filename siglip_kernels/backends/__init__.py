@@ -19,8 +19,9 @@ NAMES = ("auto", *BACKENDS, *PLANNED)
 def choose(name: str, problem: Problem) -> BlockKernel:
     """The block kernel that runs ``problem``; ValueError with every reason where the named one cannot."""
     if name == "auto":
-        return next(k for k in BACKENDS.values() if k.automatic(problem) and not k.why_not(problem))
-    reasons = why_not(name, problem)
+        kernels = (k for k in BACKENDS.values() if k.automatic(problem) and not k.why_not(problem))
+        return next(k for k in kernels if not k.prepare())
+    reasons = why_not(name, problem) or BACKENDS[name].prepare()
     if reasons:
         raise ValueError(f"backend={name!r} cannot run this call: " + "; ".join(reasons))
     return BACKENDS[name]

@@ -12,7 +12,6 @@ from torch import Tensor
 from siglip_kernels import products
 from siglip_kernels.pairs import PairSpec
 
-
 ENOUGH_PAIRS = 1024
 
 
@@ -45,6 +44,10 @@ class BlockKernel(abc.ABC):
     @abc.abstractmethod
     def why_not(self, problem: Problem) -> list[str]:
         """Every reason why this kernel cannot run the problem; empty when it can."""
+
+    def prepare(self) -> list[str]:
+        """Whatever it takes to run for the first time, such as compiling; every reason why that failed."""
+        return []
 
     @abc.abstractmethod
     def operand_dtype(self, problem: Problem) -> torch.dtype:

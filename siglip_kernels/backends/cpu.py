@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,6 @@ from torch import Tensor
 from siglip_kernels import build, products
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.pairs import PairSpec
-
-_AVX2 = ("-mavx2", "-mfma")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-_PORTABLE = build.Unit("cpu/level.cpp", ("-DSIGLIP_LEVEL=portable",))
-_X86 = (
-    build.Unit("cpu/level.cpp", ("-DSIGLIP_LEVEL=avx2", *_AVX2)),
-    build.Unit("cpu/level.cpp", ("-DSIGLIP_LEVEL=avx512", *_AVX512)),
-    build.Unit("cpu/gemm_bf16.cpp", (*_AVX512, "-mavx512bf16")),
-)
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
-TARGET = build.Target("cpu", (_PORTABLE, build.Unit("cpu/features.cpp"), *(_X86 if IS_X86 else ())))
 
 # Best first: its bit in siglip_features(), and the level that its epilogue was compiled for.
 LEVELS = {"amx": (8, "avx512"), "avx512_bf16": (4, "avx512"), "avx512": (2, "avx512"), "avx2": (1, "avx2")}
@@ -76,9 +64,9 @@ class Native:
 def native() -> Native | str:
     """The library, built if need be, or why there is none."""
     try:
-        return Native(build.library(TARGET))
+        return Native(build.library(build.TARGETS["cpu"]))
     except (build.BuildError, OSError, StopIteration, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return str(error)
 
 
 class CpuBlockKernel(BlockKernel):
@@ -92,6 +80,10 @@ class CpuBlockKernel(BlockKernel):
     def why_not(self, problem: Problem) -> list[str]:
         if problem.device.type != "cpu":
             return [f"features are on {problem.device.type}, expected the CPU"]
+        # What the first call has found out, or what is known without compiling.
+        return self.prepare() if native.cache_info().currsize else build.why_not(build.TARGETS["cpu"])
+
+    def prepare(self) -> list[str]:
         found = native()
         if isinstance(found, str):
             return [found]
@@ -108,10 +100,11 @@ class CpuBlockKernel(BlockKernel):
         return 1024, 1024
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
-        """[R, C] inner products, where the library forms them."""
-        if self._fuses(self.operand_dtype(problem)):
-            R = 0
-        return torch.empty(R, C, dtype=torch.float64 if problem.dtype is torch.float64 else torch.float32)
+        """[R, C] inner products, where neither a fused product nor dz has room for them."""
+        operand = self.operand_dtype(problem)
+        in_dz = problem.needs_dz and operand is not torch.bfloat16
+        elements = 0 if in_dz or self._fuses(operand) else R * C
+        return torch.empty(elements, dtype=torch.float64 if operand is torch.float64 else torch.float32)
 
     def block(
         self,
@@ -153,9 +146,10 @@ class CpuBlockKernel(BlockKernel):
             product = self._product(None, x, y.T, accumulate=False)
             code.library.siglip_block_bf16(ctypes.byref(arguments), ctypes.byref(product))
             return
-        u = workspace if workspace.shape == (r, c) else workspace.view(-1)[: r * c].view(r, c)
+        # Each vector of u is read before dz takes its place.
+        u = workspace[: r * c].view(r, c) if workspace.numel() or dz is None else dz
         self.matmul_(u, x, y.T)
-        arguments.u, arguments.ldu = _pointer(u), c
+        arguments.u, arguments.ldu = _pointer(u), u.stride(0)
         self._epilogue(ctypes.byref(arguments))
 
     def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
