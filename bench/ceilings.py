@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -66,16 +66,16 @@ def block_rates(kernel: BlockKernel, problem: Problem, device: torch.device, sec
     dx, dy = (torch.zeros(t.shape, device=device) for t in (x, y))
     sums = torch.empty(3, dtype=schedule.sum_dtype(device), device=device)
     pairs = PairSpec().prepared(x, y, torch.float32)
-    workspace = kernel.workspace(call, R, C)
-    block = partial(kernel.block, x, y, scale, bias, sums=sums, dz_scale=None, workspace=workspace)
+    block = partial(kernel.block, x, y, scale, bias, sums=sums, dz_scale=None)
+    with_dz, without = (kernel.workspace(replace(call, needs_dz=needs), R, C) for needs in (True, False))
     elsewhere = PairSpec(positive_offset=None).prepared(x, y, torch.float32)
     steps: dict[Any, Callable[[], Any]] = {
         "x·yᵀ": partial(torch.mm, x, y.T, out=z),
         "dx += dz·y, float32": partial(matmul_, dx, dz, y, accumulate=True),
         "dy += dzᵀ·x, float32": partial(matmul_, dy, dz.T, x, accumulate=True),
-        f"block ({kernel.name})": partial(block, pairs, dz=out),
-        f"block ({kernel.name}), no positives": partial(block, elsewhere, dz=out),
-        f"block ({kernel.name}), loss only": partial(block, pairs, dz=None, loss_only=True),
+        f"block ({kernel.name})": partial(block, pairs, dz=out, workspace=with_dz),
+        f"block ({kernel.name}), no positives": partial(block, elsewhere, dz=out, workspace=with_dz),
+        f"block ({kernel.name}), loss only": partial(block, pairs, dz=None, workspace=without, loss_only=True),
     }
     shape = f"{R} × {C} × {problem.D}"
     times = _timed(steps, device, seconds)

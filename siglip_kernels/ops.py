@@ -7,6 +7,7 @@ keeps the accumulators; backward only scales them by the upstream gradient.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,12 +69,19 @@ def _sigmoid_loss_fake(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor
     )
 
 
+def _operator(x: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The operator; or, where nobody is there to see a difference, what is behind it: the dispatcher takes 15 µs."""
+    if type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return torch.ops.siglip_kernels.sigmoid_loss
+    return _sigmoid_loss
+
+
 class _SigmoidLoss(torch.autograd.Function):
     """Takes what the operator takes; differentiable in x, y, scale and bias."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        loss, scalars, dx, dy = torch.ops.siglip_kernels.sigmoid_loss(x, y, scale, bias, *rest)
+        loss, scalars, dx, dy = _operator(x)(x, y, scale, bias, *rest)
         ctx.wanted = Wanted(*rest[-4:])
         ctx.dtype, ctx.scale, ctx.bias = x.dtype, _like(scale), None if bias is None else _like(bias)
         ctx.undifferentiable = len(rest)
@@ -104,7 +112,7 @@ def differentiable(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *re
     grad_mode = torch.is_grad_enabled()
     wanted = [grad_mode and t is not None and t.requires_grad for t in (x, y, scale, bias)]
     if not any(wanted):
-        return torch.ops.siglip_kernels.sigmoid_loss(x, y, scale, bias, *rest, *wanted)[0]
+        return _operator(x)(x, y, scale, bias, *rest, *wanted)[0]
     if y is x:
         y = y.view_as(y)  # one tensor as both arguments gets half its gradient under torch.compile (pytorch#183604)
     return _SigmoidLoss.apply(x, y, scale, bias, *rest, *wanted)
@@ -129,7 +137,7 @@ def loss_and_grads(
 
 def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
     """``gain * accumulator`` in ``dtype``, rounded once and without a temporary of the accumulator's dtype."""
-    if torch.compiler.is_compiling():
+    if accumulator.dtype is dtype or torch.compiler.is_compiling():
         return (accumulator * gain).to(dtype)
     return torch.mul(accumulator, gain, out=accumulator.new_empty(accumulator.shape, dtype=dtype))
 
@@ -140,4 +148,5 @@ def _like(t: Tensor) -> tuple[torch.dtype, torch.Size]:
 
 def _shaped(value: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     """A copy of the scalar, so that no gradient is a view of another."""
-    return value.to(dtype, copy=True).reshape(shape)
+    copy = value.to(dtype, copy=True)
+    return copy.reshape(shape) if shape else copy

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from siglip_kernels import backends, schedule, sigmoid_loss
+from siglip_kernels import backends, products, schedule, sigmoid_loss
 from siglip_kernels.backends import eager
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.pairs import PairSpec
@@ -171,9 +171,9 @@ def products_rounded_to_bfloat16(original: Callable[..., Any]) -> Callable[..., 
 
 MUTATIONS = [
     (schedule, "_blocks", last_block_skipped),
-    (schedule, "matmul_", products_overwrite),
-    (schedule, "matmul_", products_always_accumulate),
-    (schedule, "matmul_", products_rounded_to_bfloat16),
+    (products, "matmul_", products_overwrite),
+    (products, "matmul_", products_always_accumulate),
+    (products, "matmul_", products_rounded_to_bfloat16),
     (schedule, "_denominator", denominator_of_the_texts),
     (eager, "matmul_", products_rounded_to_bfloat16),
 ]

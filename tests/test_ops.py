@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import checks
-from siglip_kernels import SigmoidLoss, backends, ops, schedule, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels import SigmoidLoss, backends, ops, products, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.testing import COLUMNS, Grads, Inputs, check, differentiate, gold, make_inputs, relative_l2
@@ -155,14 +155,14 @@ class RecordingKernel(EagerBlockKernel):
 def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[RecordingKernel, list[int]]:
     """The kernel in place of eager, and the rows of each feature-gradient product's result."""
     kernel, rows = RecordingKernel(), list[int]()
-    original = schedule.matmul_
+    original = products.matmul_
 
     def matmul_(out: Tensor, *inputs: Tensor, **options: Any) -> None:
         rows.append(out.shape[0])
         original(out, *inputs, **options)
 
     monkeypatch.setitem(backends.BACKENDS, "eager", kernel)
-    monkeypatch.setattr(schedule, "matmul_", matmul_)
+    monkeypatch.setattr(products, "matmul_", matmul_)
     return kernel, rows
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels import schedule
+from siglip_kernels import products, schedule
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.pairs import PairSpec
@@ -73,15 +73,15 @@ def test_the_workspace_does_not_grow_with_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "products"),
+    ("wanted", "count"),
     [(Wanted(), 2), (Wanted(dx=False), 1), (Wanted(dy=False), 1), (Wanted(dx=False, dy=False), 0)],
 )
-def test_only_the_wanted_products_are_formed(monkeypatch: pytest.MonkeyPatch, wanted: Wanted, products: int) -> None:
+def test_only_the_wanted_products_are_formed(monkeypatch: pytest.MonkeyPatch, wanted: Wanted, count: int) -> None:
     calls: list[Tensor] = []
-    original = schedule.matmul_
-    monkeypatch.setattr(schedule, "matmul_", lambda out, a, b, **k: (calls.append(out), original(out, a, b, **k)))
+    original = products.matmul_
+    monkeypatch.setattr(products, "matmul_", lambda out, a, b, **k: (calls.append(out), original(out, a, b, **k)))
     result = schedule.run(Kernel(8, 8), *make_inputs(8, 8, 4, torch.float32), PairSpec(), "sum", wanted)
-    assert len(calls) == products
+    assert len(calls) == count
     assert result.dx.numel() == 32 * wanted.dx
     assert result.dy.numel() == 32 * wanted.dy
 

@@ -1,0 +1,323 @@
+"""The C++ block kernel at every level of instructions that this machine has: against float64, and its own promises."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from siglip_kernels import backends, build, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels.backends import cpu
+from siglip_kernels.backends.base import Problem
+from siglip_kernels.backends.cpu import CpuBlockKernel, Native
+from siglip_kernels.pairs import PairSpec
+from siglip_kernels.testing import DTYPES, SHAPES, check, gold, make_inputs, relative_l2
+
+CPU = torch.device("cpu")
+MIB = 2**20
+LEVELS = ("portable", *reversed(cpu.LEVELS))
+EPILOGUES = ("portable", "avx2", "avx512")
+
+
+def plain_call(dtype: torch.dtype = torch.float32, B: int = 1024, D: int = 768) -> Problem:
+    return Problem(B, B, D, dtype, CPU)
+
+
+@pytest.fixture
+def native() -> Native:
+    found = cpu.native()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, native: Native, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each level; "amx" is MKL's product, which runs anywhere on x86, only slower."""
+    if request.param == "amx" and native.mkl is not None and "amx" not in native.levels:
+        monkeypatch.setattr(native, "levels", ["amx", *native.levels])
+    if request.param not in native.levels:
+        pytest.skip(f"this processor's levels are {', '.join(native.levels)}")
+    return str(request.param)
+
+
+@pytest.fixture
+def kernel(level: str, monkeypatch: pytest.MonkeyPatch) -> CpuBlockKernel:
+    """The backend "cpu" at that level, in blocks of which the larger shapes take several a side."""
+    kernel = CpuBlockKernel(level)
+    monkeypatch.setattr(kernel, "block_shape", lambda problem: (768, 512))
+    monkeypatch.setitem(backends.BACKENDS, "cpu", kernel)
+    return kernel
+
+
+loss_fn = partial(sigmoid_loss, backend="cpu")
+
+
+# The upper levels differ in nothing but their bfloat16 products.
+GRADIENTS = [(level, dtype) for level in LEVELS for dtype in DTYPES if level in EPILOGUES or dtype is torch.bfloat16]
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(("level", "dtype"), GRADIENTS, indirect=["level"], ids=str)
+def test_gradients(dtype: torch.dtype) -> None:
+    report = check(loss_fn, dtypes=[dtype], shapes=SHAPES)
+    assert report.ok, report
+
+
+# A D below one vector; an odd D in two passes over k; one image, one text; a last panel and a last tile of one.
+RAGGED = [(70, 90, 3), (65, 130, 1701), (1, 300, 64), (300, 1, 64), (2000, 65, 48), (97, 577, 65)]
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("shape", RAGGED)
+def test_ragged_shapes(shape: tuple[int, int, int]) -> None:
+    report = check(loss_fn, dtypes=[torch.bfloat16, torch.float32], shapes=[shape], regimes=["init", "trained"])
+    assert report.ok, report
+
+
+@pytest.mark.usefixtures("kernel")
+def test_every_subset_of_gradients() -> None:
+    """What is not asked for changes nothing of what is."""
+    inputs = make_inputs(130, 200, 96, torch.bfloat16)
+    whole = sigmoid_loss_and_grads(*inputs, backend="cpu")
+    for subset in range(16):
+        leaves = [t.detach().clone().requires_grad_(bool(subset >> i & 1)) for i, t in enumerate(inputs)]
+        loss = loss_fn(*leaves)
+        assert relative_l2(loss.detach(), whole.loss) < 1e-6
+        if subset:
+            loss.backward()
+        for leaf, right in zip(leaves, whole[1:], strict=True):
+            assert (leaf.grad is not None) == leaf.requires_grad
+            assert leaf.grad is None or relative_l2(leaf.grad, right) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_same_bits(dtype: torch.dtype, kernel: CpuBlockKernel, level: str) -> None:
+    """For a number of threads; for our own products whatever it is, since sums are added up in the strips' order."""
+    inputs = make_inputs(900, 1100, 200, dtype)
+    before = torch.get_num_threads()
+    results: dict[int, list[Any]] = {}
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results[threads] = [sigmoid_loss_and_grads(*inputs, backend="cpu") for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    across = [[runs[0] for runs in results.values()]] if kernel._fuses(dtype) else []
+    for runs in [*results.values(), *across]:
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_reach_the_loss(dtype: torch.dtype, value: float) -> None:
+    for row in (0, 77):
+        inputs = make_inputs(130, 100, 33, dtype)
+        inputs.image_features[row, 3] = value
+        assert not torch.isfinite(loss_fn(*inputs))
+        assert not torch.isfinite(sigmoid_loss_and_grads(*inputs, backend="cpu").text_features).all()
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_strided_and_unaligned_features(dtype: torch.dtype) -> None:
+    x, y, t, b = make_inputs(140, 150, 67, dtype)
+    right = sigmoid_loss_and_grads(x[1:, 1:].clone(), y[3:, 1:].clone(), t, b, backend="cpu")
+    strided = sigmoid_loss_and_grads(x[1:, 1:], y.T.contiguous().T[3:, 1:], t, b, backend="cpu")
+    flat = torch.empty(139 * 66 + 1, dtype=dtype)[1:].view(139, 66).copy_(x[1:, 1:])  # off any alignment
+    unaligned = sigmoid_loss_and_grads(flat, y[3:, 1:].clone(), t, b, backend="cpu")
+    for got in (strided, unaligned):
+        assert all(relative_l2(a, b) < 1e-5 for a, b in zip(got, right, strict=True))
+
+
+@pytest.mark.parametrize("integers", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.usefixtures("kernel")
+def test_ids_of_any_integer_dtype(integers: torch.dtype) -> None:
+    inputs = make_inputs(90, 110, 40, torch.float32)
+    ids = {"image_ids": (torch.arange(90) % 7).to(integers), "text_ids": (torch.arange(220) % 5).to(integers)[::2]}
+    assert relative_l2(loss_fn(*inputs, **ids), gold(inputs, **ids).loss) < 1e-6
+
+
+def ulps(value: NDArray[Any], exact: NDArray[np.longdouble]) -> NDArray[np.longdouble]:
+    """Distance in units of the last place of the exact value's format."""
+    spacing = np.spacing(np.abs(exact).astype(value.dtype)).astype(np.longdouble)
+    return np.abs(value.astype(np.longdouble) - exact) / spacing
+
+
+def evaluate(native: Native, level: str, function: str, x: Tensor) -> Tensor:
+    """By the vector function of that name, "exp" or "log1p", as the level's epilogue uses it."""
+    out = torch.empty_like(x)
+    kind = {torch.float32: "float", torch.float64: "double"}[x.dtype]
+    getattr(native.library, f"siglip_{function}_{kind}_{level}")(
+        ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(x.numel())
+    )
+    return out
+
+
+def dense(dtype: torch.dtype, low: float, high: float) -> Tensor:
+    """Evenly in value, and in the exponent; an odd number of them."""
+    even = torch.linspace(low, high, 2_000_001, dtype=torch.float64)
+    tiny = torch.logspace(-310 if dtype is torch.float64 else -45, 2, 400_000, dtype=torch.float64)
+    signs = torch.cat([tiny, -tiny])
+    return torch.cat([even, signs[(signs >= low) & (signs <= high)]]).to(dtype)
+
+
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+AT_EVERY_EPILOGUE = pytest.mark.parametrize("level", EPILOGUES, indirect=True)
+
+
+@FLOATS
+@AT_EVERY_EPILOGUE
+def test_exp_within_two_ulp(native: Native, level: str, dtype: torch.dtype) -> None:
+    x = dense(dtype, -104.5 if dtype is torch.float32 else -746.0, 0.0)
+    got = evaluate(native, level, "exp", x)
+    error = ulps(got.numpy(), np.exp(x.numpy().astype(np.longdouble)))
+    assert error.max() < 2, (float(error.max()), x[int(error.argmax())])
+
+
+@FLOATS
+@AT_EVERY_EPILOGUE
+def test_log1p_within_two_ulp(native: Native, level: str, dtype: torch.dtype) -> None:
+    x = torch.cat([dense(dtype, 0.0, 2.0), dense(dtype, 0.0, 300.0), torch.logspace(0, 30, 99_999, dtype=dtype)])
+    got = evaluate(native, level, "log1p", x)
+    error = ulps(got.numpy(), np.log1p(x.numpy().astype(np.longdouble)))
+    assert error.max() < 2, (float(error.max()), x[int(error.argmax())])
+
+
+@FLOATS
+@AT_EVERY_EPILOGUE
+def test_exp_and_log1p_at_the_edges(native: Native, level: str, dtype: torch.dtype) -> None:
+    nan, inf = float("nan"), float("inf")
+
+    def values(function: str, *x: float) -> list[float]:
+        return evaluate(native, level, function, torch.tensor(x, dtype=dtype)).tolist()
+
+    assert values("exp", 0.0, -0.0, -inf, -1e30) == [1.0, 1.0, 0.0, 0.0]
+    assert values("log1p", 0.0, inf) == [0.0, inf]
+    assert np.isnan(values("exp", nan) + values("log1p", nan)).all()
+
+
+@FLOATS
+@AT_EVERY_EPILOGUE
+def test_softplus_and_sigmoid_from_minus_to_plus_100(level: str, dtype: torch.dtype) -> None:
+    """Each pair on its own, through the block: u = a at scale 1 and bias 0, and no positives."""
+    kernel = CpuBlockKernel(level)
+    u = torch.cat([torch.linspace(-100, 100, 4001, dtype=dtype), torch.tensor([0.0, -0.0, 1e-30, -1e-30], dtype=dtype)])
+    one, zero = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
+    softplus = np.logaddexp(0, u.numpy().astype(np.longdouble))
+    dz = torch.empty(1, len(u), dtype=dtype)
+    workspace = kernel.workspace(Problem(1, len(u), 1, dtype, CPU), 1, len(u))
+    arguments: Any = {"pairs": PairSpec(None), "dz_scale": None, "workspace": workspace}
+    kernel.block(one.view(1, 1), u.view(-1, 1), one, zero, sums=torch.empty(3, dtype=torch.float64), dz=dz, **arguments)
+    exact = 1 / (1 + np.exp(-u.numpy().astype(np.longdouble)))
+    assert ulps(dz[0].numpy(), exact).max() < 4
+    loss = torch.empty(len(u), 3, dtype=torch.float64)
+    for i in range(0, len(u), 5):
+        at = u[i : i + 1].view(-1, 1)
+        kernel.block(one.view(1, 1), at, one, zero, sums=loss[i], dz=dz[:, :1], **arguments)
+    assert ulps(loss[::5, 0].to(dtype).numpy(), softplus[::5]).max() < 3
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (7, 65, 3), (64, 64, 64), (67, 200, 1801), (130, 33, 255)])
+@pytest.mark.parametrize("level", ["avx512_bf16", "amx"], indirect=True)
+def test_bfloat16_products(level: str, m: int, n: int, k: int, transposed: bool, accumulate: bool) -> None:
+    """Into float32, never rounded to bfloat16 on the way, from a padded dz and into rows of a larger result."""
+    kernel = CpuBlockKernel(level)
+    padded = torch.randn(k if transposed else m, (m if transposed else k) + 13).bfloat16()
+    a = padded[:, : m if transposed else k]
+    a = a.T if transposed else a
+    b, out = torch.randn(k, n).bfloat16(), torch.randn(m + 2, n)
+    before = out.clone()
+    kernel.matmul_(out[1:-1], a, b, accumulate=accumulate)
+    exact = a.double() @ b.double() + (before[1:-1].double() if accumulate else 0)
+    assert relative_l2(out[1:-1], exact) < 1e-6
+    assert torch.equal(out[0], before[0])
+    assert torch.equal(out[-1], before[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_workspace_is_bounded(level: str, dtype: torch.dtype) -> None:
+    """The block's buffers, dz and widened blocks of features among them, whatever the batch."""
+    kernel, problem = CpuBlockKernel(level), plain_call(dtype, B=32768)
+    R, C = kernel.block_shape(problem)
+    operand = kernel.operand_dtype(problem).itemsize
+    widened = (R + C) * problem.D * operand if kernel.operand_dtype(problem) != dtype else 0
+    workspace = kernel.workspace(problem, R, C)
+    assert workspace.nbytes + R * C * operand + widened <= 64 * MIB
+    assert kernel.block_shape(plain_call(dtype, B=1 << 20)) == (R, C)
+
+
+def test_features_elsewhere_are_a_reason() -> None:
+    on_cuda = Problem(8, 8, 8, torch.float32, torch.device("cuda"))
+    assert CpuBlockKernel().why_not(on_cuda) == ["features are on cuda, expected the CPU"]
+
+
+def test_a_level_that_is_not_here_is_a_reason(native: Native) -> None:
+    (reason,) = CpuBlockKernel("neon").prepare()
+    assert "'neon'" in reason
+    assert "portable" in reason
+
+
+def test_no_library_is_a_reason_and_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "native", functools.cache(lambda: "no compiler was found"))
+    for _ in range(2):
+        assert backends.choose("auto", plain_call()).name == "eager"
+        with pytest.raises(ValueError, match="no compiler was found"):
+            sigmoid_loss(*make_inputs(4, 4, 8, torch.float32), backend="cpu")
+
+
+def test_auto_takes_it(native: Native) -> None:
+    assert backends.choose("auto", plain_call()).name == "cpu"
+
+
+def test_headers_are_named() -> None:
+    """A change in any of them builds anew."""
+    headers = {str(path.relative_to(build.CSRC)) for path in (build.CSRC / "cpu").glob("*.h")}
+    assert headers == set(build.TARGETS["cpu"].headers)
+
+
+def starts(compiler: str, flags: list[str], folder: Path) -> bool:
+    """Whether a program compiled with ``flags`` runs at all here."""
+    source = folder / "trivial.cpp"
+    source.write_text("#include <thread>\nint main() { std::thread([] {}).join(); }\n")
+    compiled = subprocess.run([compiler, *flags, str(source), "-o", str(folder / "trivial")], capture_output=True)
+    return compiled.returncode == 0 and subprocess.run([folder / "trivial"], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_cpp(sanitizer: str, tmp_path: Path) -> None:
+    """The C++ tests, under the sanitizers."""
+    compiler = next(filter(None, map(shutil.which, build.COMPILERS["cxx"][0])), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    checks = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
+    if not starts(compiler, checks, tmp_path):
+        pytest.skip(f"no {sanitizer} sanitizer here")
+    target = build.TARGETS["cpu"]
+    common = [*target.flags, "-O1", "-g", *checks, "-c"]
+    units = [*target.sources, build.Source("cpu/tests/test_cpu.cpp")]
+    objects = [str(tmp_path / f"{index}.o") for index in range(len(units))]
+    running = [
+        subprocess.Popen([compiler, *common, *unit.flags, str(build.CSRC / unit.path), "-o", built])
+        for unit, built in zip(units, objects, strict=True)
+    ]
+    assert [process.wait() for process in running] == [0] * len(running)
+    program = str(tmp_path / "test")
+    subprocess.run([compiler, *checks, *objects, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("ok")
