@@ -61,21 +61,25 @@ class Target:
     compiler: str = "cxx"  # or "nvcc"
 
 
-_AVX2 = ("-mavx2", "-mfma")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 # The epilogue for each instruction set, whatever this machine has: the library chooses when it runs.
 _X86 = (
-    Source("cpu/level.cpp", ("-DSIGLIP_LEVEL=avx2", *_AVX2)),
-    Source("cpu/level.cpp", ("-DSIGLIP_LEVEL=avx512", *_AVX512)),
-    Source("cpu/gemm_bf16.cpp", (*_AVX512, "-mavx512bf16")),
+    Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=avx2", "-mavx2", "-mfma")),
+    Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=avx512", *_AVX512)),
+    Source("cpu/product.cpp", (*_AVX512, "-mavx512bf16")),
 )
-_PORTABLE = (Source("cpu/level.cpp", ("-DSIGLIP_LEVEL=portable",)), Source("cpu/features.cpp"))
+_ANYWHERE = (
+    Source("cpu/interface.cpp"),
+    Source("cpu/machine.cpp"),
+    Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=portable",)),
+)
+_CPU_HEADERS = ("block", "convert", "epilogue", "interface", "machine", "math", "parallel", "product", "vectors")
 TARGETS = {  # by the backend's name
     "cpu": Target(
         "cpu",
-        _PORTABLE + (_X86 if platform.machine() in ("x86_64", "AMD64") else ()),
-        headers=("cpu/api.h", "cpu/epilogue.h", "cpu/vec.h"),
-        flags=("-std=c++20", "-O3", "-fvisibility=hidden", "-Wno-psabi"),
+        _ANYWHERE + (_X86 if platform.machine().lower() in ("x86_64", "amd64") else ()),
+        headers=tuple(f"cpu/{name}.h" for name in _CPU_HEADERS),
+        flags=("-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"),
     )
 }
 

@@ -34,15 +34,12 @@ class PairSpec:
     def block(self, rows: slice, cols: slice) -> PairSpec:
         """The pairs of images ``rows`` and texts ``cols``, numbered from the block's own corner."""
         offset = self.positive_offset
-        if not self.has_ids and not self.has_weights:
-            return PairSpec(None if offset is None else offset + rows.start - cols.start)
-        return replace(
-            self,
-            positive_offset=None if offset is None else offset + rows.start - cols.start,
-            image_ids=_take(self.image_ids, rows),
-            text_ids=_take(self.text_ids, cols),
-            image_weights=_take(self.image_weights, rows),
-            text_weights=_take(self.text_weights, cols),
+        return PairSpec(
+            None if offset is None else offset + rows.start - cols.start,
+            _take(self.image_ids, rows),
+            _take(self.text_ids, cols),
+            _take(self.image_weights, rows),
+            _take(self.text_weights, cols),
         )
 
     def prepared(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> PairSpec:

@@ -140,9 +140,9 @@ def _block_loop(
             loss_only=not wanted.any,
         )
         if dz is not None and wanted.dx:
-            kernel.matmul_(_rows(dx, rows), dz, y_block, accumulate=cols.start > 0)
+            kernel.matmul_(_rows(dx, rows), dz, y_block, accumulate=cols.start > 0, workspace=workspace)
         if dz is not None and wanted.dy:
-            kernel.matmul_(_rows(dy, cols), dz.T, x_block, accumulate=rows.start > 0)
+            kernel.matmul_(_rows(dy, cols), dz.T, x_block, accumulate=rows.start > 0, workspace=workspace)
     return dx, dy, sums
 
 

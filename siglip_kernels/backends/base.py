@@ -78,6 +78,6 @@ class BlockKernel(abc.ABC):
     ) -> None:
         """Write ``sums`` and ``dz`` of the block; read nothing back to the host."""
 
-    def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
-        """``out = a @ b`` or ``out += a @ b``: the gradients' products, of dz and features in the operand dtype."""
+    def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, workspace: Any) -> None:
+        """A gradient's product: ``out = a @ b``, or ``out += a @ b``; a is dz or its transpose, b features."""
         products.matmul_(out, a, b, accumulate=accumulate)

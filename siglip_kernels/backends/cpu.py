@@ -1,110 +1,96 @@
-"""The block kernel in C++ for CPUs: library products, and one vectorised pass for all that is elementwise.
+"""The block kernel in C++ on CPU tensors: csrc/cpu/, compiled on first use.
 
-bfloat16 products into float32, which torch has none of on the CPU, are MKL's where there is AMX, and ours by AVX-512's
-dot products elsewhere: there the logits of a block never leave the cache. Everything else is widened to float32.
+The products by level: bfloat16 by MKL where the machine has AMX, by our own kernel where it has AVX512-BF16; float16 by
+MKL where the machine multiplies it. Any other half precision is widened to float32, and that is multiplied by our own
+kernel where the machine has AVX-512 but no AMX, else by torch. float64 is torch's.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from siglip_kernels import build, products
+from siglip_kernels import build
 from siglip_kernels.backends.base import BlockKernel, Problem
+from siglip_kernels.backends.cpu_native import DTYPES, LEVELS, Block, Native, Product, address, load
 from siglip_kernels.pairs import PairSpec
+from siglip_kernels.products import matmul_
 
-# Best first: its bit in siglip_features(), and the level that its epilogue was compiled for.
-LEVELS = {"amx": (8, "avx512"), "avx512_bf16": (4, "avx512"), "avx512": (2, "avx512"), "avx2": (1, "avx2")}
-ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-LABELS = {"none": 0, "offset": 1, "ids": 2}
-
-
-def _structure(*fields: str) -> type[ctypes.Structure]:
-    """A C structure of 64-bit integers and pointers; the latter's names begin with a star."""
-    kinds = [(f.lstrip("*"), ctypes.c_void_p if f.startswith("*") else ctypes.c_int64) for f in fields]
-    return type("Structure", (ctypes.Structure,), {"_fields_": kinds})
+AVX512, AVX512_BF16, AMX = (LEVELS.index(name) for name in ("avx512", "avx512_bf16", "amx"))
+PANEL = 64  # kPanel of csrc/cpu/product.h
 
 
-# As in csrc/cpu/api.h.
-_Block = _structure(
-    *("r", "c", "*u", "ldu", "*dz", "lddz", "dz_element", "*scale", "*bias", "labels", "offset", "*image_ids"),
-    *("*text_ids", "*image_weights", "*text_weights", "loss_only", "*sums", "*parallel_for"),
-)
-_Product = _structure(
-    *("m", "n", "k", "*a", "a_row", "a_col", "*b", "b_row", "b_col", "*out", "ldo", "accumulate", "*parallel_for")
-)
-
-
-class Native:
-    """The built library, and those symbols of torch's own that it works with."""
-
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        # Already loaded by torch; its own thread pool, and MKL's products where it was linked.
-        self.torch = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))))
-        self.parallel_for = ctypes.cast(self.torch.torch_parallel_for, ctypes.c_void_p)
-        self.library.siglip_features.restype = ctypes.c_int64
-        features = self.library.siglip_features()
-        self.levels = [name for name, (bit, _) in LEVELS.items() if features & bit] + ["portable"]
-        self.mkl = getattr(self.torch, "cblas_gemm_bf16bf16f32", None)
-        if self.mkl is None and "amx" in self.levels:
-            self.levels.remove("amx")
-
-    def epilogue(self, level: str) -> Any:
-        return getattr(self.library, f"siglip_epilogue_{LEVELS[level][1] if level in LEVELS else 'portable'}")
-
-
-@functools.cache
-def native() -> Native | str:
-    """The library, built if need be, or why there is none."""
-    try:
-        return Native(build.library(build.TARGETS["cpu"]))
-    except (build.BuildError, OSError, StopIteration, AttributeError) as error:
-        return str(error)
+class Workspace(NamedTuple):
+    u: Tensor  # [R·C] inner products, in the logits' dtype; empty where dz has room for them, or a tile does
+    packed: Tensor  # int32: panels of our own products' operands
 
 
 class CpuBlockKernel(BlockKernel):
-    """``level``: an instruction set of LEVELS, or "portable"; None: the best that is here."""
+    """One vectorised pass over inner products that are still in the cache."""
 
     name = "cpu"
 
     def __init__(self, level: str | None = None) -> None:
-        self.asked = level
+        """``level``: of LEVELS, to test a lower one than the machine's; None: the machine's."""
+        self._level = level
 
     def why_not(self, problem: Problem) -> list[str]:
         if problem.device.type != "cpu":
             return [f"features are on {problem.device.type}, expected the CPU"]
         # What the first call has found out, or what is known without compiling.
-        return self.prepare() if native.cache_info().currsize else build.why_not(build.TARGETS["cpu"])
+        return self.prepare() if load.cache_info().currsize else build.why_not(build.TARGETS["cpu"])
 
     def prepare(self) -> list[str]:
-        found = native()
-        if isinstance(found, str):
-            return [found]
-        if self.asked not in (None, *found.levels):
-            return [f"level {self.asked!r} is not among this processor's: {', '.join(found.levels)}"]
+        native = load()
+        if isinstance(native, str):
+            return [native]
+        if self._level is not None and LEVELS.index(self._level) > native.level:
+            return [f"this CPU's level is {LEVELS[native.level]}, below {self._level}"]
         return []
 
+    @property
+    def _native(self) -> Native:
+        native = load()
+        if isinstance(native, str):
+            raise RuntimeError(native)
+        return native
+
+    def _products(self, dtype: torch.dtype) -> str:
+        """Whose products multiply features of ``dtype``: "ours", "mkl", or "torch" after widening half precision."""
+        native = self._native
+        level = native.level if self._level is None else LEVELS.index(self._level)
+        if dtype is torch.bfloat16 and level >= AMX and dtype in native.gemm:
+            return "mkl"
+        # Not float32 where there is AMX: those are Intel's machines, MKL is at its best there, and ours was not tried.
+        if (dtype is torch.float32 and AVX512 <= level < AMX) or (dtype is torch.bfloat16 and level >= AVX512_BF16):
+            return "ours"
+        if dtype is torch.float16 and self._level is None and native.has_float16_products and dtype in native.gemm:
+            return "mkl"
+        return "torch"
+
     def operand_dtype(self, problem: Problem) -> torch.dtype:
-        if problem.dtype is torch.bfloat16 and problem.rounds_out and self._level in ("amx", "avx512_bf16"):
-            return torch.bfloat16
-        return torch.float32 if problem.dtype in (torch.bfloat16, torch.float16) else problem.dtype
+        if problem.dtype is torch.float64:
+            return torch.float64
+        return torch.float32 if not problem.rounds_out or self._products(problem.dtype) == "torch" else problem.dtype
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return 1024, 1024
+        """Larger blocks read and write the float32 accumulators less often; smaller ones keep dz in the cache."""
+        most = 2048 if self._products(self.operand_dtype(problem)) == "ours" else 1024
+        return _even_cut(problem.M, most), _even_cut(problem.N, most)
 
-    def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
-        """[R, C] inner products, where neither a fused product nor dz has room for them."""
-        operand = self.operand_dtype(problem)
-        in_dz = problem.needs_dz and operand is not torch.bfloat16
-        elements = 0 if in_dz or self._fuses(operand) else R * C
-        return torch.empty(elements, dtype=torch.float64 if operand is torch.float64 else torch.float32)
+    def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
+        dtype = self.operand_dtype(problem)
+        products = self._products(dtype)
+        in_dz = problem.needs_dz and products == "torch"
+        words = _packed_words(R, C, problem.D, dtype) if products == "ours" else 0
+        return Workspace(
+            torch.empty(0 if in_dz or products == "ours" else R * C, dtype=_logits_dtype(dtype)),
+            torch.empty(words, dtype=torch.int32),
+        )
 
     def block(
         self,
@@ -117,98 +103,83 @@ class CpuBlockKernel(BlockKernel):
         sums: Tensor,
         dz: Tensor | None,
         dz_scale: Tensor | None,
-        workspace: Tensor,
+        workspace: Workspace,
         loss_only: bool = False,
     ) -> None:
-        r, c = x.shape[0], y.shape[0]
-        code = self._native
-        labels = "ids" if pairs.has_ids else "offset" if pairs.may_have_positives(r, c) else "none"
-        kept = [None if t is None else t.to(torch.int64) for t in (pairs.image_ids, pairs.text_ids)]
-        arguments = _Block(
-            r=r,
-            c=c,
-            dz=_pointer(dz),
-            lddz=0 if dz is None else dz.stride(0),
-            dz_element=ELEMENTS[x.dtype],
-            scale=_pointer(scale),
-            bias=_pointer(bias),
-            labels=LABELS[labels],
-            offset=pairs.positive_offset or 0,
-            image_ids=_pointer(kept[0]),
-            text_ids=_pointer(kept[1]),
-            image_weights=_pointer(pairs.image_weights),
-            text_weights=_pointer(pairs.text_weights),
-            loss_only=loss_only,
-            sums=_pointer(sums),
-            parallel_for=code.parallel_for,
+        native, (r, D), c = self._native, x.shape, y.shape[0]
+        # Kept here while the library runs: the Block holds only addresses.
+        image_ids, text_ids = _as_int64(pairs.image_ids), _as_int64(pairs.text_ids)
+        block = Block(
+            r,
+            c,
+            scale.data_ptr(),
+            bias.data_ptr(),
+            address(dz_scale),
+            c if pairs.positive_offset is None else pairs.positive_offset,  # no row reaches column i + c
+            address(image_ids),
+            address(text_ids),
+            address(pairs.image_weights),
+            address(pairs.text_weights),
+            address(dz),
+            0 if dz is None else dz.stride(0),
+            sums.data_ptr(),
+            DTYPES[scale.dtype],
+            DTYPES[x.dtype],
+            loss_only,
         )
-        if self._fuses(x.dtype):
-            product = self._product(None, x, y.T, accumulate=False)
-            code.library.siglip_block_bf16(ctypes.byref(arguments), ctypes.byref(product))
+        products = self._products(x.dtype)
+        if products == "ours":
+            packed = workspace.packed.data_ptr()
+            native.block(ctypes.byref(block), x.data_ptr(), y.data_ptr(), D, packed, native.pool)
             return
-        # Each vector of u is read before dz takes its place.
-        u = workspace[: r * c].view(r, c) if workspace.numel() or dz is None else dz
-        self.matmul_(u, x, y.T)
-        arguments.u, arguments.ldu = _pointer(u), u.stride(0)
-        self._epilogue(ctypes.byref(arguments))
+        u = dz if dz is not None and products == "torch" else workspace.u[: r * c].view(r, c)
+        multiply = native.matmul_ if products == "mkl" else matmul_
+        multiply(u, x, y.T)
+        level = native.level if self._level is None else LEVELS.index(self._level)
+        native.epilogue(ctypes.byref(block), u.data_ptr(), u.stride(0), level, native.pool)
 
-    def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
-        if a.dtype is not torch.bfloat16:
-            products.matmul_(out, a, b, accumulate=accumulate)
-        elif self._level == "amx":
-            _mkl_product(self._native.mkl, out, a, b, accumulate)
+    def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, workspace: Workspace) -> None:
+        products = self._products(a.dtype)
+        if products == "torch":
+            matmul_(out, a, b, accumulate=accumulate)
+        elif products == "mkl":
+            self._native.matmul_(out, a, b, accumulate=accumulate)
         else:
-            product = self._product(out, a, b, accumulate)
-            self._native.library.siglip_product_bf16(ctypes.byref(product))
-
-    def _product(self, out: Tensor | None, a: Tensor, b: Tensor, accumulate: bool) -> ctypes.Structure:
-        return _Product(
-            m=a.shape[0],
-            n=b.shape[1],
-            k=a.shape[1],
-            a=_pointer(a),
-            a_row=a.stride(0),
-            a_col=a.stride(1),
-            b=_pointer(b),
-            b_row=b.stride(0),
-            b_col=b.stride(1),
-            out=_pointer(out),
-            ldo=0 if out is None else out.stride(0),
-            accumulate=accumulate,
-            parallel_for=self._native.parallel_for,
-        )
-
-    def _fuses(self, operand: torch.dtype) -> bool:
-        """Whether product and epilogue are one call."""
-        return operand is torch.bfloat16 and self._level == "avx512_bf16"
-
-    @functools.cached_property
-    def _native(self) -> Native:
-        found = native()
-        assert isinstance(found, Native), found  # why_not has seen to it
-        return found
-
-    @functools.cached_property
-    def _level(self) -> str:
-        return self.asked or self._native.levels[0]
-
-    @functools.cached_property
-    def _epilogue(self) -> Callable[[Any], None]:
-        return self._native.epilogue(self._level)
+            (m, k), n = a.shape, b.shape[1]
+            transposed = a.stride(0) == 1 and a.stride(1) != 1
+            product = Product(
+                out.data_ptr(),
+                a.data_ptr(),
+                a.stride(1 if transposed else 0),
+                b.data_ptr(),
+                workspace.packed.data_ptr(),
+                m,
+                n,
+                k,
+                DTYPES[a.dtype],
+                transposed,
+                accumulate,
+            )
+            self._native.product(ctypes.byref(product), self._native.pool)
 
 
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+def _even_cut(length: int, most: int) -> int:
+    """The size of a block when ``length`` is cut evenly, on multiples of PANEL, into blocks of at most ``most``."""
+    return most if length <= most else -(-length // (-(-length // most) * PANEL)) * PANEL
 
 
-_ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112  # of cblas
+def _logits_dtype(operand: torch.dtype) -> torch.dtype:
+    return torch.float64 if operand is torch.float64 else torch.float32
 
 
-def _mkl_product(mkl: Any, out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """out = or += a @ b by MKL, bfloat16 into float32."""
-    m, n, k = a.shape[0], b.shape[1], a.shape[1]
-    sides = [(_NO_TRANSPOSE, t.stride(0)) if t.stride(1) == 1 else (_TRANSPOSE, t.stride(1)) for t in (a, b)]
-    (ta, lda), (tb, ldb) = [(kind, ctypes.c_int(max(stride, 1))) for kind, stride in sides]
-    one, beta = ctypes.c_float(1), ctypes.c_float(accumulate)
-    left, right, result = (ctypes.c_void_p(t.data_ptr()) for t in (a, b, out))
-    mkl(_ROW_MAJOR, ta, tb, m, n, k, one, left, lda, right, ldb, beta, result, ctypes.c_int(out.stride(0)))
+def _as_int64(ids: Tensor | None) -> Tensor | None:
+    return None if ids is None else ids.to(torch.int64)
+
+
+def _packed_words(R: int, C: int, D: int, dtype: torch.dtype) -> int:
+    """Of the largest pack: y transposed, y with nothing beside it, x with dzᵀ beside it."""
+
+    def words(k: int, n: int) -> int:
+        return math.ceil(k * dtype.itemsize / 4) * math.ceil(n / PANEL) * PANEL
+
+    return max(words(D, C), words(C, D), words(R, D) + words(R, C))

@@ -1,42 +1,30 @@
-// Every exported function against plain loops in float64, on heap arrays of the exact size and several threads of its
-// own, so that the sanitizers see each access. Prints the first mismatch and returns 1.
+// Every exported function against plain loops in float64, on heap arrays of the exact size and two threads of its own,
+// so that the sanitizers see each access. Prints the first mismatch and returns 1.
+
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
-#include "../api.h"
-
-#define SIGLIP_DECLARE(level)                                        \
-  SIGLIP_API void siglip_epilogue_##level(const siglip::Block*);     \
-  SIGLIP_API void siglip_exp_float_##level(const float*, float*, int64_t); \
-  SIGLIP_API void siglip_log1p_float_##level(const float*, float*, int64_t);
-SIGLIP_DECLARE(portable)
-#if defined(__x86_64__)
-SIGLIP_DECLARE(avx2)
-SIGLIP_DECLARE(avx512)
-SIGLIP_API void siglip_product_bf16(const siglip::Product*);
-SIGLIP_API void siglip_block_bf16(const siglip::Block*, const siglip::Product*);
-#endif
-SIGLIP_API int64_t siglip_features();
+#include "../interface.h"
+#include "../machine.h"
+#include "../product.h"
 
 namespace {
 
 using namespace siglip;
 
-int64_t threads = 3;
-
-int32_t spawn(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  std::vector<std::thread> pool;
-  for (int64_t t = 0; t < threads; ++t) {
-    const int64_t first = begin + (end - begin) * t / threads, last = begin + (end - begin) * (t + 1) / threads;
-    if (first < last) pool.emplace_back([=] { body(first, last, context); });
-  }
-  for (std::thread& thread : pool) thread.join();
+int32_t two_threads(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+  const int64_t middle = begin + (end - begin) / 2;
+  std::thread other([=] { body(middle, end, context); });
+  body(begin, middle, context);
+  other.join();
   return 0;
 }
 
@@ -45,7 +33,7 @@ std::mt19937 generator(0);
 template <class T>
 std::vector<T> uniform(int64_t count, double low, double high) {
   std::uniform_real_distribution<double> distribution(low, high);
-  std::vector<T> values(static_cast<size_t>(count));
+  std::vector<T> values(count);
   for (T& value : values) value = static_cast<T>(distribution(generator));
   return values;
 }
@@ -56,201 +44,242 @@ uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-double wide(float value) { return value; }
-double wide(double value) { return value; }
-double wide(uint16_t value) {
-  const uint32_t bits = uint32_t{value} << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
+double from_bf16(uint16_t value) {
+  const uint32_t bits = uint32_t(value) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
 }
 
 void expect_close(double value, double right, double tolerance, const char* what, int64_t where) {
   if (std::abs(value - right) <= tolerance) return;
-  std::printf("%s: %.9g at %lld, expected %.9g\n", what, value, static_cast<long long>(where), right);
+  std::printf("%s: %.9g at %ld, expected %.9g\n", what, value, long(where), right);
   std::exit(1);
 }
 
-// A block of r × c pairs with its own arrays, and what should come out.
-template <class T>
-struct Case {
-  int64_t r, c, labels;
-  bool weighted;
-  T scale = 7, bias = -3;
-  std::vector<int64_t> image_ids, text_ids;
-  std::vector<T> image_weights, text_weights;
-  std::vector<double> dz;  // expected, as are the sums
-  double right[3] = {}, sums[3];
+enum class Labels { kNone, kDiagonal, kIds, kWeights };
 
-  Case(int64_t r, int64_t c, int64_t labels, bool weighted) : r(r), c(c), labels(labels), weighted(weighted) {
-    for (int64_t i = 0; i < r; ++i) image_ids.push_back(i % 5);
-    for (int64_t j = 0; j < c; ++j) text_ids.push_back(j % 7);
-    image_weights = uniform<T>(r, 0, 2);
-    text_weights = uniform<T>(c, 0, 2);
-  }
+// Dz and sums of a block, defined.
+struct Expected {
+  std::vector<double> dz;
+  double sums[3] = {};
 
-  template <class U>
-  void define(const U& u) {
-    for (int64_t i = 0; i < r; ++i) {
-      for (int64_t j = 0; j < c; ++j) {
-        const bool positive = labels == kIds ? image_ids[i] == text_ids[j] : labels == kOffset && i + 2 == j;
-        const double s = positive ? 1 : -1, a = -s * (double(scale) * u[i * c + j] + double(bias));
-        const double weight = weighted ? double(image_weights[i]) * double(text_weights[j]) : 1;
+  Expected(const Block& block, const std::vector<double>& u, double scale, double bias, const float* weights) {
+    for (int64_t i = 0; i < block.rows; ++i)
+      for (int64_t j = 0; j < block.cols; ++j) {
+        const bool positive =
+            block.image_ids ? block.image_ids[i] == block.text_ids[j] : i + block.offset == j;
+        const double s = positive ? 1 : -1, a = -s * (scale * u[i * block.cols + j] + bias);
+        const double weight = weights ? double(weights[i]) * weights[j] : 1;
         dz.push_back(-s * weight / (1 + std::exp(-a)));
-        right[0] += weight * (std::max(a, 0.0) + std::log1p(std::exp(-std::abs(a))));
-        right[1] += dz.back() * u[i * c + j];
-        right[2] += dz.back();
+        sums[0] += weight * (std::max(a, 0.0) + std::log1p(std::exp(-std::abs(a))));
+        sums[1] += dz.back() * u[i * block.cols + j];
+        sums[2] += dz.back();
       }
-    }
-  }
-
-  Block block(const T* u, int64_t ldu, void* out, int64_t lddz, Element element, bool loss_only) {
-    return {r, c, u, ldu, out, lddz, element, &scale, &bias, labels, 2, image_ids.data(), text_ids.data(),
-            weighted ? image_weights.data() : nullptr, weighted ? text_weights.data() : nullptr, loss_only, sums, spawn};
-  }
-
-  void expect_sums(double tolerance, bool loss_only, const char* what) const {
-    for (int k = 0; k < (loss_only ? 1 : 3); ++k) {
-      expect_close(sums[k], right[k], tolerance * double(r * c), what, k);
-    }
   }
 };
 
-template <class T, class Out>
-void test_epilogue(void (*epilogue)(const Block*), Case<T>& c, Element element, double tolerance, double rounding) {
-  const auto u = uniform<T>(c.r * c.c, -1, 1);
-  if (c.dz.empty()) {
-    c.define(u);
+struct Case {
+  int64_t rows, cols;
+  Labels labels;
+};
+
+std::vector<Case> all_cases() {
+  std::vector<Case> cases;
+  for (Labels labels : {Labels::kNone, Labels::kDiagonal, Labels::kIds, Labels::kWeights})
+    for (auto [rows, cols] : {std::pair{1, 1}, {3, 5}, {33, 65}, {70, 300}}) cases.push_back({rows, cols, labels});
+  return cases;
+}
+
+// A block description over `case_`'s own arrays; dz, stride and dtypes are the caller's to fill in.
+struct Inputs {
+  float scale = 7, bias = -3;
+  std::vector<int64_t> ids;
+  std::vector<float> weights;
+  double sums[3];
+  Block block{};
+
+  explicit Inputs(const Case& c) : ids(std::max(c.rows, c.cols)), weights(uniform<float>(ids.size(), 0, 2)) {
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = int64_t(i % 5);
+    block.rows = c.rows;
+    block.cols = c.cols;
+    block.scale = &scale;
+    block.bias = &bias;
+    block.offset = c.labels == Labels::kNone ? c.cols : 2;
+    block.sums = sums;
+    if (c.labels == Labels::kIds) block.image_ids = block.text_ids = ids.data();
+    if (c.labels == Labels::kWeights) block.image_weights = block.text_weights = weights.data();
   }
-  Case<T> fresh = c;
-  fresh.dz.clear();
-  std::fill(fresh.right, fresh.right + 3, 0.0);
-  fresh.define(u);
-  // Rows apart by an odd stride; the last one ends with its last element.
-  const int64_t stride = c.c + 3;
-  std::vector<Out> dz(static_cast<size_t>(std::max<int64_t>(0, (c.r - 1) * stride + c.c)), Out(9));
-  Block block = fresh.block(u.data(), c.c, dz.data(), stride, element, false);
-  epilogue(&block);
-  fresh.expect_sums(tolerance, false, "sums");
-  for (int64_t i = 0; i < c.r * c.c; ++i) {
-    const double right = fresh.dz[i];
-    expect_close(wide(dz[i / c.c * stride + i % c.c]), right, rounding * std::abs(right) + tolerance, "dz", i);
+
+  const float* weights_or_null() const { return block.image_weights ? weights.data() : nullptr; }
+
+  void expect(const Expected& right, double tolerance, const char* what) const {
+    const double size = double(block.rows * block.cols);
+    for (int s = 0; s < (block.loss_only ? 1 : 3); ++s)
+      expect_close(sums[s], right.sums[s], tolerance * size, what, s);
   }
-  for (int64_t i = 0; i + 1 < c.r; ++i) {
-    for (int64_t j = c.c; j < stride; ++j) expect_close(wide(dz[i * stride + j]), wide(Out(9)), 0, "beside dz", j);
+};
+
+void test_epilogue(const Case& c, int32_t level) {
+  Inputs inputs(c);
+  const auto u = uniform<float>(c.rows * c.cols, -1, 1);
+  const Expected right(inputs.block, {u.begin(), u.end()}, inputs.scale, inputs.bias, inputs.weights_or_null());
+  auto in_place = u;
+  inputs.block.dz = in_place.data();
+  inputs.block.dz_stride = c.cols;
+  siglip_epilogue(&inputs.block, in_place.data(), c.cols, level, two_threads);
+  inputs.expect(right, 1e-6, "sums of the epilogue in place");
+  for (size_t i = 0; i < u.size(); ++i) expect_close(in_place[i], right.dz[i], 1e-5, "dz in place", i);
+
+  // Rows padded to an odd stride; the last row ends with its last element.
+  std::vector<uint16_t> dz((c.rows - 1) * (c.cols + 3) + c.cols);
+  inputs.block.dz = dz.data();
+  inputs.block.dz_stride = c.cols + 3;
+  for (Dtype dtype : {Dtype::kFloat16, Dtype::kBfloat16}) {
+    inputs.block.operand = dtype;
+    siglip_epilogue(&inputs.block, u.data(), c.cols, level, two_threads);
+    inputs.expect(right, 1e-6, "sums of the epilogue, half precision");
   }
-  for (bool loss_only : {false, true}) {
-    block = fresh.block(u.data(), c.c, nullptr, 0, element, loss_only);
-    epilogue(&block);
-    fresh.expect_sums(tolerance, loss_only, "sums without dz");
+  for (int64_t i = 0; i < c.rows * c.cols; ++i) {
+    const double value = from_bf16(dz[i / c.cols * (c.cols + 3) + i % c.cols]);
+    expect_close(value, right.dz[i], 0.005 * std::abs(right.dz[i]) + 1e-6, "dz in bfloat16", i);
   }
-  if constexpr (std::is_same_v<T, Out>) {
-    auto in_place = u;
-    block = fresh.block(in_place.data(), c.c, in_place.data(), c.c, element, false);
-    epilogue(&block);
-    fresh.expect_sums(tolerance, false, "sums in place");
-    for (int64_t i = 0; i < c.r * c.c; ++i) expect_close(wide(in_place[i]), fresh.dz[i], tolerance, "dz in place", i);
+
+  inputs.block.dz = nullptr;
+  for (int32_t loss_only : {0, 1}) {
+    inputs.block.loss_only = loss_only;
+    siglip_epilogue(&inputs.block, u.data(), c.cols, level, nullptr);
+    inputs.expect(right, 1e-6, "sums without dz");
   }
 }
 
-void test_level(void (*epilogue)(const Block*)) {
-  for (int64_t labels : {kNone, kOffset, kIds}) {
-    for (bool weighted : {false, true}) {
-      for (auto [r, c] : {std::pair{1, 1}, {0, 5}, {5, 0}, {3, 15}, {33, 65}, {17, 1024}, {20, 1025}, {6, 2100}}) {
-        Case<float> single(r, c, labels, weighted);
-        test_epilogue<float, float>(epilogue, single, kFloat32, 1e-6, 0);
-        test_epilogue<float, uint16_t>(epilogue, single, kBFloat16, 1e-6, 0.004);
-        Case<double> twice(r, c, labels, weighted);
-        test_epilogue<double, double>(epilogue, twice, kFloat64, 1e-13, 0);
-      }
+void test_float64(const Case& c, int32_t level) {
+  Inputs inputs(c);
+  const double scale = inputs.scale, bias = inputs.bias;
+  const auto u = uniform<double>(c.rows * c.cols, -1, 1);
+  const std::vector<double> weights(inputs.weights.begin(), inputs.weights.end());
+  const Expected right(inputs.block, u, scale, bias, inputs.weights_or_null());
+  auto dz = u;
+  inputs.block.scale = &scale;
+  inputs.block.bias = &bias;
+  if (inputs.block.image_weights) inputs.block.image_weights = inputs.block.text_weights = weights.data();
+  inputs.block.logits = inputs.block.operand = Dtype::kFloat64;
+  inputs.block.dz = dz.data();
+  inputs.block.dz_stride = c.cols;
+  siglip_epilogue(&inputs.block, dz.data(), c.cols, level, two_threads);
+  inputs.expect(right, 1e-13, "sums in float64");
+  for (size_t i = 0; i < u.size(); ++i) expect_close(dz[i], right.dz[i], 1e-13, "dz in float64", i);
+}
+
+void test_functions(int32_t level) {
+  for (int64_t count : {1, 7, 64, 1001}) {
+    const auto x = uniform<float>(count, -90, 0);
+    std::vector<float> exp(count), log1p(count);
+    siglip_evaluate(level, Function::kExp, Dtype::kFloat32, x.data(), exp.data(), count);
+    siglip_evaluate(level, Function::kLog1p, Dtype::kFloat32, exp.data(), log1p.data(), count);
+    for (int64_t i = 0; i < count; ++i) {
+      expect_close(exp[i], std::exp(double(x[i])), 3e-7 * std::exp(double(x[i])) + 3e-45, "exp", i);
+      expect_close(log1p[i], std::log1p(double(exp[i])), 3e-7 * exp[i] + 3e-45, "log1p", i);
     }
   }
 }
 
 #if defined(__x86_64__)
 
-std::vector<uint16_t> halves(int64_t count, double size) {
-  std::vector<uint16_t> values;
-  for (float value : uniform<float>(count, -size, size)) values.push_back(to_bf16(value));
+// An operand's elements and how exact results from them are.
+struct Bfloat16 : avx512::Bfloat16 {
+  static constexpr Dtype kDtype = Dtype::kBfloat16;
+  static constexpr double kRounding = 0.005;  // of dz
+  static uint16_t from(float value) { return to_bf16(value); }
+  static double wide(uint16_t value) { return from_bf16(value); }
+};
+struct Float32 : avx512::Float32 {
+  static constexpr Dtype kDtype = Dtype::kFloat32;
+  static constexpr double kRounding = 0;
+  static float from(float value) { return value; }
+  static double wide(float value) { return value; }
+};
+
+template <class Operand>
+std::vector<typename Operand::Element> operand(int64_t count, double size) {
+  std::vector<typename Operand::Element> values;
+  for (float value : uniform<float>(count, -size, size)) values.push_back(Operand::from(value));
   return values;
 }
 
-void test_product(int64_t m, int64_t n, int64_t k, bool a_turned, bool b_turned, bool accumulate) {
-  const int64_t lda = (a_turned ? m : k) + 5, ldb = (b_turned ? k : n) + 3, ldo = n + 1;
-  const auto a = halves((a_turned ? k - 1 : m - 1) * lda + (a_turned ? m : k), 1);
-  const auto b = halves((b_turned ? n - 1 : k - 1) * ldb + (b_turned ? k : n), 1);
-  auto out = uniform<float>((m - 1) * ldo + n, -1, 1);
-  const auto before = out;
-  const Product product{m, n, k, a.data(), a_turned ? 1 : lda, a_turned ? lda : 1, b.data(), b_turned ? 1 : ldb,
-                        b_turned ? ldb : 1, out.data(), ldo, accumulate, spawn};
-  siglip_product_bf16(&product);
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      double right = accumulate ? before[i * ldo + j] : 0;
-      for (int64_t p = 0; p < k; ++p) {
-        right += wide(a[i * product.a_row + p * product.a_col]) * wide(b[p * product.b_row + j * product.b_col]);
-      }
-      expect_close(out[i * ldo + j], right, 1e-6 * double(k + 1), "product", i * n + j);
-    }
-    if (i + 1 < m) expect_close(out[i * ldo + n], before[i * ldo + n], 0, "beside the product", i);
-  }
+template <class Operand>
+int64_t packed_words(int64_t k, int64_t n) {
+  return (k + Operand::kInWord - 1) / Operand::kInWord * avx512::panels(n) * avx512::kPanel;
 }
 
-void test_block(int64_t r, int64_t c, int64_t k, int64_t labels, bool weighted) {
-  const auto x = halves(r * k, 0.2), y = halves(c * k, 0.2);
-  std::vector<double> u(static_cast<size_t>(r * c));
-  for (int64_t i = 0; i < r; ++i) {
-    for (int64_t j = 0; j < c; ++j) {
-      for (int64_t p = 0; p < k; ++p) u[i * c + j] += wide(x[i * k + p]) * wide(y[j * k + p]);
+template <class Operand>
+void test_block(const Case& c, int64_t features) {
+  Inputs inputs(c);
+  const auto x = operand<Operand>(c.rows * features, 0.2), y = operand<Operand>(c.cols * features, 0.2);
+  std::vector<double> u(c.rows * c.cols);
+  for (int64_t i = 0; i < c.rows; ++i)
+    for (int64_t j = 0; j < c.cols; ++j)
+      for (int64_t f = 0; f < features; ++f)
+        u[i * c.cols + j] += Operand::wide(x[i * features + f]) * Operand::wide(y[j * features + f]);
+  const Expected right(inputs.block, u, inputs.scale, inputs.bias, inputs.weights_or_null());
+  std::vector<typename Operand::Element> dz(c.rows * c.cols);
+  inputs.block.dz = dz.data();
+  inputs.block.dz_stride = c.cols;
+  inputs.block.operand = Operand::kDtype;
+  std::vector<uint32_t> packed(packed_words<Operand>(features, c.cols));
+  siglip_block(&inputs.block, x.data(), y.data(), features, packed.data(), two_threads);
+  inputs.expect(right, 3e-6, "sums of a block");
+  for (size_t i = 0; i < dz.size(); ++i)
+    expect_close(Operand::wide(dz[i]), right.dz[i], Operand::kRounding * std::abs(right.dz[i]) + 1e-5, "dz", i);
+}
+
+template <class Operand>
+void test_product(int64_t m, int64_t n, int64_t k, bool transpose, bool accumulate) {
+  const int64_t a_rows = transpose ? k : m, a_cols = transpose ? m : k, stride = a_cols + 5;
+  const auto a = operand<Operand>((a_rows - 1) * stride + a_cols, 1), b = operand<Operand>(k * n, 1);
+  auto out = uniform<float>(m * n, -1, 1);
+  const auto before = out;
+  std::vector<uint32_t> packed(packed_words<Operand>(k, n) + (transpose ? packed_words<Operand>(k, m) : 0));
+  const Product product{out.data(), a.data(), stride, b.data(), packed.data(), m, n, k, Operand::kDtype, transpose,
+                        accumulate};
+  siglip_product(&product, two_threads);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      double right = accumulate ? before[i * n + j] : 0;
+      for (int64_t p = 0; p < k; ++p)
+        right += Operand::wide(a[transpose ? p * stride + i : i * stride + p]) * Operand::wide(b[p * n + j]);
+      expect_close(out[i * n + j], right, 1e-6 * (double(k) + 1), "product", i * n + j);
     }
-  }
-  Case<float> expected(r, c, labels, weighted);
-  expected.define(u);
-  std::vector<uint16_t> dz(static_cast<size_t>(r * c));
-  const Product product{r, c, k, x.data(), k, 1, y.data(), 1, k, nullptr, 0, false, spawn};
-  double first[3];
-  for (int64_t count : {3, 1, 2, 7}) {  // the sums do not depend on the number of threads
-    threads = count;
-    const Block block = expected.block(nullptr, 0, dz.data(), c, kBFloat16, false);
-    siglip_block_bf16(&block, &product);
-    if (count == 3) std::memcpy(first, expected.sums, sizeof first);
-    for (int s = 0; s < 3; ++s) expect_close(expected.sums[s], first[s], 0, "sums by threads", count);
-  }
-  threads = 3;
-  expected.expect_sums(3e-6, false, "sums of a block");
-  for (int64_t i = 0; i < r * c; ++i) {
-    expect_close(wide(dz[i]), expected.dz[i], 0.004 * std::abs(expected.dz[i]) + 1e-5, "dz of a block", i);
-  }
+}
+
+template <class Operand>
+void test_operand() {
+  for (const Case& c : all_cases())
+    for (int64_t features : {1, 31, 64, 1603}) test_block<Operand>(c, features);
+  for (bool transpose : {false, true})
+    for (bool accumulate : {false, true})
+      for (auto [m, n, k] : {std::array{1, 1, 1}, {13, 70, 31}, {65, 64, 1601}})
+        test_product<Operand>(m, n, k, transpose, accumulate);
 }
 
 #endif
+
+void test_level(int32_t level) {
+  test_functions(level);
+  for (const Case& c : all_cases()) {
+    test_epilogue(c, level);
+    test_float64(c, level);
+  }
+}
 
 }  // namespace
 
 int main() {
-  test_level(siglip_epilogue_portable);
+  const int32_t best = siglip_level();
+  for (int32_t level = 0; level <= std::min(best, int32_t(Level::kAvx512)); ++level) test_level(level);
 #if defined(__x86_64__)
-  const int64_t features = siglip_features();
-  if (features & kAvx2) test_level(siglip_epilogue_avx2);
-  if (features & kAvx512) test_level(siglip_epilogue_avx512);
-  if (features & kAvx512Bf16) {
-    for (int turned = 0; turned < 8; ++turned) {
-      const bool a = turned & 1, b = turned & 2, accumulate = turned & 4;
-      test_product(1, 1, 1, a, b, accumulate);
-      test_product(5, 63, 2, a, b, accumulate);
-      test_product(13, 70, 31, a, b, accumulate);
-      test_product(97, 129, 65, a, b, accumulate);
-    }
-    for (int64_t labels : {kNone, kOffset, kIds}) {
-      for (bool weighted : {false, true}) {
-        test_block(1, 1, 1, labels, weighted);
-        test_block(100, 130, 33, labels, weighted);
-        test_block(49, 1030, 48, labels, weighted);
-      }
-    }
-  }
-  std::printf("ok, features %lld\n", static_cast<long long>(features));
-#else
-  std::printf("ok, portable\n");
+  if (best >= int32_t(Level::kAvx512)) test_operand<Float32>();
+  if (best >= int32_t(Level::kAvx512Bf16)) test_operand<Bfloat16>();
 #endif
+  std::printf("ok up to level %d\n", best);
 }

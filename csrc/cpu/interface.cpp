@@ -1,0 +1,149 @@
+#include "interface.h"
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "machine.h"
+#include "product.h"
+
+namespace siglip {
+namespace {
+
+using Epilogue = decltype(&portable::epilogue);
+
+Epilogue epilogue_of(Level level) {
+#if defined(__x86_64__)
+  if (level >= Level::kAvx512) return avx512::epilogue;
+  if (level == Level::kAvx2) return avx2::epilogue;
+#endif
+  (void)level;
+  return portable::epilogue;
+}
+
+// Runs partial(task, sums) for every task and adds the sums up in the tasks' order, whoever ran them.
+template <class Partial>
+void sum_tasks(ParallelFor pool, int64_t tasks, double* sums, Partial&& partial) {
+  std::vector<std::array<double, 3>> parts(tasks);
+  for_each_task(pool, tasks, [&](int64_t task) { partial(task, parts[task].data()); });
+  for (int s = 0; s < 3; ++s) {
+    sums[s] = 0;
+    for (const auto& part : parts) sums[s] += part[s];
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+Range part(int64_t index, int64_t size, int64_t end) { return {index * size, std::min(end, (index + 1) * size)}; }
+
+}  // namespace
+
+int32_t siglip_level() { return static_cast<int32_t>(best_level()); }
+int32_t siglip_has_float16_products() { return has_float16_products(); }
+
+void siglip_epilogue(const Block* block, const void* u, int64_t u_stride, int32_t level, ParallelFor pool) {
+  constexpr int64_t kPairs = 16384;  // a task
+  const Epilogue epilogue = epilogue_of(static_cast<Level>(level));
+  const int64_t rows = std::max<int64_t>(1, kPairs / std::max<int64_t>(1, block->cols));
+  const int64_t size = block->logits == Dtype::kFloat64 ? 8 : 4;
+  sum_tasks(pool, ceil_div(block->rows, rows), block->sums, [&](int64_t task, double* sums) {
+    const Range range = part(task, rows, block->rows);
+    epilogue(*block, static_cast<const char*>(u) + range.begin * u_stride * size, u_stride, range, {0, block->cols},
+             sums);
+  });
+}
+
+#if defined(__x86_64__)
+
+namespace {
+
+// A block task's largest tile, in L1; its part of y in L2.
+constexpr int64_t kTileRows = 24, kTileColumns = 4 * avx512::kPanel;
+constexpr int64_t kPackedAtOnce = 256;  // of y's features, by a task
+// Panels of the right-hand matrix in a product's task.
+constexpr int64_t kProductPanels = 3;
+
+template <class Operand>
+void block_of(const Block& block, const void* x_data, const void* y_data, int64_t features, uint32_t* packed,
+              ParallelFor pool) {
+  using namespace avx512;
+  const auto* x = static_cast<const typename Operand::Element*>(x_data);
+  const auto* y = static_cast<const typename Operand::Element*>(y_data);
+  const int64_t rows_each = block.rows * block.cols < 256 * 256 ? 6 : kTileRows;  // work for every thread
+  const int64_t panel_words = words<Operand>(features) * kPanel, row_tasks = ceil_div(block.rows, rows_each);
+  const int64_t pieces = ceil_div(features, kPackedAtOnce);
+  for_each_task(pool, panels(block.cols) * pieces, [&](int64_t task) {
+    const int64_t p = task / pieces;
+    const Range of_k = part(task % pieces, kPackedAtOnce, features);
+    pack_transposed_panel<Operand>(y + of_k.begin, features, of_k.size(), part(p, kPanel, block.cols),
+                                   packed + p * panel_words + words<Operand>(of_k.begin) * kPanel);
+  });
+  sum_tasks(pool, row_tasks * ceil_div(block.cols, kTileColumns), block.sums, [&](int64_t task, double* sums) {
+    alignas(64) float tile[kTileRows * kTileColumns];
+    const Range rows = part(task % row_tasks, rows_each, block.rows);
+    const Range cols = part(task / row_tasks, kTileColumns, block.cols);
+    const Left left = row_major(x + rows.begin * features, features);
+    for (int64_t j = cols.begin; j < cols.end; j += kPanel)
+      multiply<Operand>(left, packed + j / kPanel * panel_words, features, tile + (j - cols.begin), kTileColumns,
+                        rows.size(), std::min(kPanel, cols.end - j), false);
+    epilogue(block, tile, kTileColumns, rows, cols, sums);
+  });
+}
+
+template <class Operand>
+void product_of(const Product& product, ParallelFor pool) {
+  using namespace avx512;
+  const int64_t m = product.m, n = product.n, k = product.k, panel_words = words<Operand>(k) * kPanel;
+  const int64_t of_b = panels(n), of_a = product.transpose ? panels(m) : 0;
+  const auto* a = static_cast<const typename Operand::Element*>(product.a);
+  const auto* b = static_cast<const typename Operand::Element*>(product.b);
+  uint32_t* const packed = product.packed;
+  for_each_task(pool, of_b + of_a, [&](int64_t p) {
+    if (p < of_b)
+      pack_panel<Operand>(b, n, k, part(p, kPanel, n), packed + p * panel_words);
+    else
+      pack_panel<Operand>(a, product.a_stride, k, part(p - of_b, kPanel, m), packed + p * panel_words);
+  });
+  const int64_t groups = ceil_div(of_b, kProductPanels);
+  for_each_task(pool, panels(m) * groups, [&](int64_t task) {
+    const int64_t row_panel = task / groups;
+    const Range rows = part(row_panel, kPanel, m), group = part(task % groups, kProductPanels, of_b);
+    const Left left = product.transpose ? transposed(packed + (of_b + row_panel) * panel_words)
+                                        : row_major(a + rows.begin * product.a_stride, product.a_stride);
+    for (int64_t p = group.begin; p < group.end; ++p) {
+      const Range cols = part(p, kPanel, n);
+      multiply<Operand>(left, packed + p * panel_words, k, product.out + rows.begin * n + cols.begin, n, rows.size(),
+                        cols.size(), product.accumulate);
+    }
+  });
+}
+
+}  // namespace
+
+void siglip_block(const Block* block, const void* x, const void* y, int64_t features, uint32_t* packed,
+                  ParallelFor pool) {
+  if (block->operand == Dtype::kBfloat16)
+    block_of<avx512::Bfloat16>(*block, x, y, features, packed, pool);
+  else
+    block_of<avx512::Float32>(*block, x, y, features, packed, pool);
+}
+
+void siglip_product(const Product* product, ParallelFor pool) {
+  if (product->operand == Dtype::kBfloat16)
+    product_of<avx512::Bfloat16>(*product, pool);
+  else
+    product_of<avx512::Float32>(*product, pool);
+}
+
+#endif
+
+void siglip_evaluate(int32_t level, Function function, Dtype dtype, const void* in, void* out,
+                                   int64_t count) {
+#if defined(__x86_64__)
+  if (level >= static_cast<int32_t>(Level::kAvx512)) return avx512::evaluate(function, dtype, in, out, count);
+  if (level == static_cast<int32_t>(Level::kAvx2)) return avx2::evaluate(function, dtype, in, out, count);
+#endif
+  (void)level;
+  portable::evaluate(function, dtype, in, out, count);
+}
+
+}  // namespace siglip

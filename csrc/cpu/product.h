@@ -1,0 +1,56 @@
+// Products into float32 in registers of 512 bits: of bfloat16 by AVX512-BF16's vdpbf16ps, of float32 by plain FMA.
+#pragma once
+
+#include <cstdint>
+
+#include "block.h"
+
+namespace siglip::avx512 {
+
+// Operands are taken along k in words of 32 bits: a pair of bfloat16, or one float32.
+struct Bfloat16 {
+  using Element = uint16_t;
+  static constexpr int64_t kInWord = 2;
+};
+struct Float32 {
+  using Element = float;
+  static constexpr int64_t kInWord = 1;
+};
+
+template <class Operand>
+int64_t words(int64_t k) {
+  return (k + Operand::kInWord - 1) / Operand::kInWord;
+}
+
+// A right-hand matrix [k, n] is packed into panels of 64 columns: panel, word of rows, column. Zeros fill the last word
+// and the last panel.
+constexpr int64_t kPanel = 64;
+inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+
+// One panel of b [k, n].
+template <class Operand>
+void pack_panel(const typename Operand::Element* b, int64_t stride, int64_t k, Range columns, uint32_t* panel);
+// One panel of the transpose of b [n, k].
+template <class Operand>
+void pack_transposed_panel(const typename Operand::Element* b, int64_t stride, int64_t k, Range columns,
+                           uint32_t* panel);
+
+// A left-hand matrix [rows, k]: where its words lie.
+struct Left {
+  const char* data;
+  int64_t row_bytes, word_bytes;
+  bool last_word_is_padded;  // or ends with the row, half a word long
+};
+template <class Element>
+Left row_major(const Element* a, int64_t stride) {
+  return {reinterpret_cast<const char*>(a), stride * int64_t(sizeof(Element)), 4, false};
+}
+// A panel of `pack_panel` as the transposed matrix's rows.
+inline Left transposed(const uint32_t* panel) { return {reinterpret_cast<const char*>(panel), 4, 4 * kPanel, true}; }
+
+// out [rows, columns <= kPanel] = a·panel, or += where `accumulate`.
+template <class Operand>
+void multiply(const Left& a, const uint32_t* panel, int64_t k, float* out, int64_t out_stride, int64_t rows,
+              int64_t columns, bool accumulate);
+
+}  // namespace siglip::avx512
