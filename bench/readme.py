@@ -13,7 +13,7 @@ from bench.report import Results, Row
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results/{}: python -m bench readme -->\n", "<!-- end -->"
 # Of a sweep, the batches that the README shows.
-BATCHES = (1024, 4096, 6144, 32_768, 65_536, 262_144, 2**20)
+BATCHES = (64, 256, 1024, 4096, 6144, 32_768, 65_536, 262_144, 2**20)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def _line(rows: dict[str, Row], rivals: Sequence[str]) -> list[str]:
     ours = next(row for name, row in rows.items() if name.startswith("ours"))
     return [
         *(ours.mode, ours.dtype, f"{ours.B:,}", str(ours.D)),
-        f"{ours.ms:.1f} ({ours.contender[6:-1]})",
+        f"{ours.ms:,.{1 if (ours.ms or 0) >= 10 else 2}f} ({ours.contender[6:-1]})",
         "" if ours.floor_ratio is None else f"{ours.floor_ratio:.2f}",
         *(_rival(rows, name, "times_ours", "{:.2f}") for name in rivals),
         "" if ours.peak_mib is None else f"{ours.peak_mib:,.0f}",

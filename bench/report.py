@@ -209,7 +209,8 @@ def _cell(row: Row, key: str) -> str:
     if value is None:
         return ""
     if key == "ms":
-        return f"{value:.1f} [{row.ms_low:.1f}-{row.ms_high:.1f}]"
+        places = 1 if value >= 10 else 2
+        return f"{value:.{places}f} [{row.ms_low:.{places}f}-{row.ms_high:.{places}f}]"
     if isinstance(value, str):
         return value
     return FORMATS.get(key, "{:.1e}").format(value)

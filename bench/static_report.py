@@ -54,7 +54,7 @@ def compile_variant(variant: configs.Variant) -> Resources:
 
     constants = _constants(variant)
     signature = {name: "constexpr" if name in constants else _type(variant, name) for name in kernel.arg_names}
-    divisible = {"D", "stride_xm", "stride_yn", "stride_dzm"} if variant.aligned else {"stride_dzm"}
+    divisible = {"D", "stride_xm", "stride_yn", "stride_dzm"}  # the launcher sees to it
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
@@ -94,7 +94,7 @@ def describe(variant: configs.Variant) -> str:
     flags = {"weights": variant.has_weights, "loss-only": variant.loss_only, "no-dz": not variant.write_dz}
     words = [
         f"{variant.arch:6} {ELEMENTS[variant.dtype]} {tile:17}",
-        "tma" if variant.use_tma else "ptr" if variant.aligned else "odd",
+        "tma" if variant.use_tma else "ptr",
         f"{variant.precision:6}",
         variant.labels,
         *(name for name, is_set in flags.items() if is_set),

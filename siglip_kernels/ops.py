@@ -139,7 +139,12 @@ def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
     """``gain * accumulator`` in ``dtype``, rounded once and without a temporary of the accumulator's dtype."""
     if accumulator.dtype is dtype or torch.compiler.is_compiling():
         return (accumulator * gain).to(dtype)
-    return torch.mul(accumulator, gain, out=accumulator.new_empty(accumulator.shape, dtype=dtype))
+    out = accumulator.new_empty(accumulator.shape, dtype=dtype)
+    # The CPU rounds by way of a temporary after all: 2 MiB at a time.
+    rows = max(1, 2**19 // max(1, out.shape[1]) if out.device.type == "cpu" else len(out))
+    for piece, rounded in zip(accumulator.split(rows), out.split(rows), strict=True):
+        torch.mul(piece, gain, out=rounded)
+    return out
 
 
 def _like(t: Tensor) -> tuple[torch.dtype, torch.Size]:

@@ -133,7 +133,7 @@ def _block_loop(
             scale,
             bias,
             pairs.block(rows, cols),
-            sums=sums[index, :3],
+            sums=sums[index],
             dz=dz,
             dz_scale=dz_scale,
             workspace=workspace,

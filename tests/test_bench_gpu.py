@@ -249,7 +249,7 @@ def test_a_table_is_filled_in(tmp_path: Path) -> None:
     after = readme.filled(before, tmp_path)
     assert "a GPU, driver 5, torch 2" in after
     (line,) = [line for line in after.splitlines() if "4,096" in line]
-    assert [cell.strip() for cell in line.split("|")[5:10]] == ["4.0 (triton)", "0.50", "2.00", "10", "1,234"]
+    assert [cell.strip() for cell in line.split("|")[5:10]] == ["4.00 (triton)", "0.50", "2.00", "10", "1,234"]
     assert "5,000" not in after
     assert "graph" not in after
     assert "old" not in after

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siglip_kernels.backends import triton as backend
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.pairs import PairSpec
@@ -20,8 +21,7 @@ if torch.cuda.is_available():
 
 from siglip_kernels.backends.triton import kernels, launch
 
-# (M, N, D), dtypes whose rows TMA can address. One pair; one image, odd D (pointers); either side of a 128-tile
-# (TMA for float32, pointers for float16); several tiles of either configuration (TMA).
+# (M, N, D): one pair; one image, odd D; either side of a 128-tile; several tiles of either configuration.
 SHAPES = [(1, 1, 8), (1, 129, 33), (127, 129, 100), (200, 130, 64)]
 SHAPE = (127, 129, 100)
 DTYPES = [torch.float32, torch.float16]
@@ -151,17 +151,24 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return request.param
 
 
+@pytest.fixture(params=["sm_90", "sm_80"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By TMA, and by pointers, with the tiles of a part that has none."""
+    monkeypatch.setattr(backend, "architecture", lambda device: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("tiles", "path")
 def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     inputs, pairs = make_inputs(shape, dtype), PairSpec()
     dz_scale = default_dz_scale(dtype)
     assert_right(run_block(inputs, pairs, dz_scale=dz_scale), inputs, pairs, dz_scale=dz_scale)
 
 
-# Ids and weights beside every path: TMA, and pointers because of D.
 @pytest.mark.parametrize("shape", [SHAPE, (70, 129, 33)])
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("kind", ["5", "-7", "1000", "-1000", "none", "int32 ids", "int64 ids", "weights"])
 def test_labels_and_weights(kind: str, shape: tuple[int, int, int]) -> None:
     pairs = make_pairs(kind, *shape[:2])
@@ -200,6 +207,7 @@ def test_products_hold_where_every_factor_is_two() -> None:
 
 @pytest.mark.parametrize("kind", ["0", "int64 ids", "weights"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("path")
 def test_outputs_that_are_not_wanted(kind: str, dtype: torch.dtype) -> None:
     inputs, pairs = make_inputs(SHAPE, dtype), make_pairs(kind, *SHAPE[:2])
     everything = run_block(inputs, pairs)
@@ -217,12 +225,10 @@ def test_dz_scale_stays_out_of_the_sums() -> None:
     assert torch.equal(scaled.sums, run_block(inputs, pairs).sums)
 
 
-# Rows of the buffer on multiples of 16 bytes (TMA) and off them (pointers, though x and y are aligned).
-@pytest.mark.parametrize("width", [160, 147])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.usefixtures("tiles")
-def test_dz_is_written_whole_and_nothing_beside_it(width: int, dtype: torch.dtype) -> None:
-    M, N, D = 70, 130, 64
+@pytest.mark.usefixtures("tiles", "path")
+def test_dz_is_written_whole_and_nothing_beside_it(dtype: torch.dtype) -> None:
+    M, N, D, width = 70, 130, 64, 160
     inputs, pairs = make_inputs((M, N, D), dtype), PairSpec()
     buffer = torch.full((M + 3, width), math.nan, dtype=dtype)
     dz_scale = default_dz_scale(dtype)
@@ -232,10 +238,11 @@ def test_dz_is_written_whole_and_nothing_beside_it(width: int, dtype: torch.dtyp
     assert buffer[M:].isnan().all()
 
 
+@pytest.mark.usefixtures("path")
 def test_features_need_not_be_whole_tensors() -> None:
     whole = make_inputs((90, 150, 100), torch.float32)
-    # Bases 16 bytes apart (TMA), and 4 bytes off (pointers).
-    for columns in (slice(4, 68), slice(1, 60)):
+    # Rows and bases off the multiples that TMA and vector loads want, one at a time and together.
+    for columns in (slice(4, 68), slice(0, 64), slice(1, 60)):
         inputs = whole._replace(x=whole.x[7:80, columns], y=whole.y[3:, columns])
         assert_right(run_block(inputs, PairSpec(4)), inputs, PairSpec(4))
 
@@ -261,6 +268,16 @@ def test_bitwise_repeatable() -> None:
     assert first.dz is not None
     assert second.dz is not None
     assert torch.equal(first.dz, second.dz)
+
+
+@pytest.mark.parametrize(("width", "columns"), [(32, slice(None)), (33, slice(None)), (48, slice(1, 33))])
+def test_operands_are_aligned(width: int, columns: slice) -> None:
+    t = torch.randn(5, width)[:, columns]
+    aligned = launch._aligned(t)
+    assert aligned.data_ptr() % 16 == aligned.stride(0) % 16 == aligned.shape[1] % 16 == 0
+    assert torch.equal(aligned[:, : t.shape[1]], t)
+    assert not aligned[:, t.shape[1] :].any()
+    assert (aligned.data_ptr() == t.data_ptr()) == (width == 32)
 
 
 def drop_positives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,8 @@ class BlockKernel(abc.ABC):
         bias: Tensor,  # [] the same dtype
         pairs: PairSpec,  # of this block; weights in the scale's dtype
         *,
-        sums: Tensor,  # [3] float64 (float32 where the device has none), out: Σ w·softplus(-s·z), Σ dz·<x_i, y_j>, Σ dz
+        sums: Tensor,  # float64 (float32 where the device has none), its first 3, out: the sums of the block's
+        # w·softplus(-s·z), dz·<x_i, y_j> and dz
         dz: Tensor | None,  # [r, c] operand dtype, out: dz_scale · -s·w·σ(-s·z); rows may be padded. None: not wanted
         dz_scale: Tensor | None,  # [] a power of two that keeps float16 from underflow; None: 1. Never part of sums
         workspace: Any,  # from ``workspace``

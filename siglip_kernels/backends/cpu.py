@@ -8,6 +8,7 @@ kernel where the machine has AVX-512 but no AMX, else by torch. float64 is torch
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class CpuBlockKernel(BlockKernel):
     def __init__(self, level: str | None = None) -> None:
         """``level``: of LEVELS, to test a lower one than the machine's; None: the machine's."""
         self._level = level
+        self._chosen: dict[torch.dtype, str] = {}
 
     def why_not(self, problem: Problem) -> list[str]:
         if problem.device.type != "cpu":
@@ -52,7 +54,7 @@ class CpuBlockKernel(BlockKernel):
             return [f"this CPU's level is {LEVELS[native.level]}, below {self._level}"]
         return []
 
-    @property
+    @functools.cached_property
     def _native(self) -> Native:
         native = load()
         if isinstance(native, str):
@@ -61,6 +63,11 @@ class CpuBlockKernel(BlockKernel):
 
     def _products(self, dtype: torch.dtype) -> str:
         """Whose products multiply features of ``dtype``: "ours", "mkl", or "torch" after widening half precision."""
+        if dtype not in self._chosen:
+            self._chosen[dtype] = self._choose_products(dtype)
+        return self._chosen[dtype]
+
+    def _choose_products(self, dtype: torch.dtype) -> str:
         native = self._native
         level = native.level if self._level is None else LEVELS.index(self._level)
         if dtype is torch.bfloat16 and level >= AMX and dtype in native.gemm:
@@ -79,8 +86,11 @@ class CpuBlockKernel(BlockKernel):
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
         """Larger blocks read and write the float32 accumulators less often; smaller ones keep dz in the cache."""
-        most = 2048 if self._products(self.operand_dtype(problem)) == "ours" else 1024
-        return _even_cut(problem.M, most), _even_cut(problem.N, most)
+        operand = self.operand_dtype(problem)
+        ours = self._products(operand) == "ours"
+        # Widened features are a part of the workspace too.
+        R, C = 2048 if ours else 1024, 2048 if ours and operand is problem.dtype else 1024
+        return _even_cut(problem.M, R), _even_cut(problem.N, C)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
         dtype = self.operand_dtype(problem)

@@ -93,7 +93,6 @@ class Variant:
     has_weights: bool = False
     loss_only: bool = False
     write_dz: bool = True
-    aligned: bool = True  # D and the row strides are multiples of 16
 
 
 # What is asked of the kernel: the uses that shape its code most, and all there are.
@@ -113,14 +112,11 @@ EVERY_USE: tuple[dict[str, Any], ...] = tuple(
 
 
 def shipped(every: bool = False) -> Iterator[Variant]:
-    """Every configuration on every path, with USES; ``every``: with EVERY_USE, and aligned or not where TMA is not."""
+    """Every configuration with USES; ``every``: with EVERY_USE."""
     for arch in SHARED_MEMORY:
-        # Where there is TMA, its not being able to address the rows is what leads to the pointers.
-        paths = [(True, True), (False, False)] if arch in TMA else [(False, True), (False, False)][: 1 + every]
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for table in (LARGE, SMALL):
                 config = table[arch, dtype.itemsize]
                 for precise in dict.fromkeys(precision(arch, dtype, tf32) for tf32 in (False, True)):
-                    for use_tma, aligned in paths:
-                        for use in EVERY_USE if every else USES:
-                            yield Variant(arch, dtype, config, use_tma, precise, aligned=aligned, **use)
+                    for use in EVERY_USE if every else USES:
+                        yield Variant(arch, dtype, config, arch in TMA, precise, **use)

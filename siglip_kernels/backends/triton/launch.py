@@ -27,9 +27,10 @@ def launch_block(
     partials: Tensor,  # at least 3 · tiles float32
     loss_only: bool,
 ) -> None:
+    x, y = _aligned(x), _aligned(y)
     (M, D), N = x.shape, y.shape[0]
     config = configs.choose(arch, M, N, D, x.dtype)
-    use_tma = configs.family(arch) in configs.TMA and all(t is None or _tma_can_address(t) for t in (x, y, dz))
+    use_tma = configs.family(arch) in configs.TMA
     labels = "ids" if pairs.has_ids else "offset" if pairs.may_have_positives(M, N) else "none"
     programs = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     partials = partials[: 3 * programs].view(3, programs)
@@ -71,9 +72,15 @@ def launch_block(
     torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
 
 
-def _tma_can_address(t: Tensor) -> bool:
-    """TMA wants base and rows on multiples of 16 bytes."""
-    return t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+def _aligned(t: Tensor) -> Tensor:
+    """``t`` [rows, D], or a copy with zeros beside it, as TMA and vector loads want it: D and row stride multiples of
+    16 elements, base on 16 bytes. So no kernel is compiled, or proven, for anything else."""
+    if t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0:
+        return t
+    aligned = t.new_empty(t.shape[0], -(-t.shape[1] // 16) * 16)
+    aligned[:, : t.shape[1]] = t
+    aligned[:, t.shape[1] :] = 0
+    return aligned
 
 
 def _operand(t: Tensor, use_tma: bool, rows: int, cols: int) -> Tensor | TensorDescriptor:
