@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="with --batches")
     parser.add_argument("--modes", nargs="+", choices=tuple(problems.PRODUCTS), default=[problems.FULL])
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="e.g. ours eager torch.compile (default: all)")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of timing for each problem")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of timing for each problem")
     parser.add_argument("--quick", action="store_true", help="tiny problems, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for the results")
     return parser.parse_args(arguments)

@@ -62,7 +62,11 @@ class Contender:
 def ours(problem: Problem, device: torch.device) -> list[str]:
     """The backends that are worth timing here."""
     call = Call(problem.B, problem.B, problem.D, problem.dtype, device)
-    return [name for name, kernel in backends.BACKENDS.items() if kernel.automatic(call) and not kernel.why_not(call)]
+    return [
+        name
+        for name, kernel in backends.BACKENDS.items()
+        if kernel.automatic(call) and not backends.unprepared(name, call)
+    ]
 
 
 def contenders(problem: Problem, device: torch.device, names: list[str] | None = None) -> list[Contender]:

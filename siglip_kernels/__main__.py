@@ -75,10 +75,11 @@ def check(only: str | None, only_device: torch.device | None, quick: bool) -> in
     checked, failed = 0, 0
     for device in devices() if only_device is None else [only_device]:
         for backend in backends.NAMES[1:] if only is None else [only]:
-            possible = [dtype for dtype in testing.DTYPES if not why_not(backend, device, dtype)]
+            plain = {dtype: Problem(1024, 1024, 768, dtype, device) for dtype in testing.DTYPES}
+            possible = [dtype for dtype in plain if not backends.unprepared(backend, plain[dtype])]
             title = f"{backend} on {device} ({describe(device)})"
             if not possible:
-                print(f"{title}: not run: {'; '.join(why_not(backend, device, torch.float32))}")
+                print(f"{title}: not run: {'; '.join(backends.unprepared(backend, plain[torch.float32]))}")
                 continue
             loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
             report = testing.check(loss_fn, device=device, dtypes=possible, shapes=shapes, progress=_progress)

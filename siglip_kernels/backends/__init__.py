@@ -21,14 +21,19 @@ def choose(name: str, problem: Problem) -> BlockKernel:
     if name == "auto":
         kernels = (k for k in BACKENDS.values() if k.automatic(problem) and not k.why_not(problem))
         return next(k for k in kernels if not k.prepare())
-    reasons = why_not(name, problem) or BACKENDS[name].prepare()
+    reasons = unprepared(name, problem)
     if reasons:
         raise ValueError(f"backend={name!r} cannot run this call: " + "; ".join(reasons))
     return BACKENDS[name]
 
 
+def unprepared(name: str, problem: Problem) -> list[str]:
+    """Every reason why the named backend cannot run ``problem``, found by preparing it if need be."""
+    return why_not(name, problem) or BACKENDS[name].prepare()
+
+
 def why_not(name: str, problem: Problem) -> list[str]:
-    """Every reason why the named backend cannot run ``problem``; empty when it can."""
+    """Every reason why the named backend cannot run ``problem``, as far as it is known without compiling."""
     if name in PLANNED:
         return [f"this version of siglip_kernels has no {name!r} block kernel yet"]
     return BACKENDS[name].why_not(problem)
