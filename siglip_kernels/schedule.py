@@ -11,7 +11,7 @@ float32 accumulators: it is the ``gain`` of the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,20 +67,106 @@ def run(
     """The loss and the wanted gradients by ``kernel``. Launches only: nothing is read back to the host."""
     x, y = x.contiguous(), y.contiguous()
     (M, D), N = x.shape, y.shape[0]
-    dtype = accumulator_dtype(x.dtype)
-    problem = Problem(M, N, D, x.dtype, x.device, wanted.dz)
+    weights = pairs.image_weights, pairs.text_weights
+    loop = BlockLoop(kernel, Problem(M, N, D, x.dtype, x.device, wanted.dz), x, scale, bias, wanted)
+    loop.scale_dz(w.amax() for w in weights if w is not None and w.numel())
+    dy = loop.empty(N if wanted.dy else 0)
+    loop.add(y, pairs, dy if wanted.dy else None)
+    images, texts = (n if w is None else total(w) for n, w in zip((M, N), weights, strict=True))
+    return loop.result(denominator(reduction, images, texts), dy)
 
-    scale = _scalar(scale, dtype)
-    bias = x.new_zeros((), dtype=dtype) if bias is None else _scalar(bias, dtype)
-    pairs = pairs.prepared(x, y, dtype)
-    dz_scale = _dz_scale(pairs, x) if wanted.dz and kernel.operand_dtype(problem) is torch.float16 else None
 
-    dx, dy, sums = _block_loop(kernel, problem, x, y, scale, bias, pairs, wanted, dz_scale)
+class BlockLoop:
+    """The images of one process, and the sums that grow as texts are added."""
 
-    totals = sums[0] if len(sums) == 1 else sums.sum(0)
-    totals[3] = scale if dz_scale is None else scale / dz_scale
-    scalars = torch.div(totals, _denominator(pairs, reduction, M, N), out=x.new_empty(4, dtype=dtype))
-    return Result(scalars[0].clone(), scalars, dx, dy)
+    def __init__(
+        self, kernel: BlockKernel, problem: Problem, x: Tensor, scale: Tensor, bias: Tensor | None, wanted: Wanted
+    ) -> None:
+        """``x`` [M, D] contiguous; ``problem``: its N is the most texts that ``add`` will be given at once."""
+        self.kernel, self.problem, self.wanted = kernel, problem, wanted
+        self.x, self.dtype = x, accumulator_dtype(x.dtype)
+        self.operand = kernel.operand_dtype(problem)
+        self.scale = _scalar(scale, self.dtype)
+        self.bias = x.new_zeros((), dtype=self.dtype) if bias is None else _scalar(bias, self.dtype)
+        self.dz_scale: Tensor | None = None
+        self.dx = self.empty(problem.M if wanted.dx else 0)
+        self.dx_begun = False  # whether dx holds something to add to
+        self.sums: list[Tensor] = []  # [blocks, 4] for each call of ``add``, the last column unused
+
+    def empty(self, rows: int) -> Tensor:
+        """[rows, D] for a gradient's accumulator."""
+        return torch.empty(rows, self.problem.D, dtype=self.dtype, device=self.x.device)
+
+    def scale_dz(self, largest_weights: Iterable[Tensor]) -> None:
+        """Keep a float16 dz from underflow; ``largest_weights``: [] each, of the images and of the texts, if any."""
+        if self.wanted.dz and self.operand is torch.float16:
+            self.dz_scale = _dz_scale(largest_weights, self.x.device)
+
+    def add(
+        self, y: Tensor, pairs: PairSpec, dy: Tensor | None, *, rows: slice | None = None, dy_begun: bool = False
+    ) -> None:
+        """Let the images ``rows`` (None: all) meet the texts y [n, D]; dy [n, D]: out, or added to if begun."""
+        rows = slice(0, self.problem.M) if rows is None else rows
+        R, C = self.kernel.block_shape(self.problem)
+        R, C = min(R, rows.stop - rows.start), min(C, len(y))
+        blocks = list(_blocks(rows, len(y), R, C))
+        if not blocks:
+            if not self.dx_begun:
+                self.dx.zero_()
+            if dy is not None and not dy_begun:
+                dy.zero_()
+            return
+
+        row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
+        dz_buffer = torch.empty(R if self.wanted.dz else 0, row, dtype=self.operand, device=y.device)
+        sums = torch.empty(len(blocks), 4, dtype=sum_dtype(y.device), device=y.device)
+        workspace = self.kernel.workspace(self.problem, R, C)
+        pairs = pairs.prepared(self.x, y, self.dtype)
+
+        for index, (r, c) in enumerate(blocks):
+            if c.start == 0:
+                x_block = _as(_rows(self.x, r), self.operand)
+            y_block = _as(_rows(y, c), self.operand)
+            shape = x_block.shape[0], y_block.shape[0]
+            whole = not self.wanted.dz or dz_buffer.shape == shape
+            dz = (dz_buffer if whole else dz_buffer[: shape[0], : shape[1]]) if self.wanted.dz else None
+            self.kernel.block(
+                x_block,
+                y_block,
+                self.scale,
+                self.bias,
+                pairs.block(r, c),
+                sums=sums[index],
+                dz=dz,
+                dz_scale=self.dz_scale,
+                workspace=workspace,
+                loss_only=not self.wanted.any,
+            )
+            if dz is not None and self.wanted.dx:
+                begun = self.dx_begun or c.start > 0
+                self.kernel.matmul_(_rows(self.dx, r), dz, y_block, accumulate=begun, workspace=workspace)
+            if dz is not None and dy is not None:
+                begun = dy_begun or r.start > rows.start
+                self.kernel.matmul_(_rows(dy, c), dz.T, x_block, accumulate=begun, workspace=workspace)
+        self.sums.append(sums)
+
+    def unscaled(self) -> Tensor:
+        """[] t over the scale of dz: times dz y, it gives dx but for the denominator."""
+        return self.scale if self.dz_scale is None else self.scale / self.dz_scale
+
+    def result(self, denominator: float | Tensor, dy: Tensor) -> Result:
+        """What has been added up, over ``denominator``."""
+        totals = self._totals()
+        totals[3] = self.unscaled()
+        scalars = torch.div(totals, denominator, out=self.x.new_empty(4, dtype=self.dtype))
+        return Result(scalars[0].clone(), scalars, self.dx, dy)
+
+    def _totals(self) -> Tensor:
+        """[4] loss, Σ dz·u, Σ dz and room for the gain."""
+        if not self.sums:
+            return self.x.new_zeros(4, dtype=sum_dtype(self.x.device))
+        sums = self.sums[0] if len(self.sums) == 1 else torch.cat(self.sums)
+        return sums[0] if len(sums) == 1 else sums.sum(0)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -91,59 +177,6 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def sum_dtype(device: torch.device) -> torch.dtype:
     """In which the blocks' sums are added up: float64, which Apple's GPUs lack."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _block_loop(
-    kernel: BlockKernel,
-    problem: Problem,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    pairs: PairSpec,
-    wanted: Wanted,
-    dz_scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [M, D] and dy [N, D], each empty if not wanted, and the blocks' sums [blocks, 4], the last column unused."""
-    M, N, D = problem.M, problem.N, problem.D
-    operand = kernel.operand_dtype(problem)
-    R, C = kernel.block_shape(problem)
-    R, C = min(R, M), min(C, N)
-    blocks = list(_blocks(M, N, R, C))
-
-    dx = torch.empty(M if wanted.dx else 0, D, dtype=scale.dtype, device=x.device)
-    dy = torch.empty(N if wanted.dy else 0, D, dtype=scale.dtype, device=x.device)
-    if not blocks:
-        return dx.zero_(), dy.zero_(), x.new_zeros((1, 4), dtype=sum_dtype(x.device))
-
-    row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
-    dz_buffer = torch.empty(R if wanted.dz else 0, row, dtype=operand, device=x.device)
-    sums = torch.empty(len(blocks), 4, dtype=sum_dtype(x.device), device=x.device)
-    workspace = kernel.workspace(problem, R, C)
-
-    for index, (rows, cols) in enumerate(blocks):
-        if cols.start == 0:
-            x_block = _as(_rows(x, rows), operand)
-        y_block = _as(_rows(y, cols), operand)
-        shape = x_block.shape[0], y_block.shape[0]
-        dz = None if not wanted.dz else dz_buffer if dz_buffer.shape == shape else dz_buffer[: shape[0], : shape[1]]
-        kernel.block(
-            x_block,
-            y_block,
-            scale,
-            bias,
-            pairs.block(rows, cols),
-            sums=sums[index],
-            dz=dz,
-            dz_scale=dz_scale,
-            workspace=workspace,
-            loss_only=not wanted.any,
-        )
-        if dz is not None and wanted.dx:
-            kernel.matmul_(_rows(dx, rows), dz, y_block, accumulate=cols.start > 0, workspace=workspace)
-        if dz is not None and wanted.dy:
-            kernel.matmul_(_rows(dy, cols), dz.T, x_block, accumulate=rows.start > 0, workspace=workspace)
-    return dx, dy, sums
 
 
 def _rows(t: Tensor, rows: slice) -> Tensor:
@@ -160,26 +193,23 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
-def _blocks(M: int, N: int, R: int, C: int) -> Iterator[tuple[slice, slice]]:
+def _blocks(rows: slice, N: int, R: int, C: int) -> Iterator[tuple[slice, slice]]:
     """Row-major: a block of images meets every text before the next begins."""
-    for row in range(0, M, max(R, 1)):
+    for row in range(rows.start, rows.stop, max(R, 1)):
         for col in range(0, N, max(C, 1)):
-            yield slice(row, min(row + R, M)), slice(col, min(col + C, N))
+            yield slice(row, min(row + R, rows.stop)), slice(col, min(col + C, N))
 
 
-def _dz_scale(pairs: PairSpec, x: Tensor) -> Tensor:
+def _dz_scale(largest_weights: Iterable[Tensor], device: torch.device) -> Tensor:
     """[] a power of two that fits max(w)·dz_scale into float16."""
-    exponent = torch.full((), FLOAT16_DZ_EXPONENT, dtype=torch.int32, device=x.device)
-    for weights in (pairs.image_weights, pairs.text_weights):
-        if weights is not None and weights.numel():
-            exponent = exponent - torch.frexp(weights.amax()).exponent
-    return torch.ldexp(torch.ones((), device=x.device), exponent.clamp(max=126))  # float32 ends at 2^127
+    exponent = torch.full((), FLOAT16_DZ_EXPONENT, dtype=torch.int32, device=device)
+    for weight in largest_weights:
+        exponent = exponent - torch.frexp(weight).exponent
+    return torch.ldexp(torch.ones((), device=device), exponent.clamp(max=126))  # float32 ends at 2^127
 
 
-def _denominator(pairs: PairSpec, reduction: str, M: int, N: int) -> float | Tensor:
-    """Of the loss; a tensor where it depends on weights. 0 where nothing counts: the loss is then NaN, as a mean is."""
-    images = M if pairs.image_weights is None else _total(pairs.image_weights)
-    texts = N if pairs.text_weights is None else _total(pairs.text_weights)
+def denominator(reduction: str, images: float | Tensor, texts: float | Tensor) -> float | Tensor:
+    """Of the loss, given the total weights of both sides. 0 where nothing counts: the loss is then NaN, as a mean is."""
     match reduction:
         case "sum":
             return 1.0
@@ -190,5 +220,6 @@ def _denominator(pairs: PairSpec, reduction: str, M: int, N: int) -> float | Ten
     raise ValueError(f"reduction {reduction!r}")
 
 
-def _total(weights: Tensor) -> Tensor:
+def total(weights: Tensor) -> Tensor:
+    """[] their sum."""
     return weights.sum(dtype=sum_dtype(weights.device))

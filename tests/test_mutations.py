@@ -158,7 +158,7 @@ def products_always_accumulate(original: Callable[..., Any]) -> Callable[..., An
 
 
 def denominator_of_the_texts(original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda pairs, reduction, M, N: original(pairs, reduction, N, M)
+    return lambda reduction, images, texts: original(reduction, texts, images)
 
 
 def products_rounded_to_bfloat16(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,7 +174,7 @@ MUTATIONS = [
     (products, "matmul_", products_overwrite),
     (products, "matmul_", products_always_accumulate),
     (products, "matmul_", products_rounded_to_bfloat16),
-    (schedule, "_denominator", denominator_of_the_texts),
+    (schedule, "denominator", denominator_of_the_texts),
     (eager, "matmul_", products_rounded_to_bfloat16),
 ]
 
