@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from siglip_kernels.distributed import Exchange, route
 from siglip_kernels.loss import sigmoid_loss
 from siglip_kernels.validation import one_of
 
-DIST_IMPLS = (None, "bidir", "shift", "reduce", "gather")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+# What each of open_clip's names does here; its results do not depend on it.
+ALGORITHMS = {"bidir": "ring", "shift": "ring", "reduce": "gather", "gather": "gather"}
 
 
 class SigLipLoss(nn.Module):
@@ -15,10 +25,14 @@ class SigLipLoss(nn.Module):
 
     Args:
         cache_labels: accepted for compatibility; labels are never materialised, so there is nothing to cache.
-        rank: of this process; 0 for one process.
-        world_size: number of processes. This version of siglip_kernels computes the loss of one process.
-        dist_impl: None, "bidir", "shift", "reduce" or "gather"; of no effect with one process.
+        rank: of this process in the group; 0 for one process.
+        world_size: number of processes in the group.
+        dist_impl: "bidir" (None) or "shift": texts travel round a ring, memory that of a few local batches; "reduce" or
+            "gather": one all-gather and one reduce-scatter, fewest messages. The values are the same.
         chunk_size: accepted for compatibility; memory is bounded whatever it is.
+        process_group: a ProcessGroup, a DeviceMesh of one dimension or a :class:`~siglip_kernels.distributed.Exchange`,
+            which alone says how; rank and world_size may then be left out. None with world_size above 1: the default
+            group, at the first call.
     """
 
     def __init__(
@@ -28,23 +42,22 @@ class SigLipLoss(nn.Module):
         world_size: int = 1,
         dist_impl: str | None = None,
         chunk_size: int = 0,
+        process_group: ProcessGroup | DeviceMesh | Exchange | None = None,
     ) -> None:
         super().__init__()
-        one_of("dist_impl", dist_impl, DIST_IMPLS)
+        one_of("dist_impl", dist_impl, (None, *ALGORITHMS))
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size); got rank = {rank!r}, world_size = {world_size!r}")
         if chunk_size < 0:
             raise ValueError(f"chunk_size must be 0 (no chunks) or above; got {chunk_size!r}")
-        if world_size > 1:
-            raise ValueError(
-                f"world_size = {world_size}: this version of siglip_kernels computes the loss of one process only; "
-                "the exchange between processes is not there yet"
-            )
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
+        self.process_group = process_group
+        if process_group is not None and (rank, world_size) == (0, 1):
+            self.rank, self.world_size = self._place_in_group()
 
     def forward(
         self,
@@ -58,5 +71,25 @@ class SigLipLoss(nn.Module):
 
         Shapes, dtypes and errors are as for :func:`siglip_kernels.sigmoid_loss`; logit_scale is already exponentiated.
         """
-        loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
+        exchange = self._exchange()
+        if exchange is not None and not torch.compiler.is_compiling():
+            place = self._place_in_group()
+            if place != (self.rank, self.world_size):
+                raise ValueError(
+                    f"rank = {self.rank}, world_size = {self.world_size} were given, but this process is rank "
+                    f"{place[0]} of {place[1]} in the process group"
+                )
+        loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, process_group=exchange)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _exchange(self) -> Exchange | None:
+        if isinstance(self.process_group, Exchange):
+            return self.process_group
+        if self.process_group is None and self.world_size == 1:
+            return None
+        return Exchange(self.process_group, ALGORITHMS[self.dist_impl])
+
+    def _place_in_group(self) -> tuple[int, int]:
+        """(rank, world_size)"""
+        group = route(self._exchange()).group()
+        return dist.get_rank(group), dist.get_world_size(group)

@@ -14,13 +14,18 @@ size. The M×N logits exist only tile by tile, and the gradients are formed in t
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from siglip_kernels import backends, ops
+from siglip_kernels.distributed import Exchange
 from siglip_kernels.validation import REDUCTIONS, checked, one_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 Reduction = Literal["batchmean", "mean", "sum"]
 Backend = Literal["auto", "eager", "cpu", "triton", "cuda"]
@@ -49,6 +54,7 @@ def sigmoid_loss(
     text_weights: Tensor | None = None,
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
+    process_group: ProcessGroup | DeviceMesh | Exchange | None = None,
 ) -> Tensor:
     """Sigmoid loss of every image-text pair, without ever holding the [M, N] logits.
 
@@ -69,6 +75,12 @@ def sigmoid_loss(
             "mean": Σ of the pair weights (M·N); "sum": 1.
         backend: "auto" takes the fastest that can run the call. "eager" is plain torch and runs everywhere. Another
             name raises with its reasons where it cannot run.
+        process_group: None: this process alone. A group, a mesh of one dimension, or an
+            :class:`~siglip_kernels.distributed.Exchange`: the loss of this rank's images against the texts of all its
+            ranks, which all must call. Batches may differ in size; D, the dtype and whether there are ids may not. Each
+            rank divides by its own batch, and its text gradient collects the part of every rank, so that averaging
+            parameter gradients, as DDP does, gives those of the mean of the ranks' losses. Without ids only a rank's
+            own texts can be positive.
 
     Returns:
         The loss, a scalar: float32, or float64 for float64 features; NaN where the denominator is 0, as a mean is.
@@ -77,7 +89,8 @@ def sigmoid_loss(
         differentiable; no torch.func transforms, no forward-mode differentiation.
 
     Raises:
-        TypeError, ValueError: an argument is not as said above, or the backend cannot run the call.
+        TypeError, ValueError: an argument is not as said above, or the backend cannot run the call; with a group, on
+            every rank if on one. A rank that is gone: RuntimeError, within the group's timeout.
     """
     return ops.differentiable(*checked(**locals()))
 
@@ -95,6 +108,7 @@ def sigmoid_loss_and_grads(
     text_weights: Tensor | None = None,
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
+    process_group: ProcessGroup | DeviceMesh | Exchange | None = None,
 ) -> SigmoidLossGrads:
     """The loss and all its gradients at once, outside autograd: the building block of gradient caching.
 

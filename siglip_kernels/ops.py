@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from siglip_kernels import backends, schedule
+from siglip_kernels import backends, distributed, schedule
+from siglip_kernels.agreement import refusing
 from siglip_kernels.backends.base import Problem
+from siglip_kernels.distributed import Route
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.schedule import Wanted
 
@@ -22,7 +24,9 @@ _library = torch.library.Library("siglip_kernels", "DEF")
 _library.define(
     "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor? bias, SymInt? positive_offset,"
     " Tensor? image_ids, Tensor? text_ids, Tensor? image_weights, Tensor? text_weights,"
-    " str reduction, str backend, bool dx, bool dy, bool dscale, bool dbias)"
+    " str reduction, str backend,"
+    " str? group_name, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
+    " bool dx, bool dy, bool dscale, bool dbias, Tensor? upstream)"
     " -> (Tensor loss, Tensor scalars, Tensor dx, Tensor dy)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -40,17 +44,27 @@ def _sigmoid_loss(
     text_weights: Tensor | None,
     reduction: str,
     backend: str,
+    group_name: str | None,
+    algorithm: str,
+    text_gradient_dtype: torch.dtype | None,
+    same_upstream: bool,
     dx: bool,
     dy: bool,
     dscale: bool,
     dbias: bool,
+    upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pairs = PairSpec(positive_offset, image_ids, text_ids, image_weights, text_weights)
-    kernel = backends.choose(backend, Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, dx or dy))
+    wanted = Wanted(dx, dy, dscale, dbias)
+    problem = Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, wanted.dz)
+    route = Route(group_name, algorithm, text_gradient_dtype, same_upstream)
+    with refusing(route.group()):
+        kernel = backends.choose(backend, problem)
     # The products inside choose their own precision; autocast must not touch them.
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        result = schedule.run(kernel, x, y, scale, bias, pairs, reduction, Wanted(dx, dy, dscale, dbias))
+        call = kernel, x, y, scale, bias, pairs, reduction, wanted
+        result = schedule.run(*call) if group_name is None else distributed.run(*call, route, upstream)
     return result.loss, result.scalars, result.dx, result.dy
 
 
@@ -59,7 +73,8 @@ _library.impl("sigmoid_loss", _sigmoid_loss, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("siglip_kernels::sigmoid_loss", lib=_library)
 def _sigmoid_loss_fake(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dy = args[-4], args[-3]
+    *_, same_upstream, dx, dy, _, _, upstream = args
+    dy = dy and (same_upstream or upstream is not None)
     dtype = schedule.accumulator_dtype(x.dtype)
     return (
         x.new_empty((), dtype=dtype),
@@ -77,15 +92,20 @@ def _operator(x: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """Takes what the operator takes; differentiable in x, y, scale and bias."""
+    """Takes what the operator takes, but for the upstream gradient; differentiable in x, y, scale and bias."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        loss, scalars, dx, dy = _operator(x)(x, y, scale, bias, *rest)
+        loss, scalars, dx, dy = _operator(x)(x, y, scale, bias, *rest, None)
         ctx.wanted = Wanted(*rest[-4:])
         ctx.dtype, ctx.scale, ctx.bias = x.dtype, _like(scale), None if bias is None else _like(bias)
         ctx.undifferentiable = len(rest)
-        ctx.save_for_backward(scalars, dx, dy)
+        call = x, y, scale, bias, *rest[:-4]
+        same_upstream = call[-1]
+        # Where dy is still to be formed, backward calls again.
+        ctx.tensors = [i for i, t in enumerate(call) if isinstance(t, Tensor) and ctx.wanted.dy and not same_upstream]
+        ctx.others = [None if i in ctx.tensors else t for i, t in enumerate(call)] if ctx.tensors else []
+        ctx.save_for_backward(scalars, dx, dy, *(call[i] for i in ctx.tensors))
         return loss
 
     @staticmethod
@@ -94,11 +114,18 @@ class _SigmoidLoss(torch.autograd.Function):
             raise RuntimeError(
                 "sigmoid_loss cannot be differentiated twice: call backward or torch.autograd.grad without create_graph"
             )
-        scalars, dx, dy = ctx.saved_tensors
+        scalars, dx, dy, *tensors = ctx.saved_tensors
         _, dscale, dbias, gain = (scalars * grad).unbind()
+        y_gain = gain
+        if tensors:
+            call = [*ctx.others]
+            for i, t in zip(ctx.tensors, tensors, strict=True):
+                call[i] = t
+            dy = _operator(call[0])(*call, False, True, False, False, grad)[3]
+            y_gain = torch.ones_like(gain)  # the upstream gradient is in dy, each rank's own
         return (
             scaled(dx, gain, ctx.dtype) if ctx.wanted.dx else None,
-            scaled(dy, gain, ctx.dtype) if ctx.wanted.dy else None,
+            scaled(dy, y_gain, ctx.dtype) if ctx.wanted.dy else None,
             _shaped(dscale, *ctx.scale) if ctx.wanted.dscale else None,
             _shaped(dbias, *ctx.bias) if ctx.wanted.dbias else None,
             *[None] * ctx.undifferentiable,
@@ -106,13 +133,13 @@ class _SigmoidLoss(torch.autograd.Function):
 
 
 def differentiable(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    """The loss, with those gradients to come that autograd will ask for; ``rest`` as the operator's up to backend."""
+    """The loss, with those gradients to come that autograd will ask for; ``rest`` as the operator's up to ``dx``."""
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError("sigmoid_loss does not run under torch.func transforms (vmap, grad, jvp, …)")
     grad_mode = torch.is_grad_enabled()
     wanted = [grad_mode and t is not None and t.requires_grad for t in (x, y, scale, bias)]
     if not any(wanted):
-        return _operator(x)(x, y, scale, bias, *rest, *wanted)[0]
+        return _operator(x)(x, y, scale, bias, *rest, *wanted, None)[0]
     if y is x:
         y = y.view_as(y)  # one tensor as both arguments gets half its gradient under torch.compile (pytorch#183604)
     return _SigmoidLoss.apply(x, y, scale, bias, *rest, *wanted)
@@ -123,8 +150,9 @@ def loss_and_grads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(loss, dx, dy, dscale, dbias) outside autograd, for what ``differentiable`` takes; no dbias without a bias."""
     x, y, scale, bias, *rest = (t.detach() if isinstance(t, Tensor) else t for t in call)
+    rest[-1] = True  # there is no upstream gradient that could differ
     wanted = (True, True, True, bias is not None)
-    loss, scalars, dx, dy = torch.ops.siglip_kernels.sigmoid_loss(x, y, scale, bias, *rest, *wanted)
+    loss, scalars, dx, dy = torch.ops.siglip_kernels.sigmoid_loss(x, y, scale, bias, *rest, *wanted, None)
     _, dscale, dbias, gain = scalars.unbind()
     return (
         loss,

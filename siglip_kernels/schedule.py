@@ -99,7 +99,7 @@ class BlockLoop:
 
     def scale_dz(self, largest_weights: Iterable[Tensor]) -> None:
         """Keep a float16 dz from underflow; ``largest_weights``: [] each, of the images and of the texts, if any."""
-        if self.wanted.dz and self.operand is torch.float16:
+        if self.problem.needs_dz and self.operand is torch.float16:
             self.dz_scale = _dz_scale(largest_weights, self.x.device)
 
     def add(
@@ -107,6 +107,7 @@ class BlockLoop:
     ) -> None:
         """Let the images ``rows`` (None: all) meet the texts y [n, D]; dy [n, D]: out, or added to if begun."""
         rows = slice(0, self.problem.M) if rows is None else rows
+        needs_dz = self.problem.needs_dz
         R, C = self.kernel.block_shape(self.problem)
         R, C = min(R, rows.stop - rows.start), min(C, len(y))
         blocks = list(_blocks(rows, len(y), R, C))
@@ -118,7 +119,7 @@ class BlockLoop:
             return
 
         row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
-        dz_buffer = torch.empty(R if self.wanted.dz else 0, row, dtype=self.operand, device=y.device)
+        dz_buffer = torch.empty(R if needs_dz else 0, row, dtype=self.operand, device=y.device)
         sums = torch.empty(len(blocks), 4, dtype=sum_dtype(y.device), device=y.device)
         workspace = self.kernel.workspace(self.problem, R, C)
         pairs = pairs.prepared(self.x, y, self.dtype)
@@ -128,8 +129,8 @@ class BlockLoop:
                 x_block = _as(_rows(self.x, r), self.operand)
             y_block = _as(_rows(y, c), self.operand)
             shape = x_block.shape[0], y_block.shape[0]
-            whole = not self.wanted.dz or dz_buffer.shape == shape
-            dz = (dz_buffer if whole else dz_buffer[: shape[0], : shape[1]]) if self.wanted.dz else None
+            whole = dz_buffer.shape == shape
+            dz = (dz_buffer if whole else dz_buffer[: shape[0], : shape[1]]) if needs_dz else None
             self.kernel.block(
                 x_block,
                 y_block,
@@ -140,7 +141,7 @@ class BlockLoop:
                 dz=dz,
                 dz_scale=self.dz_scale,
                 workspace=workspace,
-                loss_only=not self.wanted.any,
+                loss_only=not (needs_dz or self.wanted.any),
             )
             if dz is not None and self.wanted.dx:
                 begun = self.dx_begun or c.start > 0
@@ -209,7 +210,7 @@ def _dz_scale(largest_weights: Iterable[Tensor], device: torch.device) -> Tensor
 
 
 def denominator(reduction: str, images: float | Tensor, texts: float | Tensor) -> float | Tensor:
-    """Of the loss, given the total weights of both sides. 0 where nothing counts: the loss is then NaN, as a mean is."""
+    """Of the loss, from the total weight of either side. 0 where nothing counts: the loss is then NaN, like a mean."""
     match reduction:
         case "sum":
             return 1.0

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from siglip_kernels import backends
+from siglip_kernels import backends, distributed
+from siglip_kernels.agreement import refusing
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -27,26 +28,30 @@ def checked(
     text_weights: Any,
     reduction: Any,
     backend: Any,
+    process_group: Any,
 ) -> tuple[Any, ...]:
-    """The operator's arguments up to ``backend``; ValueError or TypeError for any that is not as documented."""
-    one_of("reduction", reduction, REDUCTIONS)
-    one_of("backend", backend, backends.NAMES)
-    x, y = _features(image_features, text_features)
-    M, N = x.shape[0], y.shape[0]
-    _labels(positive_offset, image_ids, text_ids)
-    return (
-        x,
-        y,
-        _scalar("logit_scale", logit_scale, x),
-        None if logit_bias is None else _scalar("logit_bias", logit_bias, x),
-        positive_offset,
-        _ids("image_ids", image_ids, M, "M", x),
-        _ids("text_ids", text_ids, N, "N", x),
-        _weights("image_weights", image_weights, M, "M", x),
-        _weights("text_weights", text_weights, N, "N", x),
-        reduction,
-        backend,
-    )
+    """The operator's arguments up to ``dx``; ValueError or TypeError for any that is not as documented."""
+    route = distributed.route(process_group)
+    with refusing(None if torch.compiler.is_compiling() else route.group()):
+        one_of("reduction", reduction, REDUCTIONS)
+        one_of("backend", backend, backends.NAMES)
+        x, y = _features(image_features, text_features)
+        M, N = x.shape[0], y.shape[0]
+        _labels(positive_offset, image_ids, text_ids)
+        return (
+            x,
+            y,
+            _scalar("logit_scale", logit_scale, x),
+            None if logit_bias is None else _scalar("logit_bias", logit_bias, x),
+            positive_offset,
+            _ids("image_ids", image_ids, M, "M", x),
+            _ids("text_ids", text_ids, N, "N", x),
+            _weights("image_weights", image_weights, M, "M", x),
+            _weights("text_weights", text_weights, N, "N", x),
+            reduction,
+            backend,
+            *route,
+        )
 
 
 def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:

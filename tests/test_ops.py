@@ -18,6 +18,7 @@ from bench import checks
 from siglip_kernels import SigmoidLoss, backends, ops, products, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
+from siglip_kernels.distributed import Route
 from siglip_kernels.testing import COLUMNS, Grads, Inputs, check, differentiate, gold, make_inputs, relative_l2
 
 loss_fn = partial(sigmoid_loss, backend="eager")
@@ -50,7 +51,7 @@ def operands(dtype: torch.dtype, kind: str, wanted: tuple[bool, ...], bias: bool
     arguments = {"positive_offset": 0, "reduction": "batchmean", **pairs_of(kind, *SHAPE[:2])}
     labels = [arguments.get(name) for name in ("positive_offset", "image_ids", "text_ids")]
     weights = [arguments.get(name) for name in ("image_weights", "text_weights")]
-    return (x, y, t, b if bias else None, *labels, *weights, arguments["reduction"], "eager", *wanted)
+    return (x, y, t, b if bias else None, *labels, *weights, arguments["reduction"], "eager", *Route(), *wanted, None)
 
 
 def test_uninitialised_memory_is_nan() -> None:

@@ -1,0 +1,120 @@
+"""What the ranks of a group tell each other before an exchange, so that none waits for what will never come."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+ALGORITHMS = ("ring", "gather")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Said(NamedTuple):
+    """One rank's part; all integers."""
+
+    ready: int = 1  # 0: it has refused its own arguments
+    texts: int = 0  # N
+    D: int = 0
+    dtype: int = 0  # of the features, in DTYPES
+    algorithm: int = 0  # in ALGORITHMS
+    text_gradient_dtype: int = 0  # in DTYPES
+    same_upstream: int = 0
+    backward: int = 0  # the exchange belongs to backward
+    ids: int = 0  # given
+    text_weights: int = 0  # given
+    gradients: int = 0  # any is wanted
+    text_gradients: int = 0  # wanted
+
+
+# What must be the same on every rank: how a message names it, and its value.
+ALIKE: dict[str, tuple[str, Callable[[int], Any]]] = {
+    "backward": ("being in backward", bool),
+    "algorithm": ("process_group: the algorithm of the exchange", ALGORITHMS.__getitem__),
+    "same_upstream": ("process_group: same_upstream", bool),
+    "text_gradient_dtype": ("process_group: text_gradient_dtype", DTYPES.__getitem__),
+    "D": ("image_features and text_features: D", int),
+    "dtype": ("image_features and text_features: the dtype", DTYPES.__getitem__),
+    "ids": ("image_ids and text_ids: being given", bool),
+}
+
+
+def agree(group: ProcessGroup, said: Said) -> list[Said]:
+    """What every rank said, in order; the same ValueError on every rank where that does not go together."""
+    ranks = _all_said(group, said)
+    refusing = [rank for rank, other in enumerate(ranks) if not other.ready]
+    if refusing:
+        raise ValueError(f"{_named(refusing)} refused the arguments; the error there says why")
+    for name, (what, value) in ALIKE.items():
+        found: dict[int, list[int]] = {}
+        for rank, other in enumerate(ranks):
+            found.setdefault(getattr(other, name), []).append(rank)
+        if len(found) > 1:
+            values = "; ".join(f"{value(v)} on {_named(where)}" for v, where in found.items())
+            raise ValueError(f"{what} must be the same on every rank of the group, got {values}")
+    _check_gradients(ranks)
+    return ranks
+
+
+def _check_gradients(ranks: Sequence[Said]) -> None:
+    without = [rank for rank, said in enumerate(ranks) if not said.gradients]
+    unwanted = [rank for rank, said in enumerate(ranks) if not said.text_gradients]
+    if len(unwanted) == len(ranks):
+        return
+    if without:
+        raise ValueError(
+            f"text_features require grad on other ranks, but {_named(without)} called with gradients off, or with "
+            "nothing that requires grad: expected gradients on all ranks or on none"
+        )
+    if unwanted and not ranks[0].same_upstream:
+        raise ValueError(
+            f"text_features do not require grad on {_named(unwanted)}, but on other ranks: with same_upstream=False "
+            "they must on all ranks or on none"
+        )
+
+
+@contextlib.contextmanager
+def refusing(group: ProcessGroup | None) -> Iterator[None]:
+    """Tell the other ranks of a group if this one refuses its arguments inside: they would wait for it."""
+    try:
+        yield
+    except (TypeError, ValueError):
+        if group is not None:
+            with contextlib.suppress(RuntimeError):
+                _all_said(group, Said(ready=0))
+        raise
+
+
+def _all_said(group: ProcessGroup, said: Said) -> list[Said]:
+    device = _device(group)
+    # On a stream of its own, so that reading the answer waits for no kernel of the training step.
+    stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+    with stream:
+        every = all_gather(torch.tensor(said, dtype=torch.int64, device=device), group).tolist()
+    return [Said(*every[i : i + len(said)]) for i in range(0, len(every), len(said))]
+
+
+def _device(group: ProcessGroup) -> torch.device:
+    """On which the group can gather: the CPU if it can, for integers that the host is waiting for."""
+    types = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    return torch.device("cpu" if "cpu" in types else types[0])
+
+
+def all_gather(t: Tensor, group: ProcessGroup) -> Tensor:
+    """[ranks · n, …]: ``t`` [n, …] of every rank, of one shape."""
+    gathered = t.new_empty((dist.get_world_size(group) * len(t), *t.shape[1:]))
+    # torch 2.13 gave it another name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, t, group=group)
+    return gathered
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

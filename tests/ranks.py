@@ -1,0 +1,87 @@
+"""Processes that stand for the ranks of a world: started once, and given one function after another."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bench import checks
+
+TIMEOUT = 60.0  # seconds; of the group, and of a function
+
+
+class Ranks:
+    """A world of ``size`` processes over gloo; every smaller group of its first ranks is there too."""
+
+    def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        self.timeout = timeout
+        self.connections: list[Connection] = []
+        self.processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            arguments = rank, size, str(Path(self.folder.name) / "store"), timeout, theirs
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def try_run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """``function(rank, group, *arguments)`` on the first ``size`` ranks: what each returned, or its exception."""
+        connections = self.connections[:size]
+        for connection in connections:
+            connection.send((size, function, arguments))
+        results = []
+        for rank, connection in enumerate(connections):
+            if not connection.poll(self.timeout + 30):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {size} did not return from {function.__name__}{arguments}")
+            results.append(connection.recv())
+        return results
+
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """As ``try_run``; raises what any rank raised."""
+        results = self.try_run(size, function, *arguments)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.folder.cleanup()
+
+
+def _work(rank: int, size: int, store: str, timeout: float, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
+    groups = {n: dist.new_group(range(n), timeout=limit) for n in range(1, size)}
+    groups[size] = dist.group.WORLD
+    while True:
+        n, function, arguments = connection.recv()
+        try:
+            with checks.poisoned_memory(warn_only=False):
+                result = function(rank, groups[n], *arguments)
+            connection.send(result)
+        except Exception as error:
+            error.add_note(f"on rank {rank} of {n}:\n{traceback.format_exc()}")
+            connection.send(error)
+
+
+def slices(sizes: Sequence[int]) -> list[slice]:
+    """Where each rank's part lies in the joined batch."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [slice(end - n, end) for end, n in zip(ends, sizes, strict=True)]
