@@ -11,8 +11,10 @@ float32 accumulators: it is the ``gain`` of the result.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +88,8 @@ class BlockLoop:
         self.kernel, self.problem, self.wanted = kernel, problem, wanted
         self.x, self.dtype = x, accumulator_dtype(x.dtype)
         self.operand = kernel.operand_dtype(problem)
+        R, C = kernel.block_shape(problem)
+        self.block_shape = min(R, problem.M), min(C, problem.N)
         self.scale = _scalar(scale, self.dtype)
         self.bias = x.new_zeros((), dtype=self.dtype) if bias is None else _scalar(bias, self.dtype)
         self.dz_scale: Tensor | None = None
@@ -107,10 +111,7 @@ class BlockLoop:
     ) -> None:
         """Let the images ``rows`` (None: all) meet the texts y [n, D]; dy [n, D]: out, or added to if begun."""
         rows = slice(0, self.problem.M) if rows is None else rows
-        needs_dz = self.problem.needs_dz
-        R, C = self.kernel.block_shape(self.problem)
-        R, C = min(R, rows.stop - rows.start), min(C, len(y))
-        blocks = list(_blocks(rows, len(y), R, C))
+        blocks = list(_blocks(rows, len(y), *self.block_shape))
         if not blocks:
             if not self.dx_begun:
                 self.dx.zero_()
@@ -118,10 +119,9 @@ class BlockLoop:
                 dy.zero_()
             return
 
-        row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
-        dz_buffer = torch.empty(R if needs_dz else 0, row, dtype=self.operand, device=y.device)
+        needs_dz = self.problem.needs_dz
+        dz_buffer, workspace = self._buffers
         sums = torch.empty(len(blocks), 4, dtype=sum_dtype(y.device), device=y.device)
-        workspace = self.kernel.workspace(self.problem, R, C)
         pairs = pairs.prepared(self.x, y, self.dtype)
 
         for index, (r, c) in enumerate(blocks):
@@ -150,6 +150,14 @@ class BlockLoop:
                 begun = dy_begun or r.start > rows.start
                 self.kernel.matmul_(_rows(dy, c), dz.T, x_block, accumulate=begun, workspace=workspace)
         self.sums.append(sums)
+
+    @functools.cached_property
+    def _buffers(self) -> tuple[Tensor, Any]:
+        """dz of the largest block, and what else the kernel needs for it."""
+        R, C = self.block_shape
+        row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
+        dz = torch.empty(R if self.problem.needs_dz else 0, row, dtype=self.operand, device=self.x.device)
+        return dz, self.kernel.workspace(self.problem, R, C)
 
     def unscaled(self) -> Tensor:
         """[] t over the scale of dz: times dz y, it gives dx but for the denominator."""

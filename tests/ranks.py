@@ -46,7 +46,10 @@ class Ranks:
             if not connection.poll(self.timeout + 30):
                 self.close()
                 raise TimeoutError(f"rank {rank} of {size} did not return from {function.__name__}{arguments}")
-            results.append(connection.recv())
+            try:
+                results.append(connection.recv())
+            except EOFError:
+                results.append(ProcessLookupError(f"rank {rank} is gone"))
         return results
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
