@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import checks
+from tests.ranks import Ranks
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
@@ -57,3 +61,32 @@ def fresh_compiler() -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every kind of device; CUDA only where there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Eight processes over gloo."""
+    world = Ranks(8)
+    yield world
+    world.close()
+
+
+OPEN_CLIP = "open_clip_torch==3.3.0"
+
+
+@pytest.fixture(scope="session")
+def open_clip_loss_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """open_clip/loss.py of the published wheel, to be loaded alone; skips where it cannot be had."""
+    folder = tmp_path_factory.mktemp("open_clip")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), OPEN_CLIP]
+    try:
+        done = subprocess.run(
+            [*command, "--retries", "0", "--timeout", "10"], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"pip cannot fetch {OPEN_CLIP}: {error}")
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        pytest.skip(f"pip cannot fetch {OPEN_CLIP}: {lines[-1]}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return Path(wheel.extract("open_clip/loss.py", folder))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels import SigLipLoss, sigmoid_loss, sigmoid_loss_and_grads
+import siglip_kernels
+from siglip_kernels import SigLipLoss, distributed, schedule, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.distributed import Exchange
 from siglip_kernels.testing import make_inputs, relative_l2
-from tests.ranks import Ranks, slices
+from tests.ranks import Ranks, load_module, slices
 
 WORLDS = (2, 3, 4, 8)
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
@@ -116,23 +118,16 @@ def gold(batch: Batch, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]
     return results
 
 
-def assert_right(results: Sequence[Sequence[Any]], batch: Batch, limit: float) -> None:
-    """Every output of every rank within ``limit`` of the joined batch's; what is not wanted is None."""
+def assert_right(results: Sequence[Sequence[Any]], batch: Batch, limit: float, first: int = 0) -> None:
+    """Every output of the ranks from ``first`` on within ``limit`` of the joined batch's; the unwanted are None."""
     wanted = dict(zip(NAMES, (True, *batch.requires_grad), strict=True))
-    for rank, (ours, right) in enumerate(zip(results, gold(batch), strict=True)):
+    for rank, (ours, right) in enumerate(zip(results, gold(batch)[first:][: len(results)], strict=True), start=first):
         for name, a, b in zip(NAMES, ours, right, strict=True):
             if not wanted[name]:
                 assert a is None, (rank, name)
                 continue
             assert a.shape == b.shape, (rank, name)
             assert relative_l2(a, b) <= limit or not len(b.reshape(-1)), (rank, name, batch, relative_l2(a, b))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    world = Ranks(max(WORLDS))
-    yield world
-    world.close()
 
 
 def drop_in(rank: int, group: Any, batch: Batch, dist_impl: str) -> list[Tensor | None]:
@@ -245,3 +240,77 @@ def repeated(rank: int, group: Any, batch: Batch) -> bool:
 @pytest.mark.parametrize("algorithm", ["ring", "gather"])
 def test_same_inputs_same_bits(ranks: Ranks, algorithm: str) -> None:
     assert all(ranks.run(4, repeated, uneven(4, pairs="weights", exchange={"algorithm": algorithm})))
+
+
+def of_open_clip(rank: int, group: Any, batch: Batch, file: Path) -> list[tuple[str, list[Tensor], list[Tensor]]]:
+    """(dist_impl, loss and gradients by open_clip's own loss, by ours) in every mode."""
+    own, _ = of_rank(batch, rank)
+    results = []
+    for dist_impl in DIST_IMPLS:
+        both = []
+        for module in (load_module(file), siglip_kernels):
+            arguments = [t.clone().requires_grad_() for t in own]
+            loss = module.SigLipLoss(rank=rank, world_size=batch.world, dist_impl=dist_impl)(*arguments)
+            loss.backward()
+            both.append([loss.detach(), *(t.grad for t in arguments)])
+        results.append((dist_impl, *both))
+    return results
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_open_clips_own_loss(open_clip_loss_file: Path, world: int) -> None:
+    """In a world of its own: it knows the default group only."""
+    ranks = Ranks(world)
+    try:
+        results = ranks.run(world, of_open_clip, even(world, D=64), open_clip_loss_file)
+    finally:
+        ranks.close()
+    for rank, result in enumerate(results):
+        for dist_impl, theirs, ours in result:
+            errors = dict(zip(NAMES, map(relative_l2, ours, theirs), strict=True))
+            assert all(error <= 5e-6 for error in errors.values()), (rank, dist_impl, errors)
+
+
+# Changes to the exchange that the tests above must see.
+def positives_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    against = distributed._against
+    monkeypatch.setattr(distributed, "_against", lambda pairs, texts, own: against(pairs, texts, True))
+
+
+def gradients_lost_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    shift = distributed._shift
+
+    def lossy(world: Any, sent: Any, received: Any) -> Any:
+        if len(sent) == 1 and sent[0].dtype is world.travelling and world.rank == 1:
+            sent = [torch.zeros_like(sent[0])]
+        return shift(world, sent, received)
+
+    monkeypatch.setattr(distributed, "_shift", lossy)
+
+
+def own_gain_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gainless(distributed.World):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments[:-1], torch.ones_like(arguments[-1]))
+
+    monkeypatch.setattr(distributed, "World", Gainless)
+
+
+def own_texts_only_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    denominator = schedule.denominator
+    monkeypatch.setattr(schedule, "denominator", lambda how, images, texts: denominator(how, images, texts / 3))
+
+
+def call_mutated(rank: int, group: Any, batch: Batch, mutate: Callable[[pytest.MonkeyPatch], None]) -> Any:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        mutate(monkeypatch)
+        return call(rank, group, batch)
+
+
+@pytest.mark.parametrize(
+    "mutate", [positives_everywhere, gradients_lost_on_the_way, own_gain_for_every_rank, own_texts_only_in_the_mean]
+)
+def test_a_mutated_exchange_fails(ranks: Ranks, mutate: Callable[[pytest.MonkeyPatch], None]) -> None:
+    batch = even(3, reduction="mean")
+    with pytest.raises(AssertionError):
+        assert_right(ranks.run(3, call_mutated, batch, mutate), batch, 5e-6)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import subprocess
-import sys
-import zipfile
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from siglip_kernels import SigLipLoss
 from siglip_kernels.testing import Inputs, differentiate, make_inputs, relative_l2
+from tests.ranks import load_module
 
 NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
 OUTPUTS = ("loss", *NAMES)
@@ -24,7 +22,6 @@ OUTPUTS = ("loss", *NAMES)
 # t = 117 its z = 117·u − 12.9 cancels to 3.5e-6 in the float32 of open_clip, which multiplies t into the features.
 SHAPES = ((127, 33), (256, 768), (1030, 32))
 CASES = [(1, 16, "init"), *((*shape, regime) for regime in ("init", "trained") for shape in SHAPES)]
-OPEN_CLIP = "open_clip_torch==3.3.0"
 
 
 def open_clip_mathematics(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> Tensor:
@@ -55,27 +52,8 @@ def test_without_bias() -> None:
 
 
 @pytest.fixture(scope="module")
-def open_clip_loss(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The module open_clip/loss.py of the published wheel, loaded alone; skips where it cannot be had."""
-    folder = tmp_path_factory.mktemp("open_clip")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), OPEN_CLIP]
-    try:
-        done = subprocess.run(
-            [*command, "--retries", "0", "--timeout", "10"], capture_output=True, text=True, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"pip cannot fetch {OPEN_CLIP}: {error}")
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        pytest.skip(f"pip cannot fetch {OPEN_CLIP}: {lines[-1]}")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        path = wheel.extract("open_clip/loss.py", folder)
-    spec = importlib.util.spec_from_file_location("open_clip_loss", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def open_clip_loss(open_clip_loss_file: Path) -> ModuleType:
+    return load_module(open_clip_loss_file)
 
 
 @pytest.mark.parametrize(("B", "D", "regime"), CASES)

@@ -1,0 +1,376 @@
+"""What the exchange between ranks sends, holds, refuses and survives; the host features that it must live with."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
+
+from bench.timing import peak_bytes
+from siglip_kernels import SigLipLoss, sigmoid_loss
+from siglip_kernels.distributed import Exchange
+from tests.ranks import Ranks
+from tests.test_distributed import Batch, assert_right, call, even, of_rank, uneven
+
+# Traffic
+
+
+class Traffic:
+    """Counts the bytes that a rank hands to torch.distributed, by function."""
+
+    FUNCTIONS = ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent = {"ring": 0, "all_gather": 0, "reduce_scatter": 0}
+        for name in filter(lambda name: hasattr(dist, name), self.FUNCTIONS):
+            monkeypatch.setattr(dist, name, self._counting(name, getattr(dist, name)))
+        batched = dist.batch_isend_irecv
+
+        def batch_isend_irecv(operations: list[Any]) -> Any:
+            self.sent["ring"] += sum(op.tensor.nbytes for op in operations if op.op is dist.isend)
+            return batched(operations)
+
+        monkeypatch.setattr(dist, "batch_isend_irecv", batch_isend_irecv)
+
+    def _counting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(out: Tensor, t: Tensor, group: Any) -> Any:
+            self.sent["all_gather" if "gather" in name else "reduce_scatter"] += t.nbytes
+            return original(out, t, group=group)
+
+        return function
+
+
+AGREEMENT = 8 * 12  # bytes: what a rank says before an exchange
+
+
+def traffic(rank: int, group: Any, batch: Batch) -> tuple[dict[str, int], dict[str, int]]:
+    """What a rank sends in forward, and in backward."""
+    own, labels = of_rank(batch, rank)
+    for t, wanted in zip(own, batch.requires_grad, strict=True):
+        t.requires_grad_(wanted)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        count = Traffic(monkeypatch)
+        loss = sigmoid_loss(*own, **labels, process_group=Exchange(group, **batch.exchange))
+        forward = dict(count.sent)
+        loss.backward()
+    return forward, {name: count.sent[name] - forward[name] for name in forward}
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_of_the_ring(ranks: Ranks, world: int, dtype: torch.dtype) -> None:
+    b, D = 12, 40
+    expected = {"ring": (world - 1) * b * D * (dtype.itemsize + 4), "all_gather": AGREEMENT, "reduce_scatter": 0}
+    for forward, backward in ranks.run(world, traffic, even(world, b, D=D, dtype=dtype)):
+        assert forward == expected
+        assert not any(backward.values())
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_bytes_of_the_gather(ranks: Ranks, world: int) -> None:
+    """What the collectives are given: each sends (W - 1) / W of the gathered whole, or (W - 1) of the own part."""
+    b, D = 12, 40
+    expected = {"ring": 0, "all_gather": AGREEMENT + b * D * 4, "reduce_scatter": world * b * D * 4}
+    for forward, backward in ranks.run(world, traffic, even(world, b, D=D, exchange={"algorithm": "gather"})):
+        assert forward == expected
+        assert not any(backward.values())
+
+
+def test_frozen_texts_cost_no_gradient_traffic(ranks: Ranks) -> None:
+    b, D, frozen = 12, 40, (True, False, True, True)
+    for forward, backward in ranks.run(3, traffic, even(3, b, D=D, requires_grad=frozen)):
+        assert forward["ring"] == 2 * b * D * 4
+        assert not any(backward.values())
+    for forward, _ in ranks.run(3, traffic, even(3, b, D=D, requires_grad=frozen, exchange={"algorithm": "gather"})):
+        assert not forward["reduce_scatter"]
+
+
+def test_half_precision_halves_the_gradient_traffic(ranks: Ranks) -> None:
+    b, D = 12, 40
+    batch = even(3, b, D=D, exchange={"text_gradient_dtype": torch.bfloat16})
+    assert all(forward["ring"] == 2 * b * D * (4 + 2) for forward, _ in ranks.run(3, traffic, batch))
+
+
+def test_upstream_gradients_that_differ_cost_traffic_in_backward(ranks: Ranks) -> None:
+    b, D = 12, 40
+    for forward, backward in ranks.run(3, traffic, even(3, b, D=D, exchange={"same_upstream": False})):
+        assert forward["ring"] == 2 * b * D * 4
+        assert backward["ring"] == 2 * b * D * (4 + 4)
+
+
+# Memory
+
+
+def peak(rank: int, group: Any, b: int, D: int, algorithm: str) -> float:
+    """Bytes above the inputs: the median of three steps."""
+    m_mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)  # what is freed leaves the process, and does not hide in a heap
+    x, y = (torch.ones(b, D, requires_grad=True) for _ in range(2))
+
+    def step() -> None:
+        x.grad = y.grad = None
+        sigmoid_loss(x, y, 10.0, -10.0, process_group=Exchange(group, algorithm)).backward()
+
+    step()
+    peaks = []
+    for _ in range(3):
+        x.grad = y.grad = None
+        found = peak_bytes(step, torch.device("cpu"))
+        assert found is not None
+        peaks.append(found)
+    return statistics.median(peaks)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
+def test_memory_of_the_ring_does_not_grow_with_the_world(ranks: Ranks) -> None:
+    two, eight = (max(ranks.run(world, peak, 1024, 512, "ring")) for world in (2, 8))
+    assert eight <= 1.1 * two, (two, eight)
+    # The measurement sees what grows.
+    assert max(ranks.run(8, peak, 1024, 512, "gather")) > 1.5 * max(ranks.run(2, peak, 1024, 512, "gather"))
+
+
+# Refusals
+
+
+def refused(rank: int, group: Any, batch: Batch, odd: dict[str, Any], mode: str = "") -> list[Any]:
+    """As ``call``, with what is odd about rank 1; then again with nothing odd: the group must still be in step."""
+    try:
+        if rank == 1 and mode == "gradients off":
+            with torch.no_grad():
+                call(rank, group, batch)
+        elif rank == 1 and mode == "weights":
+            own, _ = of_rank(batch, rank)
+            sigmoid_loss(*own, text_weights=torch.ones(1000), process_group=group)
+        elif rank == 1 and mode == "backend":
+            own, _ = of_rank(batch, rank)
+            sigmoid_loss(*own, backend="cuda", process_group=group)
+        else:
+            call(rank, group, replace(batch, **odd) if rank == 1 else batch)
+    except (TypeError, ValueError) as error:
+        return [str(error), call(rank, group, batch)]
+    return ["no error", []]
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ({"D": 34}, r"image_features and text_features: D must be the same .* 33 on ranks 0, 2; 34 on rank 1"),
+        ({"dtype": torch.float64}, r"dtype must be the same .* torch.float32 on ranks 0, 2; torch.float64 on rank 1"),
+        ({"pairs": "ids"}, r"image_ids and text_ids: .* False on ranks 0, 2; True on rank 1"),
+        ({"exchange": {"algorithm": "gather"}}, r"algorithm .* ring on ranks 0, 2; gather on rank 1"),
+        ({"exchange": {"same_upstream": False}}, r"same_upstream .* True on ranks 0, 2; False on rank 1"),
+        ({"exchange": {"text_gradient_dtype": torch.float16}}, r"text_gradient_dtype .* torch.float16 on rank 1"),
+    ],
+)
+def test_what_differs_is_refused_on_every_rank(ranks: Ranks, odd: dict[str, Any], says: str) -> None:
+    batch = uneven(3)
+    results = ranks.run(3, refused, batch, odd)
+    messages = {message for message, _ in results}
+    assert len(messages) == 1
+    with pytest.raises(ValueError, match=says):
+        raise ValueError(messages.pop())
+    assert_right([after for _, after in results], batch, 5e-6)
+
+
+@pytest.mark.parametrize(("mode", "says"), [("weights", "text_weights must have shape"), ("backend", "'cuda'")])
+def test_bad_arguments_of_one_rank_are_told_to_the_others(ranks: Ranks, mode: str, says: str) -> None:
+    batch = uneven(3)
+    results = ranks.run(3, refused, batch, {}, mode)
+    assert says in results[1][0]
+    assert results[0][0] == results[2][0] == "rank 1 refused the arguments; the error there says why"
+    assert_right([after for _, after in results], batch, 5e-6)
+
+
+def test_gradients_off_on_one_rank(ranks: Ranks) -> None:
+    """Refused where others need its part of their text gradients; right where nobody does."""
+    batch = uneven(3)
+    results = ranks.run(3, refused, batch, {}, "gradients off")
+    assert len({message for message, _ in results}) == 1
+    assert "rank 1 called with gradients off" in results[0][0]
+    assert_right([after for _, after in results], batch, 5e-6)
+    frozen = uneven(3, requires_grad=(True, False, True, True))
+    results = ranks.run(3, off_on_rank_1, frozen)
+    assert all(t is None for t in results[1][1:])
+    for rank in (0, 2):
+        assert_right([results[rank]], frozen, 5e-6, first=rank)
+
+
+def off_on_rank_1(rank: int, group: Any, batch: Batch) -> list[Tensor | None]:
+    with torch.set_grad_enabled(rank != 1):
+        return call(rank, group, batch)
+
+
+def test_text_gradients_wanted_on_some_ranks_only(ranks: Ranks) -> None:
+    """Each rank's own affair where the upstream gradient is shared; else backward would wait for who does not come."""
+    batch = uneven(4)
+    frozen = replace(batch, requires_grad=(True, False, True, True))
+    for algorithm in ("ring", "gather"):
+        exchange = {"algorithm": algorithm}
+        results = ranks.run(4, texts_frozen_on_some, replace(batch, exchange=exchange))
+        for rank, result in enumerate(results):
+            assert_right([result], frozen if rank % 2 else batch, 5e-6, first=rank)
+    results = ranks.try_run(4, texts_frozen_on_some, replace(batch, exchange={"same_upstream": False}))
+    assert all(isinstance(result, ValueError) and "on ranks 1, 3" in str(result) for result in results)
+
+
+def texts_frozen_on_some(rank: int, group: Any, batch: Batch) -> list[Tensor | None]:
+    return call(rank, group, replace(batch, requires_grad=(True, rank % 2 == 0, True, True)))
+
+
+def misuse(rank: int, group: Any) -> list[str]:
+    """What is said of arguments that no exchange follows."""
+    x = torch.ones(2, 3)
+    errors = []
+    for make in (
+        lambda: sigmoid_loss(x, x, 1.0, process_group="gloo"),
+        lambda: sigmoid_loss(x, x, 1.0, process_group=dist.GroupMember.NON_GROUP_MEMBER),
+        lambda: SigLipLoss(rank=1 - rank, world_size=2, process_group=group)(x, x, 1.0),
+        lambda: SigLipLoss(rank=rank, world_size=3, process_group=group)(x, x, 1.0),
+        lambda: Exchange(group, "bidir"),
+        lambda: Exchange(group, text_gradient_dtype=torch.int32),
+    ):
+        with pytest.raises((TypeError, ValueError)) as error:
+            make()
+        errors.append(str(error.value))
+    return errors
+
+
+def test_misuse(ranks: Ranks) -> None:
+    for rank, errors in enumerate(ranks.run(2, misuse)):
+        for error, says in zip(
+            errors,
+            (
+                "process_group must be a group of this process",
+                "process_group must be a group of this process",
+                f"this process is rank {rank} of 2",
+                f"world_size = 3 were given, but this process is rank {rank} of 2",
+                "algorithm must be one of 'ring', 'gather'; got 'bidir'",
+                "text_gradient_dtype must be a floating dtype or None; got torch.int32",
+            ),
+            strict=True,
+        ):
+            assert says in error
+
+
+def in_a_mesh_of_two_dimensions(rank: int, group: Any) -> str:
+    mesh = DeviceMesh("cpu", torch.arange(8).view(2, 4), mesh_dim_names=("outer", "inner"))
+    with pytest.raises(ValueError, match="process_group must be a DeviceMesh of one dimension, got 2"):
+        sigmoid_loss(torch.ones(2, 3), torch.ones(2, 3), 1.0, process_group=mesh)
+    part = even(4)
+    return call(rank % 4, mesh["inner"].get_group(), part)
+
+
+def test_a_mesh_of_two_dimensions(ranks: Ranks) -> None:
+    """Refused whole, right in either part: two groups of four, the second with ranks that begin at 4."""
+    results = ranks.run(8, in_a_mesh_of_two_dimensions)
+    assert_right(results[:4], even(4), 5e-6)
+    assert_right(results[4:], even(4), 5e-6)
+
+
+# Ranks that go away
+
+
+def die_or_wait(rank: int, group: Any, batch: Batch, when: str) -> float:
+    """Rank 1 goes away; the others return how long they waited for it."""
+    if rank == 1 and when == "before":
+        os._exit(1)
+    if rank == 1:
+        shift = dist.batch_isend_irecv
+
+        def shift_and_die(operations: list[Any]) -> Any:
+            shift(operations[:1])
+            os._exit(1)
+
+        dist.batch_isend_irecv = shift_and_die
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError):
+        call(rank, group, batch)
+    return time.monotonic() - begin
+
+
+@pytest.mark.parametrize("when", ["before", "in the ring"])
+def test_a_killed_rank(when: str) -> None:
+    world = Ranks(3, timeout=10)
+    try:
+        world.run(3, call, uneven(3))
+        results = world.try_run(3, die_or_wait, uneven(3), when)
+    finally:
+        world.close()
+    assert isinstance(results[1], ProcessLookupError)
+    assert all(isinstance(results[rank], float) and results[rank] < 15 for rank in (0, 2)), results
+
+
+# Where it is used
+
+
+def in_hosts(rank: int, group: Any, batch: Batch, host: str) -> list[Tensor | None]:
+    own, _ = of_rank(batch, rank)
+    for t in own:
+        t.requires_grad_()
+    if host == "default group":
+        loss = SigLipLoss(rank=rank, world_size=dist.get_world_size())(*own)
+    elif host == "mesh":
+        loss = SigLipLoss(process_group=DeviceMesh("cpu", torch.arange(batch.world)))(*own)
+    elif host == "compile":
+        loss_fn = SigLipLoss(rank=rank, world_size=batch.world, process_group=group)
+        loss = torch.compile(loss_fn, fullgraph=True)(*own)
+    elif host == "compile, functional":
+        loss = torch.compile(sigmoid_loss, fullgraph=True)(*own, process_group=Exchange(group, **batch.exchange))
+    elif host == "compile, group":
+        loss = torch.compile(sigmoid_loss, fullgraph=True, backend="aot_eager")(*own, process_group=group)
+    elif host == "checkpoint":
+        loss = checkpoint(SigLipLoss(process_group=group), *own, use_reentrant=False)
+    else:
+        raise ValueError(host)
+    loss.backward()
+    return [loss.detach(), *(t.grad for t in own)]
+
+
+@pytest.mark.parametrize("host", ["default group", "mesh"])
+def test_groups(ranks: Ranks, host: str) -> None:
+    batch = uneven(8)
+    assert_right(ranks.run(8, in_hosts, batch, host), batch, 5e-6)
+
+
+@pytest.mark.parametrize("host", ["compile", "compile, functional", "compile, group", "checkpoint"])
+@pytest.mark.parametrize("exchange", [{}, {"algorithm": "gather"}, {"same_upstream": False}], ids=str)
+def test_hosts(ranks: Ranks, host: str, exchange: dict[str, Any]) -> None:
+    batch = uneven(2, exchange=exchange)
+    assert_right(ranks.run(2, in_hosts, batch, host), batch, 5e-6)
+
+
+def several_losses(rank: int, group: Any, batch: Batch) -> list[Tensor | None]:
+    """Three forwards before the backwards, which come in another order on every rank; two losses in one step."""
+    results = []
+    losses = []
+    for _ in range(3):
+        own, _labels = of_rank(batch, rank)
+        for t in own:
+            t.requires_grad_()
+        losses.append((own, sigmoid_loss(*own, process_group=group)))
+    for own, loss in losses[rank:] + losses[:rank]:
+        loss.backward()
+        results.append([loss.detach(), *(t.grad for t in own)])
+    own, _labels = of_rank(batch, rank)
+    for t in own:
+        t.requires_grad_()
+    ((sigmoid_loss(*own, process_group=group) + sigmoid_loss(*own, process_group=group)) / 2).backward()
+    results.append([results[0][0], *(t.grad for t in own)])
+    return results
+
+
+def test_several_forwards_and_losses(ranks: Ranks) -> None:
+    batch = uneven(3)
+    for results in zip(*ranks.run(3, several_losses, batch), strict=True):
+        assert_right(results, batch, 5e-6)
