@@ -76,10 +76,11 @@ class Route(NamedTuple):
         return dist.distributed_c10d._resolve_process_group(self.group_name)  # type: ignore[arg-type]
 
 
+ONE_PROCESS = Route()
+
+
 def route(process_group: Any) -> Route:
-    """Of the argument ``process_group``: a group, a mesh, an Exchange or None."""
-    if process_group is None:
-        return Route()
+    """Of the argument ``process_group``: a group, a mesh or an Exchange."""
     exchange = process_group if isinstance(process_group, Exchange) else Exchange(process_group)
     group = _group(exchange.process_group)
     return Route(group.group_name, exchange.algorithm, exchange.text_gradient_dtype, exchange.same_upstream)

@@ -57,9 +57,12 @@ def _sigmoid_loss(
     pairs = PairSpec(positive_offset, image_ids, text_ids, image_weights, text_weights)
     wanted = Wanted(dx, dy, dscale, dbias)
     problem = Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, wanted.dz)
-    route = Route(group_name, algorithm, text_gradient_dtype, same_upstream)
-    with refusing(route.group()):
+    if group_name is None:
         kernel = backends.choose(backend, problem)
+    else:
+        route = Route(group_name, algorithm, text_gradient_dtype, same_upstream)
+        with refusing(route.group()):
+            kernel = backends.choose(backend, problem)
     # The products inside choose their own precision; autocast must not touch them.
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
@@ -100,11 +103,14 @@ class _SigmoidLoss(torch.autograd.Function):
         ctx.wanted = Wanted(*rest[-4:])
         ctx.dtype, ctx.scale, ctx.bias = x.dtype, _like(scale), None if bias is None else _like(bias)
         ctx.undifferentiable = len(rest)
+        same_upstream = rest[-5]
+        if same_upstream or not ctx.wanted.dy:
+            ctx.save_for_backward(scalars, dx, dy)
+            return loss
+        # dy is still to be formed: backward calls again.
         call = x, y, scale, bias, *rest[:-4]
-        same_upstream = call[-1]
-        # Where dy is still to be formed, backward calls again.
-        ctx.tensors = [i for i, t in enumerate(call) if isinstance(t, Tensor) and ctx.wanted.dy and not same_upstream]
-        ctx.others = [None if i in ctx.tensors else t for i, t in enumerate(call)] if ctx.tensors else []
+        ctx.tensors = [i for i, t in enumerate(call) if isinstance(t, Tensor)]
+        ctx.others = [None if i in ctx.tensors else t for i, t in enumerate(call)]
         ctx.save_for_backward(scalars, dx, dy, *(call[i] for i in ctx.tensors))
         return loss
 

@@ -34,6 +34,8 @@ class PairSpec:
     def block(self, rows: slice, cols: slice) -> PairSpec:
         """The pairs of images ``rows`` and texts ``cols``, numbered from the block's own corner."""
         offset = self.positive_offset
+        if rows.start == cols.start == 0 and not self.has_ids and not self.has_weights:
+            return self
         return PairSpec(
             None if offset is None else offset + rows.start - cols.start,
             _take(self.image_ids, rows),

@@ -11,10 +11,8 @@ float32 accumulators: it is the ``gain`` of the result.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +26,7 @@ FLOAT16_DZ_EXPONENT = 14
 DZ_ROW_MULTIPLE = 16
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """The gradients that are asked for."""
 
     dx: bool = True
@@ -46,8 +43,7 @@ class Wanted:
         return self.dz or self.dscale or self.dbias
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """The loss, and the gradients as they come out of the block loop; unwanted ones are empty or meaningless."""
 
     loss: Tensor  # [] float32 or float64
@@ -89,7 +85,10 @@ class BlockLoop:
         self.x, self.dtype = x, accumulator_dtype(x.dtype)
         self.operand = kernel.operand_dtype(problem)
         R, C = kernel.block_shape(problem)
-        self.block_shape = min(R, problem.M), min(C, problem.N)
+        self.block_shape = R, C = min(R, problem.M), min(C, problem.N)
+        row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
+        self.dz = torch.empty(R if problem.needs_dz else 0, row, dtype=self.operand, device=x.device)
+        self.workspace = kernel.workspace(problem, R, C)
         self.scale = _scalar(scale, self.dtype)
         self.bias = x.new_zeros((), dtype=self.dtype) if bias is None else _scalar(bias, self.dtype)
         self.dz_scale: Tensor | None = None
@@ -111,7 +110,7 @@ class BlockLoop:
     ) -> None:
         """Let the images ``rows`` (None: all) meet the texts y [n, D]; dy [n, D]: out, or added to if begun."""
         rows = slice(0, self.problem.M) if rows is None else rows
-        blocks = list(_blocks(rows, len(y), *self.block_shape))
+        blocks = list(_blocks(rows, y.shape[0], *self.block_shape))
         if not blocks:
             if not self.dx_begun:
                 self.dx.zero_()
@@ -119,8 +118,7 @@ class BlockLoop:
                 dy.zero_()
             return
 
-        needs_dz = self.problem.needs_dz
-        dz_buffer, workspace = self._buffers
+        needs_dz, workspace = self.problem.needs_dz, self.workspace
         sums = torch.empty(len(blocks), 4, dtype=sum_dtype(y.device), device=y.device)
         pairs = pairs.prepared(self.x, y, self.dtype)
 
@@ -129,8 +127,8 @@ class BlockLoop:
                 x_block = _as(_rows(self.x, r), self.operand)
             y_block = _as(_rows(y, c), self.operand)
             shape = x_block.shape[0], y_block.shape[0]
-            whole = dz_buffer.shape == shape
-            dz = (dz_buffer if whole else dz_buffer[: shape[0], : shape[1]]) if needs_dz else None
+            whole = self.dz.shape == shape
+            dz = (self.dz if whole else self.dz[: shape[0], : shape[1]]) if needs_dz else None
             self.kernel.block(
                 x_block,
                 y_block,
@@ -150,14 +148,6 @@ class BlockLoop:
                 begun = dy_begun or r.start > rows.start
                 self.kernel.matmul_(_rows(dy, c), dz.T, x_block, accumulate=begun, workspace=workspace)
         self.sums.append(sums)
-
-    @functools.cached_property
-    def _buffers(self) -> tuple[Tensor, Any]:
-        """dz of the largest block, and what else the kernel needs for it."""
-        R, C = self.block_shape
-        row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
-        dz = torch.empty(R if self.problem.needs_dz else 0, row, dtype=self.operand, device=self.x.device)
-        return dz, self.kernel.workspace(self.problem, R, C)
 
     def unscaled(self) -> Tensor:
         """[] t over the scale of dz: times dz y, it gives dx but for the denominator."""

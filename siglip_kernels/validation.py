@@ -10,13 +10,23 @@ from torch import Tensor
 
 from siglip_kernels import backends, distributed
 from siglip_kernels.agreement import refusing
+from siglip_kernels.distributed import ONE_PROCESS
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("batchmean", "mean", "sum")
 
 
-def checked(
+def checked(*, process_group: Any, **arguments: Any) -> tuple[Any, ...]:
+    """The operator's arguments up to ``dx``; ValueError or TypeError for any that is not as documented."""
+    if process_group is None:
+        return *_checked(**arguments), *ONE_PROCESS
+    route = distributed.route(process_group)
+    with refusing(None if torch.compiler.is_compiling() else route.group()):
+        return *_checked(**arguments), *route
+
+
+def _checked(
     image_features: Any,
     text_features: Any,
     logit_scale: Any,
@@ -28,30 +38,25 @@ def checked(
     text_weights: Any,
     reduction: Any,
     backend: Any,
-    process_group: Any,
 ) -> tuple[Any, ...]:
-    """The operator's arguments up to ``dx``; ValueError or TypeError for any that is not as documented."""
-    route = distributed.route(process_group)
-    with refusing(None if torch.compiler.is_compiling() else route.group()):
-        one_of("reduction", reduction, REDUCTIONS)
-        one_of("backend", backend, backends.NAMES)
-        x, y = _features(image_features, text_features)
-        M, N = x.shape[0], y.shape[0]
-        _labels(positive_offset, image_ids, text_ids)
-        return (
-            x,
-            y,
-            _scalar("logit_scale", logit_scale, x),
-            None if logit_bias is None else _scalar("logit_bias", logit_bias, x),
-            positive_offset,
-            _ids("image_ids", image_ids, M, "M", x),
-            _ids("text_ids", text_ids, N, "N", x),
-            _weights("image_weights", image_weights, M, "M", x),
-            _weights("text_weights", text_weights, N, "N", x),
-            reduction,
-            backend,
-            *route,
-        )
+    one_of("reduction", reduction, REDUCTIONS)
+    one_of("backend", backend, backends.NAMES)
+    x, y = _features(image_features, text_features)
+    M, N = x.shape[0], y.shape[0]
+    _labels(positive_offset, image_ids, text_ids)
+    return (
+        x,
+        y,
+        _scalar("logit_scale", logit_scale, x),
+        None if logit_bias is None else _scalar("logit_bias", logit_bias, x),
+        positive_offset,
+        _ids("image_ids", image_ids, M, "M", x),
+        _ids("text_ids", text_ids, N, "N", x),
+        _weights("image_weights", image_weights, M, "M", x),
+        _weights("text_weights", text_weights, N, "N", x),
+        reduction,
+        backend,
+    )
 
 
 def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
