@@ -1,6 +1,7 @@
 """The SigLIP sigmoid loss as fused kernels for PyTorch: the loss and all its gradients, never holding the logits."""
 
-from siglip_kernels import reference, testing
+from siglip_kernels import distributed, reference, testing
+from siglip_kernels.accumulation import accumulate
 from siglip_kernels.drop_in import SigLipLoss
 from siglip_kernels.loss import SigmoidLoss, SigmoidLossGrads, sigmoid_loss, sigmoid_loss_and_grads
 
@@ -8,6 +9,8 @@ __all__ = [
     "SigLipLoss",
     "SigmoidLoss",
     "SigmoidLossGrads",
+    "accumulate",
+    "distributed",
     "reference",
     "sigmoid_loss",
     "sigmoid_loss_and_grads",
