@@ -117,6 +117,8 @@ def test_public_names() -> None:
         "SigLipLoss",
         "SigmoidLoss",
         "SigmoidLossGrads",
+        "accumulate",
+        "distributed",
         "reference",
         "sigmoid_loss",
         "sigmoid_loss_and_grads",
