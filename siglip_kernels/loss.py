@@ -79,8 +79,9 @@ def sigmoid_loss(
             :class:`~siglip_kernels.distributed.Exchange`: the loss of this rank's images against the texts of all its
             ranks, which all must call. Batches may differ in size; D, the dtype and whether there are ids may not. Each
             rank divides by its own batch, and its text gradient collects the part of every rank, so that averaging
-            parameter gradients, as DDP does, gives those of the mean of the ranks' losses. Without ids only a rank's
-            own texts can be positive.
+            parameter gradients, as DDP and FSDP do, gives those of the mean of the ranks' losses. Where batches differ
+            in size, the mean over the joined batch is that of "sum" times ranks / joined batch. Without ids only a
+            rank's own texts can be positive.
 
     Returns:
         The loss, a scalar: float32, or float64 for float64 features; NaN where the denominator is 0, as a mean is.
@@ -125,6 +126,7 @@ class SigmoidLoss(nn.Module):
     Args:
         init_logit_scale: t at the start, above 0; the parameter ``logit_scale`` [] float32 holds its logarithm.
         init_logit_bias: b at the start; the parameter ``logit_bias`` [] float32. None: no bias.
+        parameter_shape: of both: (), or (1,), for FSDP2 takes no parameter of shape ().
         reduction, backend: as for :func:`sigmoid_loss`.
     """
 
@@ -135,6 +137,7 @@ class SigmoidLoss(nn.Module):
         init_logit_scale: float = 10.0,
         init_logit_bias: float | None = -10.0,
         *,
+        parameter_shape: tuple[int, ...] = (),
         reduction: Reduction = "batchmean",
         backend: Backend = "auto",
     ) -> None:
@@ -143,13 +146,15 @@ class SigmoidLoss(nn.Module):
         one_of("backend", backend, backends.NAMES)
         if not init_logit_scale > 0:
             raise ValueError(f"init_logit_scale must be above 0, its logarithm is learned; got {init_logit_scale!r}")
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
-        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
+        one_of("parameter_shape", parameter_shape, ((), (1,)))
+        self.logit_scale = nn.Parameter(torch.full(parameter_shape, math.log(init_logit_scale)))
+        bias = None if init_logit_bias is None else nn.Parameter(torch.full(parameter_shape, float(init_logit_bias)))
+        self.logit_bias = bias
         self.reduction: Reduction = reduction
         self.backend: Backend = backend
 
     def forward(self, image_features: Tensor, text_features: Tensor, **pairs: Any) -> Tensor:
-        """The loss; ``pairs`` are the labels and weights of :func:`sigmoid_loss`, by keyword."""
+        """The loss; ``pairs`` are the labels, weights and process_group of :func:`sigmoid_loss`, by keyword."""
         arguments = {"reduction": self.reduction, "backend": self.backend, **pairs}
         return sigmoid_loss(image_features, text_features, self.logit_scale.exp(), self.logit_bias, **arguments)
 

@@ -90,6 +90,7 @@ def _autocast(t: Tensor) -> Tensor:
 def _scalar(name: str, value: Any, x: Tensor) -> Tensor:
     """A floating tensor of one element on the features' device."""
     if isinstance(value, Tensor):
+        _plain(name, value)
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
         if value.numel() != 1:
@@ -146,6 +147,15 @@ def _vector(name: str, t: Any, length: int, letter: str, x: Tensor, kind: str) -
 def _tensor(name: str, t: Any, kind: str) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a {kind} torch.Tensor, got {type(t).__name__}")
+    _plain(name, t)
+
+
+def _plain(name: str, t: Tensor) -> None:
+    if hasattr(t, "full_tensor"):
+        raise TypeError(
+            f"{name} must be a plain tensor of this process, got a DTensor; a parameter that FSDP2 shards is plain "
+            "inside the forward of its module"
+        )
 
 
 def _same_device(name: str, t: Tensor, x: Tensor) -> None:

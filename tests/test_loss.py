@@ -500,6 +500,17 @@ def test_module_holds_two_scalars() -> None:
             SigmoidLoss(bad)
 
 
+def test_module_parameters_of_one_dimension() -> None:
+    module, other = SigmoidLoss(3.0, 1.0, parameter_shape=(1,)), SigmoidLoss()
+    x, y, *_ = make_inputs(6, 5, 4, torch.float32)
+    module(x, y).backward()
+    assert all(p.shape == p.grad.shape == (1,) for p in module.parameters())
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(module(x, y), other(x, y))
+    with pytest.raises(ValueError, match="parameter_shape"):
+        SigmoidLoss(parameter_shape=(2,))
+
+
 @pytest.mark.parametrize("bias", [-10.0, None])
 def test_module_computes_the_loss(bias: float | None) -> None:
     module = SigmoidLoss(10.0, bias, reduction="mean", backend="eager")
