@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -22,8 +23,8 @@ SCRIPT = ROOT / "examples" / "train_digits.py"
 FEW = ["--steps", "8", "--batch-size", "32"]
 
 
-@pytest.fixture(scope="module")
-def digits() -> ModuleType:
+@functools.cache
+def script() -> ModuleType:
     """The script as a module."""
     spec = importlib.util.spec_from_file_location("train_digits", SCRIPT)
     assert spec is not None
@@ -31,6 +32,11 @@ def digits() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    return script()
 
 
 @pytest.fixture(autouse=True)
@@ -89,11 +95,11 @@ def test_frozen_image_tower_stays_as_it_is(digits: ModuleType) -> None:
     torch.manual_seed(0)
     data = digits.Data.load(torch.device("cpu"))
     image_tower, text_tower, loss_fn = digits.ImageTower(), digits.TextTower(), WatchedLoss(digits.SigmoidLoss())
-    image_tower.requires_grad_(False)
+    model = digits.DualEncoder(image_tower.requires_grad_(False), text_tower, loss_fn)
     before = {name: [p.clone() for p in m.parameters()] for name, m in (("image", image_tower), ("text", text_tower))}
     scalars = [p.clone() for p in loss_fn.parameters()]
 
-    digits.train_pairs(image_tower, text_tower, loss_fn, data.batches(4, 32, 0), 4, 1e-3)
+    digits.train("pairs", model, data.batches(4, 32, 0), 4, 1e-3)
 
     assert loss_fn.needed == [(False, True)] * 4
     assert all(p.grad is None for p in image_tower.parameters())
@@ -125,10 +131,24 @@ def test_clip_loss_is_clips_own_without_shared_ids(digits: ModuleType) -> None:
     loss_fn, ids = digits.ClipLoss(), torch.arange(6)
     logits = x @ y.T / 0.07
     expected = (torch.nn.functional.cross_entropy(logits, ids) + torch.nn.functional.cross_entropy(logits.T, ids)) / 2
-    torch.testing.assert_close(loss_fn(x, y, image_ids=ids, text_ids=ids), expected)
+    torch.testing.assert_close(loss_fn(x, y, image_ids=ids, text_ids=ids, process_group=None), expected)
 
 
 def test_full_run_reads_held_out_digits(digits: ModuleType) -> None:
     """The script's own settings, under half a minute on two cores."""
     report = digits.main([])
     assert min(report.accuracy.values()) > 0.9, report.accuracy
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [(["--batch-size", "31"], "31 must be a multiple"), (["--loss", "clip"], "for one process")]
+)
+def test_two_processes_are_refused(
+    digits: ModuleType, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As torchrun starts them; before any waits for the other."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        digits.main(flags)
+    assert message in capsys.readouterr().err
