@@ -1,6 +1,7 @@
 """``python -m bench``: gradient check, then ours beside the floor and the rivals; table, CSV, Markdown, plot.
 
 ``python -m bench gpu``: all that is to be known of a GPU. ``python -m bench readme``: the README's tables.
+``python -m bench scaling``: what a model says of a cluster.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu, problems, readme, report
+from bench import gpu, problems, readme, report, scaling_report
 from bench.contenders import ours
 from bench.measure import measure, measure_alone
 from bench.problems import MEMORY_PROBLEM, Problem
 from bench.progress import Progress
 from siglip_kernels.__main__ import check
+
+COMMANDS = {"gpu": gpu.main, "readme": readme.main, "scaling": scaling_report.main}
 
 
 def gradients_are_right(chosen: Sequence[Problem], device: torch.device) -> bool:
@@ -44,8 +47,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] in (["gpu"], ["readme"]):
-        return (gpu if arguments[0] == "gpu" else readme).main(arguments[1:])
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
     options = parse(arguments)
     device = torch.device(options.device)
     if options.threads:

@@ -154,13 +154,8 @@ def read(folder: Path) -> Results:
 
 def plot(results: Results, folder: Path) -> list[Path]:
     """results.png: time and memory against batch, for each dtype and D of several; nothing without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    plt = pyplot()
+    if plt is None:
         return []
     about, path = results.about, folder / "results.png"
     families: dict[tuple[str, int], list[Row]] = {}
@@ -183,6 +178,19 @@ def plot(results: Results, folder: Path) -> list[Path]:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return [path]
+
+
+def pyplot() -> Any:
+    """For pictures in files; None without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return None
+    return plt
 
 
 def _panel(axis: Any, rows: Sequence[Row], key: str, title: str, colours: dict[str, str]) -> None:
