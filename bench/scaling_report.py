@@ -214,7 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode = FORWARD if options.forward else FULL
     rate = Rate(f"assumed rate of {options.tflops} TFLOP/s, measured on no device", {1: options.tflops})
     if options.measured:
-        rate = measured_rate(options.measured, mode, options.dtype, options.dim)
+        try:
+            rate = measured_rate(options.measured, mode, options.dtype, options.dim)
+        except (OSError, ValueError) as error:
+            print(f"--measured: {error}")
+            return 1
     D, e, a = options.dim, ELEMENT_BYTES[options.dtype], 0 if options.forward else options.sum_bytes
     links = [Link(1e9 * bandwidth, 1e-6 * latency) for bandwidth, latency in (options.intra, options.inter)]
     cluster = Cluster(options.gpus_per_node, *links)
