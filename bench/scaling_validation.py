@@ -26,7 +26,8 @@ from bench import report
 from bench.scaling import Ring, finish
 from bench.timing import Spread, interleaved, spread
 from siglip_kernels import sigmoid_loss_and_grads
-from siglip_kernels.distributed import ENOUGH_TO_SPLIT, Exchange
+from siglip_kernels.distributed import Exchange
+from siglip_kernels.ring import ENOUGH_TO_SPLIT
 from siglip_kernels.testing import make_inputs
 
 CPU = torch.device("cpu")

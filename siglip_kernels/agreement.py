@@ -46,9 +46,9 @@ ALIKE: dict[str, tuple[str, Callable[[int], Any]]] = {
 }
 
 
-def agree(group: ProcessGroup, said: Said) -> list[Said]:
+def agree(groups: Sequence[ProcessGroup], said: Said) -> list[Said]:
     """What every rank said, in order; the same ValueError on every rank where that does not go together."""
-    ranks = _all_said(group, said)
+    ranks = _all_said(groups, said)
     refusing = [rank for rank, other in enumerate(ranks) if not other.ready]
     if refusing:
         raise ValueError(f"{_named(refusing)} refused the arguments; the error there says why")
@@ -81,23 +81,24 @@ def _check_gradients(ranks: Sequence[Said]) -> None:
 
 
 @contextlib.contextmanager
-def refusing(group: ProcessGroup | None) -> Iterator[None]:
-    """Tell the other ranks of a group if this one refuses its arguments inside: they would wait for it."""
+def refusing(groups: Sequence[ProcessGroup]) -> Iterator[None]:
+    """Tell the other ranks if this one refuses its arguments inside: they would wait for it."""
     try:
         yield
     except (TypeError, ValueError):
-        if group is not None:
-            with contextlib.suppress(RuntimeError):
-                _all_said(group, Said(ready=0))
+        with contextlib.suppress(RuntimeError):
+            _all_said(groups, Said(ready=0))
         raise
 
 
-def _all_said(group: ProcessGroup, said: Said) -> list[Said]:
-    device = _device(group)
+def _all_said(groups: Sequence[ProcessGroup], said: Said) -> list[Said]:
+    if all(dist.get_world_size(group) == 1 for group in groups):
+        return [said]
+    device = _device(groups[0])
     # On a stream of its own, so that reading the answer waits for no kernel of the training step.
     stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
     with stream:
-        every = all_gather(torch.tensor(said, dtype=torch.int64, device=device), group).tolist()
+        every = all_gather(torch.tensor(said, dtype=torch.int64, device=device), groups).tolist()
     return [Said(*every[i : i + len(said)]) for i in range(0, len(every), len(said))]
 
 
@@ -107,13 +108,15 @@ def _device(group: ProcessGroup) -> torch.device:
     return torch.device("cpu" if "cpu" in types else types[0])
 
 
-def all_gather(t: Tensor, group: ProcessGroup) -> Tensor:
-    """[ranks · n, …]: ``t`` [n, …] of every rank, of one shape."""
-    gathered = t.new_empty((dist.get_world_size(group) * len(t), *t.shape[1:]))
+def all_gather(t: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
+    """[ranks · n, …]: ``t`` [n, …] of every rank, of one shape; the last group's ranks are neighbours."""
     # torch 2.13 gave it another name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(gathered, t, group=group)
-    return gathered
+    for group in reversed(groups):
+        gathered = t.new_empty((dist.get_world_size(group) * len(t), *t.shape[1:]))
+        gather(gathered, t, group=group)
+        t = gathered
+    return t
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -4,7 +4,8 @@ A rank's loss is that of its own images against all ranks' texts, divided as ``r
 text gradient collects the contribution of every rank. That is open_clip's SigLipLoss; DDP then averages.
 
 ring     Texts travel from rank to rank, the sum of their gradients behind them. Memory is that of a few local batches,
-         whatever the number of ranks, and transfers run beside the block kernels.
+         whatever the number of ranks, and transfers run beside the block kernels. Over a mesh of nodes × GPUs there are
+         two rings: texts go round a node while the next node's are on their way, by every GPU's own network card.
 gather   One all-gather of the texts, one reduce-scatter of their gradients: the fewest messages, for small worlds.
          Memory grows with the global batch.
 
@@ -14,7 +15,7 @@ and backward communicates nothing, given the same upstream gradient on every ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,14 +27,12 @@ from siglip_kernels import schedule
 from siglip_kernels.agreement import ALGORITHMS, DTYPES, Said, agree, all_gather
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.pairs import PairSpec
+from siglip_kernels.ring import Lane, Texts, World, against, ring
 from siglip_kernels.schedule import BlockLoop, Result, Wanted
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Work
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-# Images from which on a rank cuts its own block in two, to compute beside the first transfer and beside the last.
-ENOUGH_TO_SPLIT = 1024
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Exchange:
     """How the ranks of a group exchange their texts; the same on every rank.
 
     Args:
-        process_group: a ProcessGroup, a DeviceMesh of one dimension, or None for the default group.
+        process_group: a ProcessGroup, a DeviceMesh of one dimension or two (nodes × GPUs of a node), or None for the
+            default group.
         algorithm: "ring" or "gather".
         text_gradient_dtype: in which text gradients travel; None: float32 (float64 for float64 features). Half
             precision halves that traffic, and rounds the sum on every rank that it passes.
@@ -63,17 +63,15 @@ class Exchange:
 
 
 class Route(NamedTuple):
-    """An Exchange as the operator takes it; without a group name, there is one process."""
+    """An Exchange as the operator takes it."""
 
-    group_name: str | None = None
+    group_names: tuple[str, ...] = ()  # none: one process; two: the group across nodes, the group within the node
     algorithm: str = "ring"
     text_gradient_dtype: torch.dtype | None = None
     same_upstream: bool = True
 
-    def group(self) -> ProcessGroup | None:
-        if self.group_name is None:
-            return None
-        return dist.distributed_c10d._resolve_process_group(self.group_name)  # type: ignore[arg-type]
+    def groups(self) -> list[ProcessGroup]:
+        return [dist.distributed_c10d._resolve_process_group(name) for name in self.group_names]  # type: ignore[arg-type]
 
 
 ONE_PROCESS = Route()
@@ -82,52 +80,31 @@ ONE_PROCESS = Route()
 def route(process_group: Any) -> Route:
     """Of the argument ``process_group``: a group, a mesh or an Exchange."""
     exchange = process_group if isinstance(process_group, Exchange) else Exchange(process_group)
-    group = _group(exchange.process_group)
-    return Route(group.group_name, exchange.algorithm, exchange.text_gradient_dtype, exchange.same_upstream)
+    names = tuple(group.group_name for group in _groups(exchange.process_group))
+    return Route(names, exchange.algorithm, exchange.text_gradient_dtype, exchange.same_upstream)
 
 
-def _group(given: Any) -> ProcessGroup:
+def place(groups: Sequence[ProcessGroup]) -> tuple[int, int]:
+    """(rank, world size) of this process in all of them: the last group's ranks are neighbours."""
+    rank, size = 0, 1
+    for group in groups:
+        rank = rank * dist.get_world_size(group) + dist.get_rank(group)
+        size *= dist.get_world_size(group)
+    return rank, size
+
+
+def _groups(given: Any) -> list[ProcessGroup]:
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("process_group is given, but torch.distributed.init_process_group was not called")
     if given is None:
         given = dist.group.WORLD
     if isinstance(given, dist.DeviceMesh):
-        if given.ndim != 1:
-            raise ValueError(f"process_group must be a DeviceMesh of one dimension, got {given.ndim}")
-        return given.get_group()
+        if given.ndim not in (1, 2):
+            raise ValueError(f"process_group must be a DeviceMesh of one dimension or two, got {given.ndim}")
+        return given.get_all_groups()
     if not isinstance(given, dist.ProcessGroup):
         raise TypeError(f"process_group must be a group of this process, a DeviceMesh or an Exchange, got {given!r}")
-    return given
-
-
-class Texts(NamedTuple):
-    """What travels of one rank's texts, or of several ranks'."""
-
-    features: Tensor  # [n, D]
-    ids: Tensor | None  # [n] int64
-    weights: Tensor | None  # [n]
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in self if t is not None]
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> Texts:
-        ids, weights = (None if t is None else function(t) for t in self[1:])
-        return Texts(function(self.features), ids, weights)
-
-    def rows(self, begin: int, end: int) -> Texts:
-        return self.each(lambda t: t[begin:end])
-
-
-@dataclass(frozen=True)
-class World:
-    """The group as one rank sees it."""
-
-    group: ProcessGroup
-    rank: int
-    sizes: list[int]  # texts of each rank
-    gives: list[bool]  # whether the text gradients of each rank are to be formed
-    travelling: torch.dtype  # of text gradients between ranks
-    gain: Tensor  # [] what turns this rank's contribution into a gradient
+    return [given]
 
 
 def run(
@@ -143,12 +120,11 @@ def run(
     upstream: Tensor | None,  # []: given in backward, where the text gradients are formed unless same_upstream
 ) -> Result:
     """``schedule.run`` over the group. Reads what the other ranks say back to the host, and nothing else."""
-    group = taken.group()
-    assert group is not None
+    groups = taken.groups()
     dtype = schedule.accumulator_dtype(x.dtype)
     travelling = taken.text_gradient_dtype or dtype
     ranks = agree(
-        group,
+        groups,
         Said(
             texts=len(y),
             D=x.shape[1],
@@ -168,17 +144,18 @@ def run(
     gives = [bool(said.text_gradients) and formed_here for said in ranks]
     pairs, own = _own_texts(y, pairs, dtype, weighted=any(said.text_weights for said in ranks))
 
-    ring = taken.algorithm == "ring"
-    problem = Problem(len(x), (max if ring else sum)(sizes), x.shape[1], x.dtype, x.device, wanted.dx or any(gives))
+    is_ring = taken.algorithm == "ring"
+    problem = Problem(len(x), (max if is_ring else sum)(sizes), x.shape[1], x.dtype, x.device, wanted.dx or any(gives))
     loop = BlockLoop(kernel, problem, x.contiguous(), scale, bias, wanted)
     loop.dx.zero_()
     loop.dx_begun = True
-    denominator = _denominator(loop, pairs, own, sizes, reduction, group)
+    denominator = _denominator(loop, pairs, own, sizes, reduction, groups)
     gain = loop.unscaled() / denominator
     gain = (gain if upstream is None else gain * upstream).to(dtype)
 
-    world = World(group, dist.get_rank(group), sizes, gives, travelling, gain)
-    result = loop.result(denominator, (_ring if ring else _gather)(world, loop, pairs, own))
+    lanes = [Lane(dist.get_rank(group), dist.get_world_size(group), group) for group in groups]
+    world = World(lanes[0] if len(lanes) > 1 else Lane(), lanes[-1], sizes, gives, travelling, gain)
+    result = loop.result(denominator, (ring if is_ring else _gather)(world, loop, pairs, own))
     # dy is gradient already, each rank having its own gain; so be dx.
     loop.dx.mul_(result.scalars[3])
     result.scalars[3] = 1
@@ -194,7 +171,7 @@ def _own_texts(y: Tensor, pairs: PairSpec, dtype: torch.dtype, weighted: bool) -
 
 
 def _denominator(
-    loop: BlockLoop, pairs: PairSpec, own: Texts, sizes: list[int], reduction: str, group: ProcessGroup
+    loop: BlockLoop, pairs: PairSpec, own: Texts, sizes: list[int], reduction: str, groups: Sequence[ProcessGroup]
 ) -> float | Tensor:
     """Of this rank's loss. On the way, the loop learns how large the weights are."""
     images: float | Tensor = len(loop.x)
@@ -205,7 +182,7 @@ def _denominator(
         largest.append(_largest(pairs.image_weights))
     if own.weights is not None:
         mine = torch.stack([schedule.total(own.weights), _largest(own.weights)])
-        totals, maxima = all_gather(mine[None], group).unbind(1)
+        totals, maxima = all_gather(mine[None], groups).unbind(1)
         texts = totals.sum()
         largest.append(maxima.amax())
     loop.scale_dz(largest)
@@ -217,92 +194,32 @@ def _largest(weights: Tensor) -> Tensor:
     return weights.amax().to(torch.float64) if len(weights) else weights.new_ones((), dtype=torch.float64)
 
 
-def _against(pairs: PairSpec, texts: Texts, own: bool) -> PairSpec:
-    """The rank's images against ``texts``; without ids, only its own texts are positive."""
-    offset = pairs.positive_offset if own else None
-    return replace(pairs, positive_offset=offset, text_ids=texts.ids, text_weights=texts.weights)
-
-
-def _ring(world: World, loop: BlockLoop, pairs: PairSpec, own: Texts) -> Tensor:
-    """dy [n, D], empty if not wanted. In step s a rank works on the texts of the rank s before it.
-
-    Texts are sent on before they are worked on. The sum of their gradients begins on the rank after their own, gains
-    every rank's contribution on the way round, and comes home last: W - 1 transfers of either.
-    """
-    rank, sizes, gives, W, M = world.rank, world.sizes, world.gives, len(world.sizes), len(loop.x)
-    first = M // 2 if any(gives) and M >= ENOUGH_TO_SPLIT and W > 1 else M
-    inboxes = [own.each(lambda t: t.new_empty((max(sizes), *t.shape[1:]))) for _ in range(2)]
-    rows = max(n if give else 0 for n, give in zip(sizes, gives, strict=True))
-    sums = [loop.empty(rows).to(world.travelling) for _ in range(2)]
-    spare = loop.empty(rows)
-    dy = loop.empty(sizes[rank] if gives[rank] else 0)
-    mine = dy if gives[rank] else None
-
-    texts_moving = _shift(world, own.tensors(), inboxes[1].rows(0, sizes[rank - 1]).tensors())
-    loop.add(own.features, _against(pairs, own, True), mine, rows=slice(0, first))
-    sums_moving: list[Work] = []
-    for step in range(1, W):
-        owner = (rank - step) % W
-        here, there = step % 2, (step + 1) % 2
-        _wait(texts_moving)
-        texts = inboxes[here].rows(0, sizes[owner])
-        if step + 1 < W:
-            texts_moving = _shift(world, texts.tensors(), inboxes[there].rows(0, sizes[owner - 1]).tensors())
-        contribution = spare[: sizes[owner] if gives[owner] else 0]
-        loop.add(texts.features, _against(pairs, texts, False), contribution if gives[owner] else None)
-        _wait(sums_moving)
-        outgoing = sums[here][: len(contribution)]
-        if step == 1:
-            torch.mul(contribution, world.gain, out=outgoing)
-        else:
-            outgoing.addcmul_(contribution, world.gain)
-        sums_moving = _shift(world, [outgoing], [sums[there][: sizes[owner - 1] if gives[owner - 1] else 0]])
-    if first < M:
-        loop.add(own.features, _against(pairs, own, True), mine, rows=slice(first, M), dy_begun=True)
-    _wait(sums_moving)
-    dy.mul_(world.gain)
-    return dy.add_(sums[W % 2][: len(dy)]) if W > 1 else dy
-
-
-def _shift(world: World, sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[Work]:
-    """Begin to send to the next rank and to receive from the one before; empty tensors stay at home."""
-    W, group = len(world.sizes), world.group
-    if W == 1:
-        return []
-    after, before = (world.rank + 1) % W, (world.rank - 1) % W
-    operations = [dist.P2POp(dist.isend, t, group=group, group_peer=after) for t in sent if t.numel()]
-    operations += [dist.P2POp(dist.irecv, t, group=group, group_peer=before) for t in received if t.numel()]
-    return dist.batch_isend_irecv(operations) if operations else []
-
-
-def _wait(works: Iterable[Work]) -> None:
-    for work in works:
-        work.wait()
-
-
 def _gather(world: World, loop: BlockLoop, pairs: PairSpec, own: Texts) -> Tensor:
     """dy [n, D], empty if not wanted."""
     rank, sizes = world.rank, world.sizes
     begin = sum(sizes[:rank])
     end = begin + sizes[rank]
-    texts = own.each(lambda t: _unpadded(all_gather(_padded(t, max(sizes)), world.group), sizes))
+    groups = [lane.group for lane in (world.outer, world.inner) if lane.group is not None]
+    texts = own.each(lambda t: _unpadded(all_gather(_padded(t, max(sizes)), groups), sizes))
     wanted = any(world.gives)
     contribution = loop.empty(sum(sizes) if wanted else 0)
     # Three parts, for images without a text of their own must not meet the next rank's on the diagonal.
     for part in (slice(0, begin), slice(begin, end), slice(end, sum(sizes))):
         own_part = part.start == begin and part.stop == end
-        spec = _against(pairs, texts.rows(part.start, part.stop), own_part)
+        spec = against(pairs, texts.rows(part.start, part.stop), own_part)
         loop.add(texts.features[part], spec, contribution[part] if wanted else None)
     if not wanted:
         return contribution
     contribution = contribution.mul_(world.gain).to(world.travelling)
     even = min(sizes) == max(sizes)
     padded = contribution if even else torch.cat([_padded(t, max(sizes)) for t in contribution.split(sizes)])
-    dy = padded.new_empty(max(sizes), padded.shape[1])
     # torch 2.13 gave it another name.
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    reduce_scatter(dy, padded, group=world.group)
-    return dy[: sizes[rank] if world.gives[rank] else 0].to(loop.dtype)
+    for group in groups:
+        dy = padded.new_empty(len(padded) // dist.get_world_size(group), padded.shape[1])
+        reduce_scatter(dy, padded, group=group)
+        padded = dy
+    return padded[: world.sums(rank)].to(loop.dtype)
 
 
 def _padded(t: Tensor, rows: int) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from siglip_kernels.distributed import Exchange, route
+from siglip_kernels.distributed import Exchange, place, route
 from siglip_kernels.loss import sigmoid_loss
 from siglip_kernels.validation import one_of
 
@@ -30,9 +29,9 @@ class SigLipLoss(nn.Module):
         dist_impl: "bidir" (None) or "shift": texts travel round a ring, memory that of a few local batches; "reduce" or
             "gather": one all-gather and one reduce-scatter, fewest messages. The values are the same.
         chunk_size: accepted for compatibility; memory is bounded whatever it is.
-        process_group: a ProcessGroup, a DeviceMesh of one dimension or a :class:`~siglip_kernels.distributed.Exchange`,
-            which alone says how; rank and world_size may then be left out. None with world_size above 1: the default
-            group, at the first call.
+        process_group: a ProcessGroup, a DeviceMesh of one dimension or two (nodes × GPUs of a node), or a
+            :class:`~siglip_kernels.distributed.Exchange`, which alone says how; rank and world_size may then be left
+            out. None with world_size above 1: the default group, at the first call.
     """
 
     def __init__(
@@ -91,5 +90,4 @@ class SigLipLoss(nn.Module):
 
     def _place_in_group(self) -> tuple[int, int]:
         """(rank, world_size)"""
-        group = route(self._exchange()).group()
-        return dist.get_rank(group), dist.get_world_size(group)
+        return place(route(self._exchange()).groups())

@@ -25,7 +25,7 @@ _library.define(
     "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor? bias, SymInt? positive_offset,"
     " Tensor? image_ids, Tensor? text_ids, Tensor? image_weights, Tensor? text_weights,"
     " str reduction, str backend,"
-    " str? group_name, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
+    " str[] group_names, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
     " bool dx, bool dy, bool dscale, bool dbias, Tensor? upstream)"
     " -> (Tensor loss, Tensor scalars, Tensor dx, Tensor dy)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -44,7 +44,7 @@ def _sigmoid_loss(
     text_weights: Tensor | None,
     reduction: str,
     backend: str,
-    group_name: str | None,
+    group_names: list[str],
     algorithm: str,
     text_gradient_dtype: torch.dtype | None,
     same_upstream: bool,
@@ -57,17 +57,17 @@ def _sigmoid_loss(
     pairs = PairSpec(positive_offset, image_ids, text_ids, image_weights, text_weights)
     wanted = Wanted(dx, dy, dscale, dbias)
     problem = Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, wanted.dz)
-    if group_name is None:
+    if not group_names:
         kernel = backends.choose(backend, problem)
     else:
-        route = Route(group_name, algorithm, text_gradient_dtype, same_upstream)
-        with refusing(route.group()):
+        route = Route(tuple(group_names), algorithm, text_gradient_dtype, same_upstream)
+        with refusing(route.groups()):
             kernel = backends.choose(backend, problem)
     # The products inside choose their own precision; autocast must not touch them.
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         call = kernel, x, y, scale, bias, pairs, reduction, wanted
-        result = schedule.run(*call) if group_name is None else distributed.run(*call, route, upstream)
+        result = distributed.run(*call, route, upstream) if group_names else schedule.run(*call)
     return result.loss, result.scalars, result.dx, result.dy
 
 

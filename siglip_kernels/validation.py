@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from numbers import Real
 from typing import Any
 
@@ -22,7 +23,7 @@ def checked(*, process_group: Any, **arguments: Any) -> tuple[Any, ...]:
     if process_group is None:
         return *_checked(**arguments), *ONE_PROCESS
     route = distributed.route(process_group)
-    with refusing(None if torch.compiler.is_compiling() else route.group()):
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else refusing(route.groups()):
         return *_checked(**arguments), *route
 
 

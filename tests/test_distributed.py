@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import siglip_kernels
-from siglip_kernels import SigLipLoss, distributed, schedule, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels import SigLipLoss, distributed, ring, schedule, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.distributed import Exchange
 from siglip_kernels.testing import make_inputs, relative_l2
 from tests.ranks import Ranks, load_module, slices
@@ -180,7 +180,7 @@ def test_dtypes(ranks: Ranks, pairs: str, dtype: torch.dtype, limit: float, algo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pairs", ["diagonal", "weights"])
 def test_several_blocks(ranks: Ranks, pairs: str, dtype: torch.dtype, algorithm: str) -> None:
-    """From 1,024 images on a rank's own block is cut in two, and a rank's texts are several blocks of a kernel."""
+    """From 2,048 images on a rank's own block is cut in two, and a rank's texts are several blocks of a kernel."""
     batch = Batch((2100, 1500), (1100, 2300), D=40, dtype=dtype, pairs=pairs, exchange={"algorithm": algorithm})
     assert_right(ranks.run(2, call, batch), batch, 5e-6 if dtype is torch.float32 else 3.5e-3)
 
@@ -273,27 +273,24 @@ def test_open_clips_own_loss(open_clip_loss_file: Path, world: int) -> None:
 
 # Changes to the exchange that the tests above must see.
 def positives_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    against = distributed._against
-    monkeypatch.setattr(distributed, "_against", lambda pairs, texts, own: against(pairs, texts, True))
+    against = ring.against
+    monkeypatch.setattr(ring, "against", lambda pairs, texts, own: against(pairs, texts, True))
 
 
 def gradients_lost_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    shift = distributed._shift
+    send = ring.SumsRing.send
 
-    def lossy(world: Any, sent: Any, received: Any) -> Any:
-        if len(sent) == 1 and sent[0].dtype is world.travelling and world.rank == 1:
-            sent = [torch.zeros_like(sent[0])]
-        return shift(world, sent, received)
+    def lossy(self: ring.SumsRing, o: int, i: int) -> None:
+        if self.world.rank == 1:
+            self.part.zero_()
+        send(self, o, i)
 
-    monkeypatch.setattr(distributed, "_shift", lossy)
+    monkeypatch.setattr(ring.SumsRing, "send", lossy)
 
 
 def own_gain_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Gainless(distributed.World):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments[:-1], torch.ones_like(arguments[-1]))
-
-    monkeypatch.setattr(distributed, "World", Gainless)
+    world = ring.World
+    monkeypatch.setattr(distributed, "World", lambda *parts: world(*parts[:-1], torch.ones_like(parts[-1])))
 
 
 def own_texts_only_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:

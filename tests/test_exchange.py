@@ -6,7 +6,7 @@ import ctypes
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -263,19 +263,76 @@ def test_misuse(ranks: Ranks) -> None:
             assert says in error
 
 
-def in_a_mesh_of_two_dimensions(rank: int, group: Any) -> str:
-    mesh = DeviceMesh("cpu", torch.arange(8).view(2, 4), mesh_dim_names=("outer", "inner"))
-    with pytest.raises(ValueError, match="process_group must be a DeviceMesh of one dimension, got 2"):
+def mesh_of(nodes: int) -> DeviceMesh:
+    """Of the whole world: nodes × ranks of a node."""
+    return DeviceMesh("cpu", torch.arange(dist.get_world_size()).view(nodes, -1))
+
+
+def call_on_mesh(rank: int, group: Any, batch: Batch, nodes: int) -> list[Tensor | None]:
+    return call(rank, mesh_of(nodes), batch)
+
+
+@pytest.fixture(scope="module")
+def six_ranks() -> Iterator[Ranks]:
+    world = Ranks(6)
+    yield world
+    world.close()
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "gather"])
+@pytest.mark.parametrize("sizes", [even, uneven])
+@pytest.mark.parametrize(("world", "nodes"), [(8, 1), (8, 2), (8, 4), (8, 8), (6, 2), (6, 3)])
+def test_nodes(ranks: Ranks, six_ranks: Ranks, world: int, nodes: int, sizes: Any, algorithm: str) -> None:
+    batch = sizes(world, exchange={"algorithm": algorithm})
+    assert_right((ranks if world == 8 else six_ranks).run(world, call_on_mesh, batch, nodes), batch, 5e-6)
+
+
+def repeated_on_mesh(rank: int, group: Any, batch: Batch) -> bool:
+    """Many times in a row: a buffer that is written too early shows sooner or later."""
+    mesh = mesh_of(2)
+    first, *others = (call(rank, mesh, batch) for _ in range(20))
+    return all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_same_bits_over_nodes(ranks: Ranks) -> None:
+    assert all(ranks.run(8, repeated_on_mesh, uneven(8)))
+
+
+@pytest.mark.parametrize("pairs", ["ids", "weights", "text_weights", "none"])
+@pytest.mark.parametrize("exchange", [{}, {"same_upstream": False}, {"algorithm": "gather"}], ids=str)
+def test_labels_weights_and_upstream_gradients_over_nodes(ranks: Ranks, pairs: str, exchange: dict[str, Any]) -> None:
+    upstream = None if exchange.get("same_upstream", True) else (0.5, -3.0, 7.0, 2.0, 1.0, 1.0, -1.0, 4.0)
+    batch = uneven(8, pairs=pairs, reduction="mean", upstream=upstream, exchange=exchange)
+    assert_right(ranks.run(8, call_on_mesh, batch, 2), batch, 5e-6)
+
+
+def traffic_on_mesh(rank: int, group: Any, batch: Batch, nodes: int) -> tuple[dict[str, int], dict[str, int]]:
+    return traffic(rank, mesh_of(nodes), batch)
+
+
+@pytest.mark.parametrize("nodes", [2, 4, 8])
+def test_bytes_over_nodes(ranks: Ranks, nodes: int) -> None:
+    """As many as of one ring."""
+    b, D = 12, 40
+    for forward, backward in ranks.run(8, traffic_on_mesh, even(8, b, D=D), nodes):
+        assert forward["ring"] == 7 * b * D * (4 + 4)
+        assert not any(backward.values())
+
+
+def in_a_mesh_of_three_dimensions(rank: int, group: Any) -> Any:
+    mesh = DeviceMesh("cpu", torch.arange(8).view(2, 2, 2), mesh_dim_names=("a", "b", "c"))
+    with pytest.raises(ValueError, match="process_group must be a DeviceMesh of one dimension or two, got 3"):
         sigmoid_loss(torch.ones(2, 3), torch.ones(2, 3), 1.0, process_group=mesh)
-    part = even(4)
-    return call(rank % 4, mesh["inner"].get_group(), part)
+    loss_fn = SigLipLoss(process_group=mesh["a", "b"])
+    return (loss_fn.rank, loss_fn.world_size), call(rank // 2, mesh["a", "b"], even(4))
 
 
-def test_a_mesh_of_two_dimensions(ranks: Ranks) -> None:
-    """Refused whole, right in either part: two groups of four, the second with ranks that begin at 4."""
-    results = ranks.run(8, in_a_mesh_of_two_dimensions)
-    assert_right(results[:4], even(4), 5e-6)
-    assert_right(results[4:], even(4), 5e-6)
+def test_a_mesh_of_three_dimensions(ranks: Ranks) -> None:
+    """Refused whole, right in a part: two groups of four, of every other rank."""
+    results = ranks.run(8, in_a_mesh_of_three_dimensions)
+    assert [place for place, _ in results] == [(rank // 2, 4) for rank in range(8)]
+    for part in (results[::2], results[1::2]):
+        assert_right([result for _, result in part], even(4), 5e-6)
 
 
 # Ranks that go away
@@ -329,6 +386,8 @@ def in_hosts(rank: int, group: Any, batch: Batch, host: str) -> list[Tensor | No
         loss = torch.compile(sigmoid_loss, fullgraph=True)(*own, process_group=Exchange(group, **batch.exchange))
     elif host == "compile, group":
         loss = torch.compile(sigmoid_loss, fullgraph=True, backend="aot_eager")(*own, process_group=group)
+    elif host == "compile, nodes":
+        loss = torch.compile(sigmoid_loss, fullgraph=True)(*own, process_group=mesh_of(2))
     elif host == "checkpoint":
         loss = checkpoint(SigLipLoss(process_group=group), *own, use_reentrant=False)
     else:
@@ -348,6 +407,11 @@ def test_groups(ranks: Ranks, host: str) -> None:
 def test_hosts(ranks: Ranks, host: str, exchange: dict[str, Any]) -> None:
     batch = uneven(2, exchange=exchange)
     assert_right(ranks.run(2, in_hosts, batch, host), batch, 5e-6)
+
+
+def test_compiled_over_nodes(ranks: Ranks) -> None:
+    batch = even(8)
+    assert_right(ranks.run(8, in_hosts, batch, "compile, nodes"), batch, 5e-6)
 
 
 def several_losses(rank: int, group: Any, batch: Batch) -> list[Tensor | None]:
