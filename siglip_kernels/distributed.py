@@ -101,7 +101,7 @@ def _groups(given: Any) -> list[ProcessGroup]:
     if isinstance(given, dist.DeviceMesh):
         if given.ndim not in (1, 2):
             raise ValueError(f"process_group must be a DeviceMesh of one dimension or two, got {given.ndim}")
-        return given.get_all_groups()
+        return [given.get_group(dimension) for dimension in range(given.ndim)]
     if not isinstance(given, dist.ProcessGroup):
         raise TypeError(f"process_group must be a group of this process, a DeviceMesh or an Exchange, got {given!r}")
     return [given]
