@@ -95,20 +95,21 @@ def _operator(x: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """Takes what the operator takes, but for the upstream gradient; differentiable in x, y, scale and bias."""
+    """Differentiable in x, y, scale and bias. ``rest``: as the operator's up to ``dx``, in one: each argument costs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        loss, scalars, dx, dy = _operator(x)(x, y, scale, bias, *rest, None)
-        ctx.wanted = Wanted(*rest[-4:])
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, rest: tuple[Any, ...], wanted: Wanted
+    ) -> Tensor:
+        loss, scalars, dx, dy = _operator(x)(x, y, scale, bias, *rest, *wanted, None)
+        ctx.wanted = wanted
         ctx.dtype, ctx.scale, ctx.bias = x.dtype, _like(scale), None if bias is None else _like(bias)
-        ctx.undifferentiable = len(rest)
-        same_upstream = rest[-5]
-        if same_upstream or not ctx.wanted.dy:
+        same_upstream = rest[-1]
+        if same_upstream or not wanted.dy:
             ctx.save_for_backward(scalars, dx, dy)
             return loss
         # dy is still to be formed: backward calls again.
-        call = x, y, scale, bias, *rest[:-4]
+        call = x, y, scale, bias, *rest
         ctx.tensors = [i for i, t in enumerate(call) if isinstance(t, Tensor)]
         ctx.others = [None if i in ctx.tensors else t for i, t in enumerate(call)]
         ctx.save_for_backward(scalars, dx, dy, *(call[i] for i in ctx.tensors))
@@ -134,7 +135,8 @@ class _SigmoidLoss(torch.autograd.Function):
             scaled(dy, y_gain, ctx.dtype) if ctx.wanted.dy else None,
             _shaped(dscale, *ctx.scale) if ctx.wanted.dscale else None,
             _shaped(dbias, *ctx.bias) if ctx.wanted.dbias else None,
-            *[None] * ctx.undifferentiable,
+            None,
+            None,
         )
 
 
@@ -143,12 +145,12 @@ def differentiable(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *re
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError("sigmoid_loss does not run under torch.func transforms (vmap, grad, jvp, …)")
     grad_mode = torch.is_grad_enabled()
-    wanted = [grad_mode and t is not None and t.requires_grad for t in (x, y, scale, bias)]
-    if not any(wanted):
+    wanted = Wanted(*(grad_mode and t is not None and t.requires_grad for t in (x, y, scale, bias)))
+    if not wanted.any:
         return _operator(x)(x, y, scale, bias, *rest, *wanted, None)[0]
     if y is x:
         y = y.view_as(y)  # one tensor as both arguments gets half its gradient under torch.compile (pytorch#183604)
-    return _SigmoidLoss.apply(x, y, scale, bias, *rest, *wanted)
+    return _SigmoidLoss.apply(x, y, scale, bias, rest, wanted)
 
 
 def loss_and_grads(
