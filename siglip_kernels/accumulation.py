@@ -8,7 +8,7 @@ through which those gradients are sent. The towers never hold more than one micr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
 
 
 def accumulate(
-    micro_batches: Sequence[T],
+    micro_batches: Iterable[T],
     encode: Callable[[T], tuple[Any, ...] | Mapping[str, Any]],
     *,
     gradient: float | Tensor | None = None,
@@ -39,16 +39,17 @@ def accumulate(
     """One loss over all micro-batches; its gradients are added to every parameter, as ``loss.backward()`` would.
 
     They are those of the joined batch, the scale's and the bias's too. The memory is that of one micro-batch's graph
-    and of all features; the time is one forward of the towers more.
+    and of all inputs and features; the time is one forward of the towers more. Under no_grad, the loss alone.
 
     Args:
         micro_batches: what ``encode`` is given, one after another; their sizes may differ.
         encode: returns (image_features [m, D], text_features [n, D], logit_scale[, logit_bias]), or a mapping with
-            these names, as open_clip's models do; logit_scale already exponentiated. It is called twice on each
-            micro-batch, with the same random numbers, and must return the same: dropout is repeated, batch norm sees
-            every micro-batch twice.
+            these names, as open_clip's models do; logit_scale already exponentiated. Of several micro-batches each is
+            encoded twice, with the same random numbers from torch's generators of the CPU and of CUDA devices, and must
+            come out the same: dropout is repeated, batch norm updates its statistics twice.
         gradient: of the loss, as in ``Tensor.backward``: ``scaler.scale(torch.ones(()))`` under a GradScaler. None: 1.
-        no_sync: of the DistributedDataParallel that ``encode`` runs; every backward but the last is inside.
+        no_sync: of the DistributedDataParallel that ``encode`` runs; every backward but the last is inside. With
+            static_graph=True torch refuses it. FSDP2 needs none.
         loss_arguments: of :func:`sigmoid_loss`: ids and weights of the joined batch, reduction, backend, process_group.
 
     Returns:
@@ -56,86 +57,90 @@ def accumulate(
 
     Raises:
         TypeError, ValueError: ``micro_batches`` is empty, ``encode`` returned something else, or as ``sigmoid_loss``.
-        RuntimeError: a micro-batch's features had another shape the second time.
+        RuntimeError: features had another shape the second time, or require grad in some micro-batches and not in all.
     """
-    if not micro_batches:
+    batches = list(micro_batches)
+    if not batches:
         raise ValueError("micro_batches is empty; expected at least one")
-    states: list[RandomState] = []
-    images: list[Tensor] = []
-    texts: list[Tensor] = []
-    for micro_batch in micro_batches:
-        states.append(RandomState.now())
+    if len(batches) == 1:
+        return _backward(sigmoid_loss(*_encoded(encode(batches[0])), **loss_arguments), gradient)
+    grad_mode = torch.is_grad_enabled()
+    states: list[Any] = []
+    cached: list[Encoded] = []
+    for batch in batches:
+        states.append(_random_state())
         # With a graph, at once dropped, the first tells what requires grad.
-        with no_sync(), torch.set_grad_enabled(not images):
-            encoded = _encoded(encode(micro_batch))
-        if not images:
-            wanted = [isinstance(t, Tensor) and t.requires_grad for t in encoded]
-        encoded = Encoded(*map(_detached, encoded))
-        images.append(encoded.image_features)
-        texts.append(encoded.text_features)
-    after = RandomState.now()
+        with no_sync(), torch.set_grad_enabled(grad_mode and not cached):
+            encoded = _encoded(encode(batch))
+        if not cached:
+            wanted = [grad_mode and isinstance(t, Tensor) and t.requires_grad for t in encoded]
+        encoded = Encoded._make(map(_leaf, encoded, wanted))
+        cached.append(encoded)
 
-    joined: tuple[Any, ...] = torch.cat(images), torch.cat(texts), *encoded[2:]
-    leaves: list[Any] = [t.requires_grad_() if w else t for t, w in zip(joined, wanted, strict=True)]
-    loss = sigmoid_loss(*leaves, **loss_arguments)
-    if not any(wanted):
-        return loss
-    loss.backward(None if gradient is None else torch.as_tensor(gradient, dtype=loss.dtype, device=loss.device))
-    dx, dy, *dscalars = (t.grad if w else None for t, w in zip(leaves, wanted, strict=True))
-    parts = list(zip(_split(dx, images), _split(dy, texts), strict=True))
-    for i, micro_batch in enumerate(micro_batches):
-        last = i + 1 == len(micro_batches)
-        with contextlib.nullcontext() if last else no_sync():
-            states[i].restore()
-            encoded = _encoded(encode(micro_batch))
-            _check_shape("image_features", i, images[i], encoded.image_features)
-            _check_shape("text_features", i, texts[i], encoded.text_features)
-            # Scale and bias go with the last: one gradient each, in the backward that DistributedDataParallel syncs.
-            gradients = [*parts[i], *dscalars] if last else parts[i]
-            pairs = [(t, g) for t, g in zip(encoded, gradients, strict=last) if g is not None]
+    images, texts, *_ = zip(*cached, strict=True)
+    # Scale and bias are the last one's, whose backward is the one that DistributedDataParallel syncs.
+    loss = sigmoid_loss(torch.cat(images), torch.cat(texts), *cached[-1][2:], **loss_arguments)
+    loss = _backward(loss, gradient)
+    for i, batch in enumerate(batches if grad_mode else []):
+        with no_sync() if i + 1 < len(batches) else contextlib.nullcontext():
+            _restore(states[i])
+            encoded = _encoded(encode(batch))
+            _check_repeated(i, cached[i], encoded)
+            pairs = [(t, g) for t, g in zip(encoded, map(_gradient, cached[i]), strict=True) if g is not None]
             if pairs:
-                outputs, sent = zip(*pairs, strict=True)
-                torch.autograd.backward(outputs, sent)
-    after.restore()
+                outputs, gradients = zip(*pairs, strict=True)
+                torch.autograd.backward(outputs, gradients)
+    return loss
+
+
+def _leaf(value: Any, requires_grad: bool) -> Any:
+    """A leaf for the loss; AttributeError where a float takes the place of what required grad."""
+    return value.detach().requires_grad_(requires_grad) if requires_grad or isinstance(value, Tensor) else value
+
+
+def _gradient(leaf: Any) -> Tensor | None:
+    return leaf.grad if isinstance(leaf, Tensor) else None
+
+
+def _backward(loss: Tensor, gradient: float | Tensor | None) -> Tensor:
+    """The loss, without its graph."""
+    if loss.requires_grad:
+        loss.backward(None if gradient is None else torch.as_tensor(gradient, dtype=loss.dtype, device=loss.device))
     return loss.detach()
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+def _check_repeated(i: int, before: Encoded, again: Encoded) -> None:
+    """Same shapes, and grad where the first micro-batch requires it: else gradients would be lost."""
+    for name, expected, got in zip(Encoded._fields, map(_kind, before), map(_kind, again), strict=True):
+        if got != expected:
+            raise RuntimeError(f"encode gave {name} of {got} for micro-batch {i} in the replay; expected {expected}")
 
 
-def _split(gradient: Tensor | None, parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    return [None] * len(parts) if gradient is None else gradient.split([len(part) for part in parts])
-
-
-def _check_shape(name: str, i: int, before: Tensor, now: Tensor) -> None:
-    if before.shape != now.shape:
-        raise RuntimeError(
-            f"encode gave {name} of shape {list(before.shape)} for micro-batch {i} at first, and of {list(now.shape)} "
-            "when it was encoded again; expected the same"
-        )
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"shape {list(value.shape)} with requires_grad={value.requires_grad}"
+    return f"type {type(value).__name__}"
 
 
 def _encoded(output: Any) -> Encoded:
-    if isinstance(output, Mapping) and {"image_features", "text_features", "logit_scale"} <= output.keys():
-        return Encoded(**{name: output[name] for name in Encoded._fields if name in output})
+    named = output
     if isinstance(output, tuple | list) and len(output) in (3, 4):
-        return Encoded(*output)
-    given = f"a mapping of {sorted(output)}" if isinstance(output, Mapping) else f"{type(output).__name__}"
+        named = dict(zip(Encoded._fields, output, strict=False))
+    given: Any = type(output).__name__
+    if isinstance(named, Mapping):
+        found = {name: named[name] for name in Encoded._fields if name in named}
+        given = {name: type(value).__name__ for name, value in found.items()}
+        features = found.get("image_features"), found.get("text_features")
+        if all(isinstance(t, Tensor) for t in features) and "logit_scale" in found:
+            return Encoded(**found)
     raise TypeError(f"encode must return (image_features, text_features, logit_scale[, logit_bias]), got {given}")
 
 
-class RandomState(NamedTuple):
+def _random_state() -> tuple[Tensor, list[Tensor]]:
     """Of the generators that a tower's dropout draws from."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
-    cpu: Tensor
-    cuda: list[Tensor]
 
-    @classmethod
-    def now(cls) -> RandomState:
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
+def _restore(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1])
