@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,14 +35,15 @@ class Said(NamedTuple):
     text_gradients: int = 0  # wanted
 
 
-# What must be the same on every rank: how a message names it, and its value.
+# What must be the same on every rank: how a message names it, and its value. The first that differs is named, so the
+# dtype comes before that of text gradients, which by default follows it.
 ALIKE: dict[str, tuple[str, Callable[[int], Any]]] = {
     "backward": ("being in backward", bool),
     "algorithm": ("process_group: the algorithm of the exchange", ALGORITHMS.__getitem__),
     "same_upstream": ("process_group: same_upstream", bool),
-    "text_gradient_dtype": ("process_group: text_gradient_dtype", DTYPES.__getitem__),
     "D": ("image_features and text_features: D", int),
     "dtype": ("image_features and text_features: the dtype", DTYPES.__getitem__),
+    "text_gradient_dtype": ("process_group: text_gradient_dtype", DTYPES.__getitem__),
     "ids": ("image_ids and text_ids: being given", bool),
 }
 
@@ -96,10 +98,15 @@ def _all_said(groups: Sequence[ProcessGroup], said: Said) -> list[Said]:
         return [said]
     device = _device(groups[0])
     # On a stream of its own, so that reading the answer waits for no kernel of the training step.
-    stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
-    with stream:
+    with torch.cuda.stream(_stream(torch.cuda.current_device())) if device.type == "cuda" else contextlib.nullcontext():
         every = all_gather(torch.tensor(said, dtype=torch.int64, device=device), groups).tolist()
     return [Said(*every[i : i + len(said)]) for i in range(0, len(every), len(said))]
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all calls: torch has 32, which it hands out in turn and whose memory it keeps apart."""
+    return torch.cuda.Stream(device)
 
 
 def _device(group: ProcessGroup) -> torch.device:

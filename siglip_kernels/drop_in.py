@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from siglip_kernels.agreement import refusing
 from siglip_kernels.distributed import Exchange, place, route
 from siglip_kernels.loss import sigmoid_loss
 from siglip_kernels.validation import one_of
@@ -72,12 +73,8 @@ class SigLipLoss(nn.Module):
         """
         exchange = self._exchange()
         if exchange is not None and not torch.compiler.is_compiling():
-            place = self._place_in_group()
-            if place != (self.rank, self.world_size):
-                raise ValueError(
-                    f"rank = {self.rank}, world_size = {self.world_size} were given, but this process is rank "
-                    f"{place[0]} of {place[1]} in the process group"
-                )
+            with refusing(route(exchange).groups()):
+                self._check_place()
         loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, process_group=exchange)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -87,6 +84,14 @@ class SigLipLoss(nn.Module):
         if self.process_group is None and self.world_size == 1:
             return None
         return Exchange(self.process_group, ALGORITHMS[self.dist_impl])
+
+    def _check_place(self) -> None:
+        rank, world_size = self._place_in_group()
+        if (rank, world_size) != (self.rank, self.world_size):
+            raise ValueError(
+                f"rank = {self.rank}, world_size = {self.world_size} were given, but this process is rank {rank} of "
+                f"{world_size} in the process group"
+            )
 
     def _place_in_group(self) -> tuple[int, int]:
         """(rank, world_size)"""

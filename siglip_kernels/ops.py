@@ -7,7 +7,6 @@ keeps the accumulators; backward only scales them by the upstream gradient.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,15 +20,23 @@ from siglip_kernels.pairs import PairSpec
 from siglip_kernels.schedule import Wanted
 
 _library = torch.library.Library("siglip_kernels", "DEF")
-_library.define(
-    "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor? bias, SymInt? positive_offset,"
+_ARGUMENTS = (
+    "Tensor x, Tensor y, Tensor scale, Tensor? bias, SymInt? positive_offset,"
     " Tensor? image_ids, Tensor? text_ids, Tensor? image_weights, Tensor? text_weights,"
     " str reduction, str backend,"
     " str[] group_names, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
-    " bool dx, bool dy, bool dscale, bool dbias, Tensor? upstream)"
-    " -> (Tensor loss, Tensor scalars, Tensor dx, Tensor dy)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    " bool dx, bool dy, bool dscale, bool dbias, Tensor? upstream"
 )
+_RETURNS = "(Tensor loss, Tensor scalars, Tensor dx, Tensor dy)"
+_library.define(f"sigmoid_loss({_ARGUMENTS}) -> {_RETURNS}", tags=(torch.Tag.pt2_compliant_tag,))
+# The same between ranks, as a compiled graph has it. It claims to write ``order``, so that no compiler drops an
+# exchange, merges two, or runs them in another order than the program's, which is that of the other ranks.
+_library.define(
+    f"exchange({_ARGUMENTS}, Tensor(a!) order) -> {_RETURNS}",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
+)
+ORDER = torch.zeros((), device="cpu")
+GROUP_NAMES = 10  # their place among the arguments after x
 
 
 def _sigmoid_loss(
@@ -72,6 +79,7 @@ def _sigmoid_loss(
 
 
 _library.impl("sigmoid_loss", _sigmoid_loss, "CompositeExplicitAutograd")
+_library.impl("exchange", lambda *arguments: _sigmoid_loss(*arguments[:-1]), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("siglip_kernels::sigmoid_loss", lib=_library)
@@ -87,11 +95,18 @@ def _sigmoid_loss_fake(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor
     )
 
 
-def _operator(x: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+@torch.library.register_fake("siglip_kernels::exchange", lib=_library)
+def _exchange_fake(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _sigmoid_loss_fake(x, y, *args[:-1])
+
+
+def _call(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator; or, where nobody is there to see a difference, what is behind it: the dispatcher takes 15 µs."""
+    if torch.compiler.is_compiling() and rest[GROUP_NAMES]:
+        return torch.ops.siglip_kernels.exchange(x, *rest, ORDER)
     if type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return torch.ops.siglip_kernels.sigmoid_loss
-    return _sigmoid_loss
+        return torch.ops.siglip_kernels.sigmoid_loss(x, *rest)
+    return _sigmoid_loss(x, *rest)
 
 
 class _SigmoidLoss(torch.autograd.Function):
@@ -101,7 +116,7 @@ class _SigmoidLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, rest: tuple[Any, ...], wanted: Wanted
     ) -> Tensor:
-        loss, scalars, dx, dy = _operator(x)(x, y, scale, bias, *rest, *wanted, None)
+        loss, scalars, dx, dy = _call(x, y, scale, bias, *rest, *wanted, None)
         ctx.wanted = wanted
         ctx.dtype, ctx.scale, ctx.bias = x.dtype, _like(scale), None if bias is None else _like(bias)
         same_upstream = rest[-1]
@@ -128,7 +143,7 @@ class _SigmoidLoss(torch.autograd.Function):
             call = [*ctx.others]
             for i, t in zip(ctx.tensors, tensors, strict=True):
                 call[i] = t
-            dy = _operator(call[0])(*call, False, True, False, False, grad)[3]
+            dy = _call(*call, False, True, False, False, grad)[3]
             y_gain = torch.ones_like(gain)  # the upstream gradient is in dy, each rank's own
         return (
             scaled(dx, gain, ctx.dtype) if ctx.wanted.dx else None,
@@ -147,7 +162,7 @@ def differentiable(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *re
     grad_mode = torch.is_grad_enabled()
     wanted = Wanted(*(grad_mode and t is not None and t.requires_grad for t in (x, y, scale, bias)))
     if not wanted.any:
-        return _operator(x)(x, y, scale, bias, *rest, *wanted, None)[0]
+        return _call(x, y, scale, bias, *rest, *wanted, None)[0]
     if y is x:
         y = y.view_as(y)  # one tensor as both arguments gets half its gradient under torch.compile (pytorch#183604)
     return _SigmoidLoss.apply(x, y, scale, bias, rest, wanted)
@@ -160,7 +175,7 @@ def loss_and_grads(
     x, y, scale, bias, *rest = (t.detach() if isinstance(t, Tensor) else t for t in call)
     rest[-1] = True  # there is no upstream gradient that could differ
     wanted = (True, True, True, bias is not None)
-    loss, scalars, dx, dy = torch.ops.siglip_kernels.sigmoid_loss(x, y, scale, bias, *rest, *wanted, None)
+    loss, scalars, dx, dy = _call(x, y, scale, bias, *rest, *wanted, None)
     _, dscale, dbias, gain = scalars.unbind()
     return (
         loss,

@@ -168,7 +168,7 @@ class SumsRing:
         rows = max(map(world.sums, range(N * G)))
         self.part = loop.empty(rows)
         self.inner_sums, self.outer_sums = (
-            [loop.empty(rows).to(world.travelling) for _ in range(count)] for count in (2, 2 * (N > 1))
+            [loop.empty(rows, world.travelling) for _ in range(count)] for count in (2, 2 * (N > 1))
         )
         # Where the sum of the own node arrives, long before those of the others.
         self.home = self.inner_sums[G % 2] if N == 1 else torch.empty_like(self.inner_sums[0])

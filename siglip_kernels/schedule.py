@@ -96,9 +96,9 @@ class BlockLoop:
         self.dx_begun = False  # whether dx holds something to add to
         self.sums: list[Tensor] = []  # [blocks, 4] for each call of ``add``, the last column unused
 
-    def empty(self, rows: int) -> Tensor:
-        """[rows, D] for a gradient's accumulator."""
-        return torch.empty(rows, self.problem.D, dtype=self.dtype, device=self.x.device)
+    def empty(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[rows, D] for a gradient; by default in the accumulators' dtype."""
+        return torch.empty(rows, self.problem.D, dtype=dtype or self.dtype, device=self.x.device)
 
     def scale_dz(self, largest_weights: Iterable[Tensor]) -> None:
         """Keep a float16 dz from underflow; ``largest_weights``: [] each, of the images and of the texts, if any."""

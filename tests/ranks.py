@@ -50,7 +50,7 @@ class Ranks:
                 raise TimeoutError(f"rank {rank} of {size} did not return from {function.__name__}{arguments}")
             try:
                 results.append(connection.recv())
-            except EOFError:
+            except (EOFError, ConnectionError):
                 results.append(ProcessLookupError(f"rank {rank} is gone"))
         return results
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from bench.timing import peak_bytes
 from siglip_kernels import SigLipLoss, sigmoid_loss
 from siglip_kernels.distributed import Exchange
+from siglip_kernels.testing import relative_l2
 from tests.ranks import Ranks
 from tests.test_distributed import Batch, assert_right, call, even, of_rank, uneven
 
@@ -152,6 +153,8 @@ def refused(rank: int, group: Any, batch: Batch, odd: dict[str, Any], mode: str 
         elif rank == 1 and mode == "weights":
             own, _ = of_rank(batch, rank)
             sigmoid_loss(*own, text_weights=torch.ones(1000), process_group=group)
+        elif rank == 1 and mode == "place":
+            SigLipLoss(rank=0, world_size=batch.world, process_group=group)(*of_rank(batch, rank)[0])
         elif rank == 1 and mode == "backend":
             own, _ = of_rank(batch, rank)
             sigmoid_loss(*own, backend="cuda", process_group=group)
@@ -166,7 +169,10 @@ def refused(rank: int, group: Any, batch: Batch, odd: dict[str, Any], mode: str 
     ("odd", "says"),
     [
         ({"D": 34}, r"image_features and text_features: D must be the same .* 33 on ranks 0, 2; 34 on rank 1"),
-        ({"dtype": torch.float64}, r"dtype must be the same .* torch.float32 on ranks 0, 2; torch.float64 on rank 1"),
+        (
+            {"dtype": torch.float64},
+            r"text_features: the dtype must be the same .* torch.float32 on ranks 0, 2; torch.float64 on rank 1",
+        ),
         ({"pairs": "ids"}, r"image_ids and text_ids: .* False on ranks 0, 2; True on rank 1"),
         ({"exchange": {"algorithm": "gather"}}, r"algorithm .* ring on ranks 0, 2; gather on rank 1"),
         ({"exchange": {"same_upstream": False}}, r"same_upstream .* True on ranks 0, 2; False on rank 1"),
@@ -183,7 +189,14 @@ def test_what_differs_is_refused_on_every_rank(ranks: Ranks, odd: dict[str, Any]
     assert_right([after for _, after in results], batch, 5e-6)
 
 
-@pytest.mark.parametrize(("mode", "says"), [("weights", "text_weights must have shape"), ("backend", "'cuda'")])
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        ("weights", "text_weights must have shape"),
+        ("backend", "'cuda'"),
+        ("place", "rank = 0, world_size = 3 were given, but this process is rank 1 of 3"),
+    ],
+)
 def test_bad_arguments_of_one_rank_are_told_to_the_others(ranks: Ranks, mode: str, says: str) -> None:
     batch = uneven(3)
     results = ranks.run(3, refused, batch, {}, mode)
@@ -412,6 +425,46 @@ def test_hosts(ranks: Ranks, host: str, exchange: dict[str, Any]) -> None:
 def test_compiled_over_nodes(ranks: Ranks) -> None:
     batch = even(8)
     assert_right(ranks.run(8, in_hosts, batch, "compile, nodes"), batch, 5e-6)
+
+
+def two_losses(x: Tensor, y: Tensor, v: Tensor, w: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Which of them inductor runs first, if it may, depends on how much memory either takes: on the rank's batches."""
+    first = sigmoid_loss(v.exp(), w, 10.0, -10.0, process_group=group)
+    return first, sigmoid_loss((x @ x.T).softmax(0) @ y, y, 10.0, -10.0, process_group=group)
+
+
+def compiled_and_not(rank: int, group: Any) -> tuple[list[Tensor], list[Tensor]]:
+    torch.manual_seed(rank)
+    large, small = [(1024, 3), (5, 4000)][rank]
+    inputs = [torch.randn(n, 8, requires_grad=True) for n in (large, large, small, small)]
+    results = []
+    for function in (two_losses, torch.compile(two_losses, fullgraph=True)):
+        losses = function(*inputs, group)
+        results.append([*(loss.detach() for loss in losses), *torch.autograd.grad(sum(losses), inputs)])
+    return results[0], results[1]
+
+
+def test_a_compiled_graph_keeps_the_order_of_exchanges(ranks: Ranks) -> None:
+    """One text matrix would meet the images of another, whose D and dtype are the same."""
+    for eager, compiled in ranks.run(2, compiled_and_not):
+        for a, b in zip(eager, compiled, strict=True):
+            assert relative_l2(b, a) < 1e-4
+
+
+def same_twice(x: Tensor, y: Tensor, group: Any) -> Tensor:
+    """And once in vain."""
+    sigmoid_loss(x.exp(), y, 10.0, process_group=group)
+    return sigmoid_loss(x, y, 10.0, process_group=group) + sigmoid_loss(x, y, 10.0, process_group=group)
+
+
+def compiled_on_rank_1(rank: int, group: Any) -> float:
+    x, y = torch.eye(3, 4), torch.eye(3, 4)
+    return float((torch.compile(same_twice, fullgraph=True) if rank == 1 else same_twice)(x, y, group))
+
+
+def test_a_compiled_graph_keeps_every_exchange(ranks: Ranks) -> None:
+    first, second = ranks.run(2, compiled_on_rank_1)
+    assert first == pytest.approx(second)
 
 
 def several_losses(rank: int, group: Any, batch: Batch) -> list[Tensor | None]:
