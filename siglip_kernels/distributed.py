@@ -41,7 +41,7 @@ class Exchange:
 
     Args:
         process_group: a ProcessGroup, a DeviceMesh of one dimension or two (nodes × GPUs of a node), or None for the
-            default group.
+            default group. On GPUs, torch.cuda.set_device must have chosen this rank's.
         algorithm: "ring" or "gather".
         text_gradient_dtype: in which text gradients travel; None: float32 (float64 for float64 features). Half
             precision halves that traffic, and rounds the sum on every rank that it passes.

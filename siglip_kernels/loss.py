@@ -81,7 +81,8 @@ def sigmoid_loss(
             rank divides by its own batch, and its text gradient collects the part of every rank, so that averaging
             parameter gradients, as DDP and FSDP do, gives those of the mean of the ranks' losses. Where batches differ
             in size, the mean over the joined batch is that of "sum" times ranks / joined batch. Without ids only a
-            rank's own texts can be positive.
+            rank's own texts can be positive. A rank whose denominator is 0 (no images, or padding alone) has a NaN
+            loss and gives NaN text gradients to all: "sum" has none.
 
     Returns:
         The loss, a scalar: float32, or float64 for float64 features; NaN where the denominator is 0, as a mean is.

@@ -31,10 +31,8 @@ _RETURNS = "(Tensor loss, Tensor scalars, Tensor dx, Tensor dy)"
 _library.define(f"sigmoid_loss({_ARGUMENTS}) -> {_RETURNS}", tags=(torch.Tag.pt2_compliant_tag,))
 # The same between ranks, as a compiled graph has it. It claims to write ``order``, so that no compiler drops an
 # exchange, merges two, or runs them in another order than the program's, which is that of the other ranks.
-_library.define(
-    f"exchange({_ARGUMENTS}, Tensor(a!) order) -> {_RETURNS}",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
-)
+_TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)]
+_library.define(f"exchange({_ARGUMENTS}, Tensor(a!) order) -> {_RETURNS}", tags=tuple(_TAGS))
 ORDER = torch.zeros((), device="cpu")
 GROUP_NAMES = 10  # their place among the arguments after x
 

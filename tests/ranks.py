@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from bench import checks
 
-TIMEOUT = 60.0  # seconds; of the group, and of a function
+TIMEOUT = 120.0  # seconds; of the group, and of a function, which may compile
 
 
 class Ranks:
