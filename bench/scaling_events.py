@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from bench.scaling import Array, Ring
+from bench.scaling import Array, Ring, after
+
+Link = tuple[str, int]  # lane, sender
 
 
 @dataclass
@@ -27,20 +30,22 @@ class Transfer:
 
 
 class Simulation:
-    """A link is named by its sender."""
+    """A link is named by its lane and its sender."""
 
     def __init__(self, ring: Ring) -> None:
         self.ring, self.now, self.order = ring, ring.agreement, itertools.count()
-        self.events: list[tuple[float, int, Callable[[int], None], int]] = []
-        self.transfers: dict[tuple[str, int, int], Transfer] = {}  # by what is sent, step, link
-        self.links: list[deque[Transfer]] = [deque() for _ in range(ring.W)]  # the first is on its way, or will be next
-        self.busy = [False] * ring.W
-        self.programs = [self.program(rank) for rank in range(ring.W)]
-        self.finished = np.zeros(ring.W)
+        self.events: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self.hops = {"inner": ring.inner._asdict(), "outer": ring.outer._asdict()}
+        self.sender = dict(zip(self.hops, map(np.argsort, after(ring.N, ring.G)), strict=True))
+        self.transfers: dict[tuple[str, int, Link], Transfer] = {}  # by what is sent and the step that asks for it
+        self.links: defaultdict[Link, deque[Transfer]] = defaultdict(deque)  # the first is on its way, or will be next
+        self.busy: set[Link] = set()
+        self.programs = [self.program(rank) for rank in range(ring.ranks)]
+        self.finished = np.zeros(ring.ranks)
 
     def run(self) -> Array:
         """[W] seconds after which each rank is done."""
-        for rank in range(self.ring.W):
+        for rank in range(self.ring.ranks):
             self._after(0.0, self._resume, rank)
         while self.events:
             self.now, _, act, where = heapq.heappop(self.events)
@@ -49,48 +54,62 @@ class Simulation:
 
     def program(self, rank: int) -> Iterator[float | Transfer]:
         """What a rank does: it yields seconds to compute, and transfers to wait for."""
-        ring = self.ring
-        summing: list[Transfer] = []
+        ring, N, G = self.ring, self.ring.N, self.ring.G
+        inner_texts: list[Transfer] = []
+        outer_texts: list[Transfer] = []
+        inner_sums: list[Transfer] = []
+        outer_sums: list[Transfer] = []
         first, last = (part[rank] for part in ring.own())
-        moving = self.shift(rank, "features", 1) if ring.W > 1 else []
-        yield first
-        for step in range(1, ring.W):
-            yield from moving
-            if step + 1 < ring.W:
-                moving = self.shift(rank, "features", step + 1)
+        for step in range(ring.ranks):
+            o, i = divmod(step, G)
+            if step:
+                yield from inner_texts if i else outer_texts
+            if i + 1 < G:
+                inner_texts = self.shift("inner", rank, "features", step)
+            if o + 1 < N and i == (min(1, G - 1) if o == 0 else 0):
+                outer_texts = self.shift("outer", rank, "features", step)
+            if step == 0:
+                yield first
+                continue
             yield ring.blocks()[rank, step] + ring.overhead
-            if ring.sums is not None:
-                yield from summing
-                summing = self.shift(rank, "sums", step)
+            if ring.backward:
+                yield from inner_sums
+                inner_sums = []
+                if i + 1 < G or o == 0:
+                    inner_sums = self.shift("inner", rank, "sums", step)
+                else:
+                    yield from outer_sums
+                    outer_sums = self.shift("outer", rank, "sums", step)
         yield last
-        yield from summing
+        yield from inner_sums
+        yield from outer_sums
         self.finished[rank] = self.now
 
-    def shift(self, rank: int, what: str, step: int) -> list[Transfer]:
+    def shift(self, lane: str, rank: int, what: str, step: int) -> list[Transfer]:
         """Ask to send to the next rank and to receive from the one before."""
-        before = (rank - 1) % self.ring.W
-        sent, received = (self._asked(what, step, link) for link in (rank, before))
-        self.links[rank].append(sent)
-        for link in (rank, before):
+        links = (lane, rank), (lane, int(self.sender[lane][rank]))
+        sent, received = (self._asked(what, step, link) for link in links)
+        self.links[links[0]].append(sent)
+        for link in links:
             self._begin_next(link)
         return [sent, received]
 
-    def _asked(self, what: str, step: int, link: int) -> Transfer:
-        hops = self.ring.features if what == "features" else self.ring.sums
-        assert hops is not None
-        transfer = self.transfers.setdefault((what, step, link), Transfer(hops[link]))
+    def _asked(self, what: str, step: int, link: Link) -> Transfer:
+        lane, sender = link
+        transfer = self.transfers.setdefault((what, step, link), Transfer(self.hops[lane][what][sender]))
         transfer.asked += 1
         return transfer
 
-    def _begin_next(self, link: int) -> None:
+    def _begin_next(self, link: Link) -> None:
         queue = self.links[link]
-        if queue and queue[0].asked == 2 and not self.busy[link]:
-            self.busy[link] = True
+        if queue and queue[0].asked == 2 and link not in self.busy:
+            self.busy.add(link)
             self._after(queue[0].seconds, self._arrive, link)
 
-    def _arrive(self, link: int) -> None:
+    def _arrive(self, link: Link) -> None:
         transfer = self.links[link].popleft()
-        transfer.done, self.busy[link] = True, False
+        transfer.done = True
+        self.busy.remove(link)
         self._begin_next(link)
         for rank in transfer.waiting:
             self._resume(rank)
@@ -103,5 +122,5 @@ class Simulation:
                 return wanted.waiting.append(rank)
         return None
 
-    def _after(self, seconds: float, act: Callable[[int], None], where: int) -> None:
+    def _after(self, seconds: float, act: Callable[[Any], None], where: Any) -> None:
         heapq.heappush(self.events, (self.now + seconds, next(self.order), act, where))

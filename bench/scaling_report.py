@@ -57,62 +57,76 @@ class Point:
     """What the model predicts for W ranks of b images and texts each. Exposed: beyond the computation, as a share."""
 
     W: int
+    nodes: int  # of the ring of two levels; 1: it is the flat ring
     b: int
     compute_ms: float
     ring_ms: float
     ring_exposed_ms: float
     ring_exposed: float
-    own_first_ms: float  # of the ring, had all of the own block been computed first
+    own_first_ms: float  # of the flat ring, had all of the own block been computed first
     own_last_ms: float
+    two_level_ms: float
+    two_level_exposed_ms: float
+    two_level_exposed: float
     gather_ms: float
     gather_exposed: float
     ring_mib: float
+    two_level_mib: float
     gather_mib: float
 
 
+# Of the table; the files have all.
 COLUMNS = {
     "W": ("GPUs", "{:,}"),
     "b": ("local batch", "{:,}"),
     "compute_ms": ("compute, ms", "{:,.3f}"),
-    "ring_ms": ("ring, ms", "{:,.3f}"),
-    "ring_exposed_ms": ("exposed, ms", "{:,.3f}"),
-    "ring_exposed": ("ring exposed", "{:.1%}"),
-    "own_first_ms": ("own first, ms", "{:,.3f}"),
-    "own_last_ms": ("own last, ms", "{:,.3f}"),
+    "ring_ms": ("flat ring, ms", "{:,.3f}"),
+    "two_level_ms": ("two-level ring, ms", "{:,.3f}"),
     "gather_ms": ("gather, ms", "{:,.3f}"),
+    "ring_exposed": ("flat exposed", "{:.1%}"),
+    "two_level_exposed": ("two-level exposed", "{:.1%}"),
     "gather_exposed": ("gather exposed", "{:.1%}"),
-    "ring_mib": ("ring, MiB", "{:,.0f}"),
+    "ring_mib": ("flat, MiB", "{:,.0f}"),
+    "two_level_mib": ("two-level, MiB", "{:,.0f}"),
     "gather_mib": ("gather, MiB", "{:,.0f}"),
 }
+RINGS = {"ring_exposed": "flat ring", "two_level_exposed": "two-level ring"}
 
 
 def predict(job: Job, cluster: Cluster) -> Point:
     """Memory is above the inputs, gradients included."""
-    ring = job.ring(cluster)
+    nodes = cluster.nodes(job.W)
+    ring, two_level = job.ring(cluster), job.ring(cluster, nodes)
     variants = ring, replace(ring, own_split=1.0), replace(ring, own_split=0.0)
-    total, own_first, own_last = (1000 * float(finish(r).max()) for r in variants)
+    flat, own_first, own_last = (1000 * float(finish(r).max()) for r in variants)
+    levels = flat if nodes == 1 else 1000 * float(finish(two_level).max())
     compute, gather = 1000 * float(ring.compute().max()), job.gather(cluster)
     workspace = DZ_BYTES if job.sum_bytes else 0
     return Point(
         W=job.W,
+        nodes=nodes,
         b=job.b,
         compute_ms=compute,
-        ring_ms=total,
-        ring_exposed_ms=total - compute,
-        ring_exposed=1 - compute / total,
+        ring_ms=flat,
+        ring_exposed_ms=flat - compute,
+        ring_exposed=1 - compute / flat,
         own_first_ms=own_first,
         own_last_ms=own_last,
+        two_level_ms=levels,
+        two_level_exposed_ms=levels - compute,
+        two_level_exposed=1 - compute / levels,
         gather_ms=1000 * gather,
         gather_exposed=1 - job.gather_compute() / gather,
         ring_mib=(job.ring_bytes() + workspace) / MIB,
+        two_level_mib=(job.ring_bytes(nodes) + workspace) / MIB,
         gather_mib=(job.gather_bytes() + workspace) / MIB,
     )
 
 
-def hidden_from(points: Sequence[Point]) -> int | None:
-    """The least local batch from which on the ring hides its traffic; ``points`` are of one W."""
-    exposed = max((p.b for p in points if p.ring_exposed >= HIDDEN), default=0)
-    return min((p.b for p in points if p.b > exposed), default=None)
+def hidden_from(exposed: dict[int, float]) -> int | None:
+    """The least local batch from which on traffic is hidden, of those whose exposed share is given."""
+    last = max((b for b, share in exposed.items() if share >= HIDDEN), default=0)
+    return min((b for b in exposed if b > last), default=None)
 
 
 def table(points: Sequence[Point]) -> str:
@@ -122,17 +136,27 @@ def table(points: Sequence[Point]) -> str:
 
 def markdown(about: dict[str, str], points: Sequence[Point]) -> str:
     """Everything; the same text serves the terminal."""
-    least = {W: hidden_from([p for p in points if p.W == W]) for W in dict.fromkeys(p.W for p in points)}
-    hidden = [[f"{W:,}"] + (["none", ""] if b is None else [f"{b:,}", f"{W * b:,}"]) for W, b in least.items()]
+    hidden = []
+    for W in dict.fromkeys(p.W for p in points):
+        hidden.append([f"{W:,}"])
+        for exposed in RINGS:
+            b = hidden_from({p.b: getattr(p, exposed) for p in points if p.W == W})
+            hidden[-1] += ["none", ""] if b is None else [f"{b:,}", f"{W * b:,}"]
     large = [p for p in points if p.W * p.b == GLOBAL_BATCH]
-    splits = ", ".join(f"{p.W:,} × {p.b:,}" for p in large if p.ring_exposed < HIDDEN)
+    splits = {
+        name: ", ".join(f"{p.W:,} × {p.b:,}" for p in large if getattr(p, exposed) < HIDDEN)
+        for exposed, name in RINGS.items()
+    }
     sections = [
         "# The distributed loss on a cluster: predictions of a model (bench/scaling.py), not measurements",
         "\n".join(f"- {key}: {value}" for key, value in about.items()),
-        f"## From which local batch of these the ring hides its traffic (exposed < {HIDDEN:.0%})",
-        report.grid(("GPUs", "local batch", "global batch"), hidden),
+        f"## From which local batch of these a ring hides its traffic (exposed < {HIDDEN:.0%})",
+        report.grid(("GPUs", *(f"{name}: {n} batch" for name in RINGS.values() for n in ("local", "global"))), hidden),
         f"## A global batch of {GLOBAL_BATCH:,}",
-        f"The ring hides its traffic with GPUs × local batch of: {splits or 'none of these'}.",
+        "\n".join(
+            f"- The {name} hides its traffic with GPUs × local batch of: {s or 'none of these'}."
+            for name, s in splits.items()
+        ),
         table(large) if large else "",
         "## All",
         table(points),
@@ -155,23 +179,27 @@ def write(about: dict[str, str], points: Sequence[Point], folder: Path) -> list[
 
 
 def plot(about: dict[str, str], points: Sequence[Point], folder: Path) -> list[Path]:
-    """scaling.png: exposed share and time against local batch, a colour for each W; nothing without matplotlib."""
+    """scaling.png: the exposed share of either ring against local batch, a colour for each W, and the time for a global
+    batch of GLOBAL_BATCH against W; nothing without matplotlib."""
     plt = report.pyplot()
     if plt is None:
         return []
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
-    worlds = sorted({p.W for p in points})
-    for index, W in enumerate(worlds):
-        mine = sorted((p for p in points if p.W == W), key=lambda p: p.b)
-        batches, colour = [p.b for p in mine], plt.get_cmap("viridis")(index / max(1, len(worlds) - 1))
-        left.plot(batches, [100 * p.ring_exposed for p in mine], color=colour, marker="o", label=f"{W:,} GPUs")
-        names = ("ring", "gather") if index == 0 else (None, None)
-        right.plot(batches, [p.ring_ms for p in mine], color=colour, marker="o", label=names[0])
-        right.plot(batches, [p.gather_ms for p in mine], color=colour, marker="x", linestyle="--", label=names[1])
-    left.axhline(100 * HIDDEN, color="grey", linewidth=0.8)
-    left.set(title="ring: exposed communication, % of the time", xlabel="local batch", xscale="log")
-    right.set(title="time, ms", xlabel="local batch", xscale="log", yscale="log")
-    for axis in (left, right):
+    worlds, large = sorted({p.W for p in points}), [p for p in points if p.W * p.b == GLOBAL_BATCH]
+    figure, axes = plt.subplots(1, 2 + bool(large), figsize=(17 if large else 12, 5))
+    axes[0].sharey(axes[1])
+    for axis, (key, name) in zip(axes[:2], RINGS.items(), strict=True):
+        for index, W in enumerate(worlds):
+            mine = {p.b: 100 * getattr(p, key) for p in points if p.W == W}
+            colour = plt.get_cmap("viridis")(index / max(1, len(worlds) - 1))
+            axis.plot(sorted(mine), [mine[b] for b in sorted(mine)], "o-", color=colour, label=f"{W:,} GPUs")
+        axis.axhline(100 * HIDDEN, color="grey", linewidth=0.8)
+        axis.set(title=f"{name}: exposed communication, % of the time", xlabel="local batch")
+    if large:
+        for key, style in {"gather_ms": "x--", "ring_ms": "o-", "two_level_ms": "s-", "compute_ms": "k:"}.items():
+            label = COLUMNS[key][0].removesuffix(", ms")
+            axes[2].plot([p.W for p in large], [getattr(p, key) for p in large], style, label=label)
+        axes[2].set(title=f"global batch {GLOBAL_BATCH:,}: time, ms", xlabel="GPUs", yscale="log")
+    for axis in axes:
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -229,7 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Job(W, b, D, flops * b * b / (1e12 * rate.at(b)), 1e-6 * options.overhead, e, a, own_split)
 
     fastest = 1e12 * max(rate.tflops.values())
-    within, between = (f"{(e + a) * D * fastest / (flops * link.bandwidth):,.0f}" for link in links)
+    bandwidths = links[0].bandwidth, links[1].bandwidth, cluster.gpus * links[1].bandwidth
+    within, between, node = (f"{(e + a) * D * fastest / (flops * bandwidth):,.0f}" for bandwidth in bandwidths)
     each = "{:g} GB/s and {:g} µs"
     about = {
         "rate": rate.label,
@@ -240,7 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "own block": f"{options.own_split:g} of it first, the rest last; all of it first below a batch of "
         f"{ENOUGH_TO_SPLIT:,} and in forward only",
         "balance": "latencies apart, the products of a block take as long as its transfers over one link at a local "
-        f"batch of {within} (within a node), {between} (between nodes)",
+        f"batch of {within} (within a node), {between} (between nodes); those of a node's {cluster.gpus} blocks as "
+        f"long as the transfers of one between nodes at {node}",
     }
     large = [(W, GLOBAL_BATCH // W) for W in options.gpus if GLOBAL_BATCH % W == 0]
     shapes = sorted({*((W, b) for W in options.gpus for b in options.batches), *large})

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from bench import report
-from bench.scaling import Ring, finish
+from bench.scaling import Hops, Ring, finish
 from bench.timing import Spread, interleaved, spread
 from siglip_kernels import sigmoid_loss_and_grads
 from siglip_kernels.distributed import Exchange
@@ -57,8 +57,8 @@ def predict(algorithm: str, block: Sequence[float], hop: float, latency: float, 
     agreement = (W - 1) * latency
     if algorithm == "gather":
         return agreement + W * max(block) + 2 * (W - 1) * hop
-    hops = np.full(W, hop)
-    ring = Ring(W, np.array(block)[:, None], hops, hops, own_split=own_split, agreement=agreement)
+    lane = Hops(np.full(W, hop), np.full(W, hop))
+    ring = Ring(1, W, np.array(block)[:, None], lane, lane, own_split=own_split, agreement=agreement)
     return float(finish(ring).max())
 
 

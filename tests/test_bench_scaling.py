@@ -7,7 +7,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from bench import report, scaling_report, scaling_validation
 from bench.__main__ import main
 from bench.problems import FORWARD, FULL
 from bench.report import Results, Row
-from bench.scaling import Cluster, Job, Link, Ring, finish
+from bench.scaling import Cluster, Hops, Job, Link, Ring, finish
 from bench.scaling_events import Simulation, Transfer
-from bench.scaling_report import GLOBAL_BATCH, HIDDEN, hidden_from, measured_rate
+from bench.scaling_report import HIDDEN, hidden_from, measured_rate
 from siglip_kernels import ring as exchange
 from siglip_kernels.pairs import PairSpec
 
@@ -28,24 +27,33 @@ from siglip_kernels.pairs import PairSpec
 SLOW = Cluster(4, Link(1e9, 1e-6), Link(1e8, 3e-6))
 
 
-@pytest.mark.parametrize("W", range(1, 17))
-def test_events_and_recurrence_agree(W: int) -> None:
-    random = np.random.default_rng(W)
+@pytest.mark.parametrize(
+    ("N", "G"),
+    [(1, W) for W in range(1, 17)] + [(N, 1) for N in (2, 3, 8)] + [(N, G) for N in (2, 3, 4, 5) for G in (2, 3, 4, 5)],
+)
+def test_events_and_recurrence_agree(N: int, G: int) -> None:
+    W = N * G
+    random = np.random.default_rng((N, G))
     for gpus in (1, 2, 3, 8, 16):
         for own_split in (0.0, 0.3, 0.5, 1.0):
             links = [Link(*random.uniform((200, 0), (4000, 0.4))) for _ in range(2)]
             cluster = Cluster(gpus, *links)
             block = random.uniform(0, 3) * random.uniform(0.1, 4, (W, W) if own_split else ())
-            features, sums = cluster.hops(W, 800), cluster.hops(W, 1600)
-            for back in (sums, None):
-                ring = Ring(W, block, features, back, random.uniform(0, 0.3), own_split, cluster.agreement(W))
-                np.testing.assert_allclose(finish(ring), Simulation(ring).run(), rtol=1e-12)
+            job = Job(W, 1, 400, block, random.uniform(0, 0.3), own_split=own_split)
+            for sum_bytes in (4, 0):
+                both = replace(job, sum_bytes=sum_bytes).ring(cluster, N)
+                np.testing.assert_allclose(finish(both), Simulation(both).run(), rtol=1e-12)
 
 
-def ring(W: int, block: float, features: float, sums: float | None, own_split: float = 0.5, **more: Any) -> Ring:
+def lane(features: float, sums: float, W: int) -> Hops:
     """Of equal links."""
-    back = None if sums is None else np.full(W, sums)
-    return Ring(W, block, np.full(W, features), back, own_split=own_split, **more)
+    return Hops(np.full(W, features), np.full(W, sums))
+
+
+def ring(W: int, block: Any, features: float, sums: float | None, own_split: float = 0.5, **more: Any) -> Ring:
+    """Of one level and equal links; without sums forward only."""
+    links = lane(features, sums or 0.0, W)
+    return Ring(1, W, block, links, links, backward=sums is not None, own_split=own_split, **more)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +81,7 @@ def test_one_late_rank_by_hand() -> None:
     """
     block = np.full((3, 3), 2.0)
     block[1, 1] = 20
-    late = Ring(3, block, np.full(3, 1.0), np.full(3, 3.0))
+    late = ring(3, block, 1, 3)
     assert finish(late).tolist() == Simulation(late).run().tolist() == [27] * 3
 
 
@@ -88,42 +96,84 @@ def test_what_is_hidden_and_what_is_not(W: int) -> None:
     assert finish(ring(W, 0, 4, 5)).max() == pytest.approx((W - 1) * (4 + 5))
 
 
+@pytest.mark.parametrize(
+    ("texts", "sums", "expected"),
+    [
+        # Half of the own block to 5, when the texts for the other node leave, to be there at 15; step 1 to 15, its sum
+        # home at 17; steps 2 and 3 to 35, their sum in the other node at 40; the other half of the own block to 40.
+        (10, 5, 40),
+        (10, 7, 42),
+        # Step 2 begins at 30.
+        (25, 5, 55),
+    ],
+)
+def test_two_nodes_of_two_by_hand(texts: float, sums: float, expected: float) -> None:
+    four = Ring(2, 2, 10, lane(1, 2, 4), lane(texts, sums, 4))
+    assert finish(four).tolist() == Simulation(four).run().tolist() == [expected] * 4
+
+
+@pytest.mark.parametrize("N", [2, 3, 7])
+def test_a_transfer_between_nodes_hides_behind_the_blocks_of_a_node(N: int) -> None:
+    def time(texts: float, sums: float, **more: Any) -> float:
+        return finish(Ring(N, 4, 10, lane(4, 5, 4 * N), lane(texts, sums, 4 * N), **more)).max() - 40 * N
+
+    # The first texts leave for the next node a block late, the last sums have but half of the own block.
+    assert time(30, 5) == pytest.approx(0)
+    assert time(34, 5) == pytest.approx(4)
+    assert time(30, 7) == pytest.approx(2)
+    assert time(30, 7, own_split=1.0) == pytest.approx(7)
+    assert time(35, 9, backward=False, own_split=1.0) == pytest.approx(5)
+
+
 def test_ranks_of_one_place_in_their_nodes_fare_alike_in_a_large_world() -> None:
     job = Job(512, 1, 250, 5e-6)
     done = finish(job.ring(SLOW)).reshape(-1, 4)
     assert (done == done[0]).all()
     # A border link carries 500 bytes of texts and 1000 of sums a step: 8 and 13 µs against 5 µs of computation.
-    assert done.max() - SLOW.agreement(512) == pytest.approx(511 * 21e-6, rel=0.01)
+    assert done.max() - SLOW.agreement(1, 512) == pytest.approx(511 * 21e-6, rel=0.01)
+    # With two levels, as much for every 4 steps.
+    levels = finish(job.ring(SLOW, 128))
+    assert (levels == levels[0]).all()
+    assert levels.max() - SLOW.agreement(128, 4) == pytest.approx(128 * 21e-6, rel=0.01)
 
 
 def test_a_ring_leaves_every_node_by_one_link() -> None:
     fast, slow = 2e-6, 13e-6
-    np.testing.assert_allclose(SLOW.hops(4, 1000), [fast] * 4)
-    np.testing.assert_allclose(SLOW.hops(8, 1000), [fast, fast, fast, slow] * 2)
-    np.testing.assert_allclose(SLOW.hops(6, 1000), [fast, fast, fast, slow, fast, slow])
-    np.testing.assert_allclose(SLOW.agreement(6), 3 * (1e-6 + 128e-9) + 2 * (3e-6 + 1280e-9))
-    assert SLOW.agreement(1) == 0
+    np.testing.assert_allclose(SLOW.hops(1, 4, 1000)[0], [fast] * 4)
+    np.testing.assert_allclose(SLOW.hops(1, 8, 1000)[0], [fast, fast, fast, slow] * 2)
+    np.testing.assert_allclose(SLOW.hops(1, 6, 1000)[0], [fast, fast, fast, slow, fast, slow])
+    np.testing.assert_allclose(SLOW.agreement(1, 6), 3 * (1e-6 + 128e-9) + 2 * (3e-6 + 1280e-9))
+    assert SLOW.agreement(1, 1) == 0
     assert SLOW.collective(4) == SLOW.intra
     assert SLOW.collective(8) == Link(4e8, 3e-6)
+
+
+def test_a_ring_of_two_levels_leaves_it_by_all() -> None:
+    np.testing.assert_allclose(SLOW.hops(2, 4, 1000), [[2e-6] * 8, [13e-6] * 8])
+    # Round the node by 3 hops of 128 bytes, then once to the other node with 512.
+    np.testing.assert_allclose(SLOW.agreement(2, 4), 3 * (1e-6 + 128e-9) + 3e-6 + 5120e-9)
+    assert [SLOW.nodes(W) for W in (1, 2, 4, 6, 8, 12)] == [1, 1, 1, 1, 2, 3]
 
 
 def test_gather_and_memory_by_hand() -> None:
     job = Job(8, 10, 50, block=1e-3, overhead=1e-4)
     # A block of 1000 bytes of texts and 2000 of gradients at 0.4 GB/s.
-    assert job.gather(SLOW) - SLOW.agreement(8) == pytest.approx(8e-3 + 3e-4 + 7 * (3e-6 + 2.5e-6 + 3e-6 + 5e-6))
+    assert job.gather(SLOW) - SLOW.agreement(1, 8) == pytest.approx(8e-3 + 3e-4 + 7 * (3e-6 + 2.5e-6 + 3e-6 + 5e-6))
     assert job.ring_bytes() == 500 * (4 + 4 + 4 + 2 * 2 + 2 * 4)
+    assert job.ring_bytes(2) == 500 * (4 + 4 + 4 + 4 * 2 + 5 * 4)
     assert job.gather_bytes() == 500 * (8 * (2 + 4) + 4 + 4)
     half, forward = Job(8, 10, 50, 1e-3, sum_bytes=2), Job(8, 10, 50, 1e-3, sum_bytes=0)
     assert (half.ring_bytes(), half.gather_bytes()) == (500 * (12 + 4 + 4), 500 * (8 * (2 + 4 + 2) + 4 + 2))
-    assert (forward.ring_bytes(), forward.gather_bytes()) == (500 * 4, 500 * 16)
-    assert forward.ring(SLOW).sums is None
+    assert (forward.ring_bytes(), forward.ring_bytes(2), forward.gather_bytes()) == (500 * 4, 500 * 8, 500 * 16)
+    assert job.ring(SLOW).backward
+    assert not forward.ring(SLOW).backward
     assert forward.gather(SLOW) < half.gather(SLOW) < job.gather(SLOW)
 
 
 class Recorded(Simulation):
-    def shift(self, rank: int, what: str, step: int) -> list[Transfer]:
-        self.log.append(f"move {what}")
-        return [Transfer(0.0, waiting=[what])] * 2  # type: ignore[list-item]
+    def shift(self, lane: str, rank: int, what: str, step: int) -> list[Transfer]:
+        self.log.append(f"move {lane} {what}")
+        return [Transfer(0.0, waiting=[f"{lane} {what}"])] * 2  # type: ignore[list-item]
 
     def record(self, rank: int) -> list[str]:
         self.log: list[str] = []
@@ -135,37 +185,66 @@ class Recorded(Simulation):
         return self.log
 
 
-@pytest.mark.parametrize("images", [exchange.ENOUGH_TO_SPLIT, exchange.ENOUGH_TO_SPLIT - 1])
-@pytest.mark.parametrize("W", [2, 3, 5])
-def test_the_model_runs_the_schedule_of_the_code(W: int, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
+def world_and_texts(N: int, G: int, gives: bool = True) -> tuple[exchange.World, exchange.Texts]:
+    """Of rank 1 of node 1, where there are such; 7 texts, D = 1."""
+    lanes = exchange.Lane(1 % N, N), exchange.Lane(1 % G, G)
+    world = exchange.World(*lanes, [7] * (N * G), [gives] * (N * G), torch.float32, torch.tensor(1.0))
+    return world, exchange.Texts(torch.zeros(7, 1, dtype=torch.float16), None, None)
 
-    def shift(lane: Any, sent: Any, received: Any) -> list[str]:
-        if lane.size == 1:
+
+class Loop:
+    def __init__(self, images: int, log: list[str]) -> None:
+        self.x, self.log = torch.zeros(images, 1), log
+
+    def empty(self, rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(rows, 1, dtype=dtype)
+
+    def add(self, *texts: Any, rows: slice | None = None, dy_begun: bool = False) -> None:
+        images = len(self.x)
+        self.log.append(f"compute {(rows.stop - rows.start) / images if rows else 1.0}")
+
+
+SHAPES = [(1, 2), (1, 3), (1, 5), (2, 1), (3, 1), (2, 2), (2, 3), (3, 2), (4, 5)]
+
+
+@pytest.mark.parametrize("gives", [True, False])
+@pytest.mark.parametrize("images", [exchange.ENOUGH_TO_SPLIT, exchange.ENOUGH_TO_SPLIT - 1])
+@pytest.mark.parametrize(("N", "G"), SHAPES)
+def test_the_model_runs_the_schedule_of_the_code(
+    N: int, G: int, images: int, gives: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    world, own = world_and_texts(N, G, gives)
+
+    def shift(lane: exchange.Lane, sent: Any, received: Any) -> list[str]:
+        if lane.size == 1 or not sent[0].numel():
             return []
         what = "features" if sent[0].dtype == torch.float16 else "sums"
-        log.append(f"move {what}")
-        return [what]
-
-    class Loop:
-        x = torch.zeros(images, 1)
-
-        def empty(self, rows: int) -> torch.Tensor:
-            return torch.zeros(rows, 1)
-
-        def add(self, *texts: Any, rows: slice = slice(0, images), dy_begun: bool = False) -> None:
-            log.append(f"compute {(rows.stop - rows.start) / images}")
+        moved = f"{'inner' if lane is world.inner else 'outer'} {what}"
+        log.append(f"move {moved}")
+        return [moved]
 
     monkeypatch.setattr(exchange.Lane, "shift", shift)
     monkeypatch.setattr(exchange, "wait", lambda works: log.extend(f"wait for {work}" for work in works))
-    lanes = exchange.Lane(), exchange.Lane(1, W)
-    world = exchange.World(*lanes, [7] * W, [True] * W, torch.float32, torch.tensor(1.0))
-    own = exchange.Texts(torch.zeros(7, 1, dtype=torch.float16), None, None)
-    loop: Any = Loop()
+    loop: Any = Loop(images, log)
     exchange.ring(world, loop, PairSpec(), own)
-    own_split = 0.5 if images >= exchange.ENOUGH_TO_SPLIT else 1.0
-    modelled = Recorded(ring(W, 1.0, 1.0, 1.0, own_split)).record(1)
+    own_split = 0.5 if gives and images >= exchange.ENOUGH_TO_SPLIT else 1.0
+    links = lane(1, 1, N * G)
+    modelled = Recorded(Ring(N, G, 1.0, links, links, gives, own_split=own_split)).record(1 % N * G + 1 % G)
     assert [line for line in modelled if line != "compute 0.0"] == log
+
+
+@pytest.mark.parametrize("gives", [True, False])
+@pytest.mark.parametrize(("N", "G"), SHAPES)
+def test_the_model_counts_the_buffers_of_the_code(N: int, G: int, gives: bool) -> None:
+    world, own = world_and_texts(N, G, gives)
+    loop: Any = Loop(1, [])
+    texts, sums = exchange.TextsRing(world, own), exchange.SumsRing(world, loop)
+    held = [t for box in texts.inner_boxes + texts.outer_boxes for t in box.tensors()]
+    held += [sums.part, *sums.inner_sums, *sums.outer_sums] + ([] if N == 1 else [sums.home])
+    dx_dy = 7 * 8 * gives
+    expected = Job(N * G, 7, 1, 0.0, sum_bytes=4 * gives).ring_bytes(N)
+    assert dx_dy + sum(t.numel() * t.element_size() for t in held) == expected
 
 
 @pytest.fixture(scope="module")
@@ -199,24 +278,28 @@ def test_the_report_says_what_the_model_predicts(written: Path) -> None:
             assert point[key] == pytest.approx(1000 * finish(replace(job, own_split=own_split).ring(cluster)).max())
         assert point["gather_ms"] == pytest.approx(1000 * job.gather(cluster))
         assert point["compute_ms"] == pytest.approx(1000 * (W * job.block + (W + (b > 512)) * 20e-6))
+        assert point["two_level_ms"] == pytest.approx(1000 * finish(job.ring(cluster, W // 8)).max())
+        assert point["two_level_exposed"] == pytest.approx(1 - point["compute_ms"] / point["two_level_ms"])
+        assert point["two_level_mib"] - point["ring_mib"] == (W > 8) * b * 768 * (2 * 2 + 3 * 4) / 2**20
         assert point["ring_exposed_ms"] == pytest.approx(point["ring_ms"] - point["compute_ms"])
         assert point["ring_exposed"] == pytest.approx(point["ring_exposed_ms"] / point["ring_ms"])
         assert (point["ring_exposed"] < HIDDEN) == (b >= {8: 4096, 64: 16_384}[W])
+        assert (point["two_level_exposed"] < HIDDEN) == (b >= 4096)
     text = (written / "scaling.md").read_text()
-    assert "| 8    | 4,096       | 32,768       |" in text
-    assert "| 64   | 16,384      | 1,048,576    |" in text
-    assert f"GPUs × local batch of: 8 × {GLOBAL_BATCH // 8:,}, 64 × 16,384." in text
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["8", "4,096", "32,768", "4,096", "32,768"] in lines
+    assert ["64", "16,384", "1,048,576", "4,096", "262,144"] in lines
+    for name in ("flat", "two-level"):
+        assert f"The {name} ring hides its traffic with GPUs × local batch of: 8 × 131,072, 64 × 16,384." in text
     # (2 + 4) bytes · 600e12 / (6 operations · bandwidth)
     assert "1,333 (within a node), 12,000 (between nodes)" in text
+    assert "a node's 8 blocks as long as the transfers of one between nodes at 1,500" in text
 
 
 def test_hidden_from_the_last_that_is_exposed_on() -> None:
-    def points(**exposed: float) -> Any:
-        return [SimpleNamespace(b=int(b[1:]), ring_exposed=share) for b, share in exposed.items()]
-
-    assert hidden_from(points(b1=0.5, b2=0.04, b4=0.06, b8=0.01, b16=0.0)) == 8
-    assert hidden_from(points(b1=0.0, b2=0.0)) == 1
-    assert hidden_from(points(b1=0.0, b2=0.05)) is None
+    assert hidden_from({1: 0.5, 2: 0.04, 4: 0.06, 8: 0.01, 16: 0.0}) == 8
+    assert hidden_from({1: 0.0, 2: 0.0}) == 1
+    assert hidden_from({1: 0.0, 2: HIDDEN}) is None
 
 
 def test_a_measured_rate_is_that_of_our_fastest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
