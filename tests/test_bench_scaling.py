@@ -150,7 +150,7 @@ def test_the_model_runs_the_schedule_of_the_code(W: int, images: int, monkeypatc
     class Loop:
         x = torch.zeros(images, 1)
 
-        def empty(self, rows: int) -> torch.Tensor:
+        def empty(self, rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:
             return torch.zeros(rows, 1)
 
         def add(self, *texts: Any, rows: slice = slice(0, images), dy_begun: bool = False) -> None:
