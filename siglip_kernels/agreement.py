@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from siglip_kernels.validation import FEATURE_DTYPES
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 ALGORITHMS = ("ring", "gather")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Said(NamedTuple):
@@ -24,9 +25,9 @@ class Said(NamedTuple):
     ready: int = 1  # 0: it has refused its own arguments
     texts: int = 0  # N
     D: int = 0
-    dtype: int = 0  # of the features, in DTYPES
+    dtype: int = 0  # of the features, in FEATURE_DTYPES
     algorithm: int = 0  # in ALGORITHMS
-    text_gradient_dtype: int = 0  # in DTYPES
+    text_gradient_dtype: int = 0  # in FEATURE_DTYPES
     same_upstream: int = 0
     backward: int = 0  # the exchange belongs to backward
     ids: int = 0  # given
@@ -42,8 +43,8 @@ ALIKE: dict[str, tuple[str, Callable[[int], Any]]] = {
     "algorithm": ("process_group: the algorithm of the exchange", ALGORITHMS.__getitem__),
     "same_upstream": ("process_group: same_upstream", bool),
     "D": ("image_features and text_features: D", int),
-    "dtype": ("image_features and text_features: the dtype", DTYPES.__getitem__),
-    "text_gradient_dtype": ("process_group: text_gradient_dtype", DTYPES.__getitem__),
+    "dtype": ("image_features and text_features: the dtype", FEATURE_DTYPES.__getitem__),
+    "text_gradient_dtype": ("process_group: text_gradient_dtype", FEATURE_DTYPES.__getitem__),
     "ids": ("image_ids and text_ids: being given", bool),
 }
 

@@ -15,6 +15,7 @@ and backward communicates nothing, given the same upstream gradient on every ran
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,12 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from siglip_kernels import schedule
-from siglip_kernels.agreement import ALGORITHMS, DTYPES, Said, agree, all_gather
+from siglip_kernels import schedule, validation
+from siglip_kernels.agreement import ALGORITHMS, Said, agree, all_gather, refusing
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.ring import Lane, Texts, World, against, ring
 from siglip_kernels.schedule import BlockLoop, Result, Wanted
+from siglip_kernels.validation import FEATURE_DTYPES, one_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -56,9 +58,8 @@ class Exchange:
     same_upstream: bool = True
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {', '.join(map(repr, ALGORITHMS))}; got {self.algorithm!r}")
-        if self.text_gradient_dtype not in (None, *DTYPES):
+        one_of("algorithm", self.algorithm, ALGORITHMS)
+        if self.text_gradient_dtype not in (None, *FEATURE_DTYPES):
             raise ValueError(f"text_gradient_dtype must be a floating dtype or None; got {self.text_gradient_dtype!r}")
 
 
@@ -82,6 +83,15 @@ def route(process_group: Any) -> Route:
     exchange = process_group if isinstance(process_group, Exchange) else Exchange(process_group)
     names = tuple(group.group_name for group in _groups(exchange.process_group))
     return Route(names, exchange.algorithm, exchange.text_gradient_dtype, exchange.same_upstream)
+
+
+def checked(*, process_group: Any, **arguments: Any) -> tuple[Any, ...]:
+    """The operator's arguments up to ``dx``; where one is not as documented, ValueError or TypeError on every rank."""
+    if process_group is None:
+        return *validation.checked(**arguments), *ONE_PROCESS
+    taken = route(process_group)
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else refusing(taken.groups()):
+        return *validation.checked(**arguments), *taken
 
 
 def place(groups: Sequence[ProcessGroup]) -> tuple[int, int]:
@@ -128,9 +138,9 @@ def run(
         Said(
             texts=len(y),
             D=x.shape[1],
-            dtype=DTYPES.index(x.dtype),
+            dtype=FEATURE_DTYPES.index(x.dtype),
             algorithm=ALGORITHMS.index(taken.algorithm),
-            text_gradient_dtype=DTYPES.index(travelling),
+            text_gradient_dtype=FEATURE_DTYPES.index(travelling),
             same_upstream=taken.same_upstream,
             backward=upstream is not None,
             ids=pairs.has_ids,

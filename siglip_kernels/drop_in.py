@@ -57,7 +57,7 @@ class SigLipLoss(nn.Module):
         self.chunk_size = chunk_size
         self.process_group = process_group
         if process_group is not None and (rank, world_size) == (0, 1):
-            self.rank, self.world_size = self._place_in_group()
+            self.rank, self.world_size = place(route(self._exchange()).groups())
 
     def forward(
         self,
@@ -73,8 +73,9 @@ class SigLipLoss(nn.Module):
         """
         exchange = self._exchange()
         if exchange is not None and not torch.compiler.is_compiling():
-            with refusing(route(exchange).groups()):
-                self._check_place()
+            groups = route(exchange).groups()
+            with refusing(groups):
+                self._check_place(*place(groups))
         loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, process_group=exchange)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -85,14 +86,9 @@ class SigLipLoss(nn.Module):
             return None
         return Exchange(self.process_group, ALGORITHMS[self.dist_impl])
 
-    def _check_place(self) -> None:
-        rank, world_size = self._place_in_group()
+    def _check_place(self, rank: int, world_size: int) -> None:
         if (rank, world_size) != (self.rank, self.world_size):
             raise ValueError(
                 f"rank = {self.rank}, world_size = {self.world_size} were given, but this process is rank {rank} of "
                 f"{world_size} in the process group"
             )
-
-    def _place_in_group(self) -> tuple[int, int]:
-        """(rank, world_size)"""
-        return place(route(self._exchange()).groups())

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from siglip_kernels import backends, ops
-from siglip_kernels.distributed import Exchange
-from siglip_kernels.validation import REDUCTIONS, checked, one_of
+from siglip_kernels.distributed import Exchange, checked
+from siglip_kernels.validation import REDUCTIONS, one_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from siglip_kernels import backends, distributed
-from siglip_kernels.agreement import refusing
-from siglip_kernels.distributed import ONE_PROCESS
+from siglip_kernels import backends
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("batchmean", "mean", "sum")
 
 
-def checked(*, process_group: Any, **arguments: Any) -> tuple[Any, ...]:
-    """The operator's arguments up to ``dx``; ValueError or TypeError for any that is not as documented."""
-    if process_group is None:
-        return *_checked(**arguments), *ONE_PROCESS
-    route = distributed.route(process_group)
-    with contextlib.nullcontext() if torch.compiler.is_compiling() else refusing(route.groups()):
-        return *_checked(**arguments), *route
-
-
-def _checked(
+def checked(
     image_features: Any,
     text_features: Any,
     logit_scale: Any,
@@ -40,6 +28,7 @@ def _checked(
     reduction: Any,
     backend: Any,
 ) -> tuple[Any, ...]:
+    """The operator's arguments up to ``backend``; ValueError or TypeError for any that is not as documented."""
     one_of("reduction", reduction, REDUCTIONS)
     one_of("backend", backend, backends.NAMES)
     x, y = _features(image_features, text_features)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ranks import load_module
+
 pytest.importorskip("sklearn")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,12 +27,7 @@ FEW = ["--steps", "8", "--batch-size", "32"]
 @functools.cache
 def script() -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("train_digits", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(SCRIPT)
 
 
 @pytest.fixture(scope="module")
