@@ -9,8 +9,8 @@ ours             max(accumulators + dz + workspace + copies of operands + what t
                  accumulators + gradients), each in its own dtype
 
 eager is open_clip's SigLipLoss ("bidir", "shift"). At its peak there are logits, labels, their product, logsigmoid and,
-on the CPU alone, logsigmoid's buffer; autograd keeps labels, product and buffer of every block, its texts and the scaled
-images. torch.compile, of the loss of one block, keeps the logits and overwrites them by their gradient.
+on the CPU alone, logsigmoid's buffer; autograd keeps labels, product and buffer of every block, its texts and the
+scaled images. torch.compile, of the loss of one block, keeps the logits and overwrites them by their gradient.
 
 Ours is no formula: the objects that hold the buffers are built on the meta device, and what they allocate is counted.
 All is held to measurements on the CPU (tests/test_doctor.py); nothing was measured on CUDA. Left out is what libraries

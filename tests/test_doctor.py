@@ -52,14 +52,14 @@ def loss_of(form: str, rank: int, group: Any, world: int) -> Callable[..., Tenso
 
 
 def peak(rank: int, group: Any, form: str, job: Job) -> float:
-    """Bytes above the inputs and their gradients: the median of three steps."""
+    """Bytes above the inputs and their gradients, of steps after the first."""
     m_mmap_threshold = -3
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)  # what is freed leaves the process, and does not hide in a heap
     x, y = (torch.full((job.batch, job.D), job.D**-0.5, dtype=job.dtype, requires_grad=True) for _ in range(2))
     leaves = x, y, *(torch.tensor(value, requires_grad=True) for value in (10.0, -10.0))
     loss_fn = loss_of(form, rank, group, job.ranks)
     peaks = []
-    for _ in range(4):
+    for _ in range(3):
         for leaf in leaves:
             leaf.grad = None
         found = peak_bytes(lambda: loss_fn(*leaves).backward(), CPU)
@@ -93,7 +93,7 @@ def assert_as_measured(two: Ranks, form: str, job: Job, file: Path | None = None
 
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
-SHAPES = [(1024, 768, f32), (4096, 256, bf16), (3000, 1152, bf16), (4096, 768, f32), (8192, 64, f32)]
+SHAPES = [(1024, 768, f32), (3000, 1152, bf16), (2048, 2048, f32)]
 
 
 @needs_proc
@@ -189,10 +189,10 @@ def test_what_the_code_allocates_is_what_is_counted() -> None:
     job = Job(4096, 256, f32, CPU)
     more = footprint.ours(job, Greedy()) - footprint.ours(job, EagerBlockKernel())
     assert more == 3 * 1024 * 1024 * 4
-    half = TritonBlockKernel(dz_bytes=64 * MIB)
-    job = Job(65_536, 768, bf16, CUDA)
-    less = footprint.ours(job, TritonBlockKernel(dz_bytes=128 * MIB)) - footprint.ours(job, half)
-    assert 60 * MIB < less < 68 * MIB
+    job, whole, half = Job(16_384, 64, bf16, CUDA), TritonBlockKernel(), TritonBlockKernel(dz_bytes=64 * MIB)
+    pairs = [R * C for R, C in (kernel.block_shape(job.problem(job.batch)) for kernel in (whole, half))]
+    more = footprint.ours(job, whole) - footprint.ours(job, half)
+    assert 0 < more - 2 * (pairs[0] - pairs[1]) < MIB  # the rest is the sums of the tiles
     # Two text boxes, two sums and the node's own beside the ring of one level.
     one, nodes = (footprint.ours(replace(job, ranks=64, nodes=n), half) for n in (1, 8))
     assert nodes - one == job.batch * job.D * (2 * 2 + 3 * 4)
