@@ -1,16 +1,16 @@
 """Train a text tower and a projector onto a locked vision encoder of Hugging Face, with the fused sigmoid loss.
 
-Locked-image tuning (LiT, arXiv 2111.07991) with the vision encoder swapped for a ``SiglipVisionModel``: its pooled
-output, normalised, is the image features as they are, and the projector takes the text tower into the encoder's width. So
-nothing on the image side wants a gradient, and the loss computes two matrix products instead of three. A projector on the
-image side would want one.
+Locked-image tuning (LiT, arXiv 2111.07991) with the vision encoder swapped for a ``SiglipVisionModel``. Its pooled
+output, normalised, is the image features as they are; the projector takes the text tower into the encoder's width. So
+nothing on the image side wants a gradient, and the loss computes two matrix products instead of three. A projector on
+the image side would want one.
 
-No weights are downloaded: a small encoder is first trained as a classifier, then locked. Images and captions are those of
-``train_digits.py``. Where weights are at hand, ``SiglipVisionModel.from_pretrained`` takes the classifier's place.
+No weights are downloaded: a small encoder is first trained as a classifier, then locked. Images and captions are those
+of ``train_digits.py``. Where weights are at hand, ``SiglipVisionModel.from_pretrained`` takes the classifier's place.
 
     python examples/locked_tower.py
 
-It takes about half a minute on two CPU cores, and needs transformers.
+It takes about half a minute of two CPU cores, and needs transformers.
 """
 
 from __future__ import annotations
