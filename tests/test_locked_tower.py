@@ -90,6 +90,6 @@ def test_loss_falls(example: ModuleType) -> None:
 
 
 def test_full_run_reads_held_out_digits(example: ModuleType) -> None:
-    """The script's own settings."""
-    report = example.main([])
+    """The script's own settings, but for the threads: on a busy machine two wait for each other."""
+    report = example.main(["--threads", "1"])
     assert min(report.accuracy.values()) > 0.9, report.accuracy
