@@ -26,7 +26,6 @@ from tests.hosts import (
     SHAPES,
     TINY,
     Batch,
-    Shape,
     Tensors,
     build,
     cast,
@@ -55,14 +54,14 @@ def assert_float32(model: nn.Module, batch: Batch) -> None:
     ours = gradients(fuse_loss(model), batch)
     found = errors(ours, theirs)
     assert {"loss", "logit_scale", "logit_bias"} < found.keys()
-    print("FLOAT32", sorted(((e, n) for n, e in found.items()), reverse=True)[:3], found["loss"], found["logit_scale"], found["logit_bias"])
     assert max(found.values()) <= FLOAT32_LIMIT, sorted(found.items(), key=lambda item: -item[1])[:5]
 
-    # A key bias has no gradient: in float64 it vanishes beside what rounding makes of it, and ours rounds no worse.
+    # A key bias has no gradient: float64 says so, and in float32 it is rounding, to be seen beside the query's bias.
     gold = gradients(unfuse_loss(model).double(), cast(batch, torch.float64))
     for name in filter(is_key_bias, gold):
-        assert gold[name].norm() <= 1e-6 * theirs[name].norm(), name
-        assert (ours[name] - gold[name]).norm() <= 2 * (theirs[name] - gold[name]).norm(), name
+        beside = gold[name.replace("k_proj", "q_proj")].norm()
+        assert gold[name].norm() <= 1e-12 * beside, name
+        assert (ours[name] - gold[name]).norm() <= FLOAT32_LIMIT * beside, name
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -81,7 +80,7 @@ def test_float32_of_many_pairs(kind: str, regime: str) -> None:
 
 WRONG = {
     "scale not exponentiated": ("sigmoid_loss", lambda x, y, t, b, **how: sigmoid_loss(x, y, t.log(), b, **how)),
-    "no bias": ("sigmoid_loss", lambda x, y, t, b, **how: sigmoid_loss(x, y, t, **how)),
+    "bias subtracted": ("sigmoid_loss", lambda x, y, t, b, **how: sigmoid_loss(x, y, t, -b, **how)),
     "divided by the pairs": ("sigmoid_loss", lambda *given, **how: sigmoid_loss(*given, reduction="mean", **how)),
     "positives off by one": ("sigmoid_loss", lambda *given, **how: sigmoid_loss(*given, positive_offset=1, **how)),
     "not normalised": ("_normalised", lambda t: t),
@@ -158,7 +157,7 @@ def loss_alone(ran: Ran, gold: Gold) -> dict[str, float]:
 
 
 def assert_bfloat16(model: nn.Module, batch: Batch) -> None:
-    theirs, rounded = run_step(model, batch), [run_step(model, batch, factor) for factor in (1.1, 1.3, 1.7)]
+    theirs, rounded = run_step(model, batch), [run_step(model, batch, factor) for factor in (1.1, 1.3)]
     ours = run_step(fuse_loss(model), batch)
     assert all(torch.equal(a, b) for a, b in zip(ours.embeds, theirs.embeds, strict=True))
     gold = Gold(model, batch)
@@ -177,7 +176,7 @@ def assert_bfloat16(model: nn.Module, batch: Batch) -> None:
     noise = max(other[name] / theirs_error[name] for other in others for name in other) - 1
     whole = {name: ours_error[name] / theirs_error[name] for name in ours_error}
     print("WHOLE", noise, sorted(whole.values())[len(whole)//2], max(whole.values()), "scalars", {k: (relative_l2(ours.gradients[k], gold.gradients[k]), relative_l2(theirs.gradients[k], gold.gradients[k])) for k in ("logit_scale", "logit_bias")}, "loss", )
-    assert max(whole.values()) <= 1 + 2 * noise, (noise, sorted(whole.items(), key=lambda item: -item[1])[:5])
+    assert max(whole.values()) <= 1 + noise, (noise, sorted(whole.items(), key=lambda item: -item[1])[:5])
     assert sorted(whole.values())[len(whole) // 2] <= 1 + noise / 4
 
 
@@ -210,12 +209,12 @@ def test_a_rounded_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_bfloat16(model, cast(make_batch("siglip", TINY, 32), torch.bfloat16))
 
 
-STEPS, PAIRS = 20, 8
+STEPS, PAIRS = 20, 16
 
 
 def train(model: nn.Module, data: Batch) -> Tensors:
     """Steps of AdamW, each on pairs of its own."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for step in range(STEPS):
         optimizer.zero_grad()
         model(**rows(data, slice(step * PAIRS, (step + 1) * PAIRS))).loss.backward()
@@ -230,9 +229,8 @@ def distance(ours: Tensors, theirs: Tensors) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_20_steps(kind: str) -> None:
-    """Of AdamW, few tokens; and they move the weights a thousand times further than the two lie apart."""
-    shape: Shape = FEW_TOKENS["base-patch16-224"]
-    model, data = build(kind, shape, 1), make_batch(kind, shape, STEPS * PAIRS)
+    """Of AdamW, in two narrow layers a tower; they move the weights a thousand times further than the two lie apart."""
+    model, data = build(kind, TINY, 2), make_batch(kind, TINY, STEPS * PAIRS)
     begin = parts({name: p.detach().clone() for name, p in model.named_parameters()})
     ours, theirs = train(fuse_loss(copy.deepcopy(model)), data), train(model, data)
     print("STEPS", distance(ours, theirs), distance(begin, theirs), sorted(((e, n) for n, e in {n: relative_l2(ours[n], theirs[n]) for n in ours}.items()), reverse=True)[:8])
