@@ -165,7 +165,13 @@ def assert_bfloat16(model: nn.Module, batch: Batch) -> None:
     # The loss by itself: no margin.
     mine, other = loss_alone(ours, gold), loss_alone(theirs, gold)
     ratios = {name: mine[name] / other[name] for name in mine if mine[name] > 0}
-    print("ISOLATED", {k: (mine[k], other[k]) for k in ("loss", "logit_scale", "logit_bias")}, "tensors", sorted(ratios.values())[len(ratios)//2], max(ratios.values()))
+    print(
+        "ISOLATED",
+        {k: (mine[k], other[k]) for k in ("loss", "logit_scale", "logit_bias")},
+        "tensors",
+        sorted(ratios.values())[len(ratios) // 2],
+        max(ratios.values()),
+    )
     assert max(ratios.values()) <= 1, sorted(ratios.items(), key=lambda item: -item[1])[:5]
     assert mine["loss"] <= 1e-5
 
@@ -175,7 +181,18 @@ def assert_bfloat16(model: nn.Module, batch: Batch) -> None:
     others = [tensors_alone(errors(ran.gradients, gold.gradients)) for ran in rounded]
     noise = max(other[name] / theirs_error[name] for other in others for name in other) - 1
     whole = {name: ours_error[name] / theirs_error[name] for name in ours_error}
-    print("WHOLE", noise, sorted(whole.values())[len(whole)//2], max(whole.values()), "scalars", {k: (relative_l2(ours.gradients[k], gold.gradients[k]), relative_l2(theirs.gradients[k], gold.gradients[k])) for k in ("logit_scale", "logit_bias")}, "loss", )
+    print(
+        "WHOLE",
+        noise,
+        sorted(whole.values())[len(whole) // 2],
+        max(whole.values()),
+        "scalars",
+        {
+            k: (relative_l2(ours.gradients[k], gold.gradients[k]), relative_l2(theirs.gradients[k], gold.gradients[k]))
+            for k in ("logit_scale", "logit_bias")
+        },
+        "loss",
+    )
     assert max(whole.values()) <= 1 + noise, (noise, sorted(whole.items(), key=lambda item: -item[1])[:5])
     assert sorted(whole.values())[len(whole) // 2] <= 1 + noise / 4
 
@@ -233,7 +250,12 @@ def test_20_steps(kind: str) -> None:
     model, data = build(kind, TINY, 2), make_batch(kind, TINY, STEPS * PAIRS)
     begin = parts({name: p.detach().clone() for name, p in model.named_parameters()})
     ours, theirs = train(fuse_loss(copy.deepcopy(model)), data), train(model, data)
-    print("STEPS", distance(ours, theirs), distance(begin, theirs), sorted(((e, n) for n, e in {n: relative_l2(ours[n], theirs[n]) for n in ours}.items()), reverse=True)[:8])
+    print(
+        "STEPS",
+        distance(ours, theirs),
+        distance(begin, theirs),
+        sorted(((e, n) for n, e in {n: relative_l2(ours[n], theirs[n]) for n in ours}.items()), reverse=True)[:8],
+    )
     assert distance(ours, theirs) <= 1e-5
     assert distance(begin, theirs) >= 1e-2
     # AdamW makes as long a step of a key bias's rounding error as of any gradient.
