@@ -63,10 +63,11 @@ def fuse_loss(
     """
     host = _host(model)
     if not isinstance(model, _Fused):
-        if type(model).forward is not host.forward:
+        cls: Any = type(model)
+        if cls.forward is not host.forward:
             raise TypeError(f"model must have the forward of {host.__name__}, but {_named(model)} has its own")
         _check_forward(model)
-        model.__class__ = _fused_class(type(model))
+        model.__class__ = _fused_class(cls)
     model._fused_loss = _Settings(process_group, return_logits)  # type: ignore[assignment]
     return model
 
@@ -202,7 +203,7 @@ def _refuse_batch(M: int, N: int, process_group: Any) -> None:
 
 @functools.cache
 def _fused_class(cls: type) -> type:
-    """A subclass of ``cls``, under its name, for save_pretrained writes it down."""
+    """A subclass of ``cls`` under its name, which save_pretrained writes down, and its module, whose file is read."""
     mixin = next(fused for host, fused in _FUSED.items() if issubclass(cls, host))
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "_host": cls})
 
@@ -212,7 +213,7 @@ def _restored(cls: type) -> Any:
     return object.__new__(_fused_class(cls))
 
 
-def _host(model: Any) -> type:
+def _host(model: Any) -> Any:
     """The library's class that the model is of."""
     for host in _FUSED:
         if isinstance(model, host):
