@@ -48,7 +48,9 @@ ENOUGH_TILES = 128
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TMA = ("sm_90", "sm_100")
 # How the kernel is told where the positives are; its LABELS_… constants.
-LABELS = {"none": 0, "offset": 1, "ids": 2}
+LABELS = {"none": 0, "offset": 1, "ids": 2, "ignore": 3}
+# How a positive pair's mass is used, where it has one; for ids and weights.
+MASSES = ("none", "weights", "soft_targets")
 
 
 def family(arch: str) -> str:
@@ -89,10 +91,12 @@ class Variant:
     config: Config
     use_tma: bool
     precision: str
-    labels: str = "offset"  # "none" | "offset" | "ids"
+    labels: str = "offset"  # "none" | "offset" | "ids" | "ignore"
     has_weights: bool = False
     loss_only: bool = False
     write_dz: bool = True
+    masses: str = "none"  # of MASSES
+    stats: bool = False
 
 
 # What is asked of the kernel: the uses that shape its code most, and all there are.
@@ -102,12 +106,28 @@ USES: tuple[dict[str, Any], ...] = (
     {"labels": "ids", "has_weights": True},
     {"labels": "offset", "loss_only": True, "write_dz": False},
     {"labels": "offset", "write_dz": False},
+    {"labels": "ignore"},
+    {"labels": "ids", "has_weights": True, "masses": "weights"},
+    {"labels": "ids", "has_weights": True, "masses": "soft_targets"},
+    {"labels": "offset", "stats": True},
+    {"labels": "ignore", "has_weights": True, "stats": True},
+    {"labels": "ids", "has_weights": True, "masses": "soft_targets", "stats": True},
 )
 EVERY_USE: tuple[dict[str, Any], ...] = tuple(
-    {"labels": labels, "has_weights": has_weights, "loss_only": loss_only, "write_dz": write_dz}
+    {
+        "labels": labels,
+        "has_weights": has_weights,
+        "loss_only": loss_only,
+        "write_dz": write_dz,
+        "masses": masses,
+        "stats": stats,
+    }
+    for stats in (False, True)
+    for masses in MASSES
     for labels in LABELS
     for has_weights in (False, True)
     for loss_only, write_dz in ((False, True), (False, False), (True, False))
+    if masses == "none" or (labels == "ids" and has_weights)
 )
 
 
