@@ -20,7 +20,7 @@ size. The M×N logits exist only tile by tile, and the gradients are formed in t
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn

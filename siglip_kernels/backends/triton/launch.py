@@ -31,11 +31,10 @@ def launch_block(
 ) -> None:
     x, y = _aligned(x), _aligned(y)
     (M, D), N = x.shape, y.shape[0]
-    soft_targets = pairs.multi_positive == "soft_targets"
-    config = configs.choose(arch, M, N, D, x.dtype)
-    use_tma = configs.family(arch) in configs.TMA
     has_positives = pairs.may_have_positives(M, N)
-    labels = _labels(pairs, has_positives)
+    labels, masses = _labels(pairs, has_positives), pairs.multi_positive or "none"
+    config = configs.choose(arch, M, N, D, x.dtype, configs.is_general(labels, masses, stats is not None))
+    use_tma = configs.family(arch) in configs.TMA
     programs = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     partials = partials[: 3 * programs].view(3, programs)
     stats_partials = None if stats is None else partials.new_empty(SIZE, programs)
@@ -65,7 +64,7 @@ def launch_block(
             pairs.positive_offset or 0 if has_positives else N,
             LABELS=configs.LABELS[labels],
             HAS_WEIGHTS=pairs.has_weights,
-            SOFT_TARGETS=soft_targets,
+            SOFT_TARGETS=masses == "soft_targets",
             LOSS_ONLY=loss_only,
             WRITE_DZ=dz is not None,
             USE_TMA=use_tma,
