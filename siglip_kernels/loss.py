@@ -7,8 +7,8 @@ For image features x [M, D], text features y [N, D], scale t and bias b:
     dz_ij = −s_ij · w_ij · σ(−s_ij z_ij) / denominator
     dx = t · dz y      dy = t · dzᵀ x      dt = Σ dz_ij <x_i, y_j>      db = Σ dz_ij
 
-A pair that is left out has no term. An anchor with k positives, an image or a text, shares a mass of 1 among them, where
-asked for: pair (i, j) then has the mass m_ij = ½ (1/k_i + 1/k_j), or 1/k of one side. Of a positive pair
+A pair that is left out has no term. Where asked for, an image or a text with k positives shares a mass of 1 among them:
+pair (i, j) has the mass m_ij = ½ (1/k_i + 1/k_j), or 1/k of one side. Of a positive pair
 
     "weights"         term  w m softplus(−z)                            dz  −w m σ(−z)
     "soft_targets"    term  w (m softplus(−z) + (1 − m) softplus(z))    dz  w ((1 − m) σ(z) − m σ(−z))
@@ -151,8 +151,9 @@ def sigmoid_loss_and_grads(
     the features come in the features' own dtype.
     """
     call = checked(**locals())
-    loss, *grads, totals = ops.loss_and_grads(call, image_features.dtype, text_features.dtype, return_stats)
-    return SigmoidLossGrads(loss, *grads, None if totals is None else logit_stats(totals, loss.dtype))
+    found = ops.loss_and_grads(call, image_features.dtype, text_features.dtype, return_stats)
+    loss, dx, dy, dscale, dbias, totals = found
+    return SigmoidLossGrads(loss, dx, dy, dscale, dbias, None if totals is None else logit_stats(totals, loss.dtype))
 
 
 class SigmoidLoss(nn.Module):

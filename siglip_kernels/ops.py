@@ -187,7 +187,8 @@ def differentiable(stats: bool, x: Tensor, y: Tensor, scale: Tensor, bias: Tenso
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError("sigmoid_loss does not run under torch.func transforms (vmap, grad, jvp, …)")
     grad_mode = torch.is_grad_enabled()
-    wanted = Wanted(*(grad_mode and t is not None and t.requires_grad for t in (x, y, scale, bias)), stats)
+    asked = [grad_mode and t is not None and t.requires_grad for t in (x, y, scale, bias)]
+    wanted = Wanted._make((*asked, stats))
     if not wanted.any:
         outputs = _call(x, y, scale, bias, *rest, *wanted, None)
         return (outputs[0], outputs[4]) if stats else outputs[0]

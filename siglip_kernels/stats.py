@@ -58,7 +58,8 @@ def merged(parts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) ->
 
 def measure(z: Tensor, pairs: PairSpec, out: Tensor) -> None:
     """``out`` [8] of the logits z [M, N], materialised."""
-    positive, valid = pairs.positive_mask(*z.shape, z.device), valid_mask(pairs, z)
+    M, N = z.shape
+    positive, valid = pairs.positive_mask(M, N, z.device), valid_mask(pairs, z)
     classes = positive & valid, ~positive & valid
     for index, chosen in enumerate(classes):
         out[index] = torch.where(chosen, z, 0.0).sum(dtype=out.dtype)

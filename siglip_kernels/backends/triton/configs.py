@@ -43,7 +43,7 @@ SMALL = {
     ("gfx942", 2): Config(64, 64, 64, num_warps=4, num_stages=2),
     ("gfx942", 4): Config(64, 64, 32, num_warps=4, num_stages=2),
 }
-# Columns of a tile where pairs are left out, have masses or are counted: at 128 that spills on sm_90, sm_100 and gfx942.
+# Columns of a tile where pairs are left out, have masses or are counted: at 128 that spills on all but sm_80.
 GENERAL_BLOCK_N = 64
 # A large tile must have this many siblings: about one for each multiprocessor of the parts above.
 ENOUGH_TILES = 128
@@ -73,8 +73,8 @@ def choose(arch: str, M: int, N: int, D: int, dtype: torch.dtype, general: bool 
 
 
 def narrowed(config: Config) -> Config:
-    """For a kernel that keeps more in registers."""
-    return replace(config, block_n=min(config.block_n, GENERAL_BLOCK_N))
+    """For a kernel that keeps more in registers: fewer columns, over more threads."""
+    return replace(config, block_n=min(config.block_n, GENERAL_BLOCK_N), num_warps=8)
 
 
 def most_tiles(M: int, N: int) -> int:
