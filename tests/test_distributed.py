@@ -64,7 +64,7 @@ class Batch:
         weights = {"image_weights": torch.arange(M) % 3 + 0.5, "text_weights": 3.0 * (torch.arange(N) % 2)}
         text_weights = {"text_weights": weights["text_weights"]}
         if self.pairs in KINDS:
-            return {**ids, "image_weights": torch.arange(M) % 4 * 0.5, **text_weights}
+            return {**ids, "image_weights": torch.arange(1, M + 1) % 4 * 0.5, **text_weights}
         return {"ids": ids, "weights": weights, "text_weights": text_weights}.get(self.pairs, {})
 
 

@@ -93,7 +93,7 @@ def test_against_the_logits(name: str, dtype: torch.dtype, kind: str) -> None:
     if name != "cpu":
         assert all(torch.equal(a, b) for a, b in zip(grads[:5], without[:5], strict=True))
     for other in (forward_only, grads.stats):
-        assert all(torch.equal(a, b) or a.isnan() and b.isnan() for a, b in zip(found, other, strict=True))
+        assert all(torch.equal(a, b) or (a.isnan() and b.isnan()) for a, b in zip(found, other, strict=True))
 
 
 @pytest.mark.parametrize("kind", PAIRS)
