@@ -85,8 +85,12 @@ def route(process_group: Any) -> Route:
     return Route(names, exchange.algorithm, exchange.text_gradient_dtype, exchange.same_upstream)
 
 
-def checked(*, process_group: Any, **arguments: Any) -> tuple[Any, ...]:
-    """The operator's arguments up to ``dx``; where one is not as documented, ValueError or TypeError on every rank."""
+def checked(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """The operator's arguments up to ``dx``; where one is not as documented, ValueError or TypeError on every rank.
+
+    ``arguments``: the public function's, by name; they are used up.
+    """
+    process_group = arguments.pop("process_group")
     if process_group is None:
         return *validation.checked(**arguments), *ONE_PROCESS
     taken = route(process_group)

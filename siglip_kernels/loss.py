@@ -119,7 +119,7 @@ def sigmoid_loss(
         TypeError, ValueError: an argument is not as said above, or the backend cannot run the call; with a group, on
             every rank if on one. A rank that is gone: RuntimeError, within the group's timeout.
     """
-    result = ops.differentiable(return_stats, *checked(**locals()))
+    result = ops.differentiable(return_stats, *checked(locals()))
     if not return_stats:
         return result
     loss, totals = result
@@ -150,7 +150,7 @@ def sigmoid_loss_and_grads(
     Takes the arguments of :func:`sigmoid_loss`, whether or not they require grad. Under autocast too, the gradients of
     the features come in the features' own dtype.
     """
-    call = checked(**locals())
+    call = checked(locals())
     found = ops.loss_and_grads(call, image_features.dtype, text_features.dtype, return_stats)
     loss, dx, dy, dscale, dbias, totals = found
     return SigmoidLossGrads(loss, dx, dy, dscale, dbias, None if totals is None else logit_stats(totals, loss.dtype))

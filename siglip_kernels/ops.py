@@ -16,7 +16,7 @@ from siglip_kernels import backends, distributed, schedule
 from siglip_kernels.agreement import refusing
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.distributed import Route
-from siglip_kernels.pairs import PairSpec
+from siglip_kernels.pairs import PairSpec, diagonal
 from siglip_kernels.schedule import Wanted
 from siglip_kernels.stats import SIZE
 
@@ -66,8 +66,11 @@ def _sigmoid_loss(
     stats: bool,
     upstream: Tensor | None,
 ) -> _Outputs:
-    labels = positive_offset, image_ids, text_ids, image_weights, text_weights
-    pairs = PairSpec(*labels, ignore_ids, multi_positive, anchors)
+    if image_ids is None and image_weights is None and text_weights is None:
+        pairs = diagonal(positive_offset)
+    else:
+        labels = positive_offset, image_ids, text_ids, image_weights, text_weights
+        pairs = PairSpec(*labels, ignore_ids, multi_positive, anchors)
     wanted = Wanted(dx, dy, dscale, dbias, stats)
     problem = Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, wanted.dz)
     if not group_names:
@@ -187,8 +190,9 @@ def differentiable(stats: bool, x: Tensor, y: Tensor, scale: Tensor, bias: Tenso
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError("sigmoid_loss does not run under torch.func transforms (vmap, grad, jvp, …)")
     grad_mode = torch.is_grad_enabled()
-    asked = [grad_mode and t is not None and t.requires_grad for t in (x, y, scale, bias)]
-    wanted = Wanted._make((*asked, stats))
+    wanted = Wanted(*(grad_mode and t is not None and t.requires_grad for t in (x, y, scale, bias)))
+    if stats:
+        wanted = wanted._replace(stats=True)
     if not wanted.any:
         outputs = _call(x, y, scale, bias, *rest, *wanted, None)
         return (outputs[0], outputs[4]) if stats else outputs[0]

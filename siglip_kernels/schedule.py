@@ -145,7 +145,7 @@ class BlockLoop:
                 dz_scale=self.dz_scale,
                 workspace=workspace,
                 loss_only=not (needs_dz or self.wanted.any),
-                **({} if stats is None else {"stats": stats[index]}),
+                stats=None if stats is None else stats[index],
             )
             if dz is not None and self.wanted.dx:
                 begun = self.dx_begun or c.start > 0
