@@ -91,7 +91,14 @@ def describe(variant: configs.Variant) -> str:
     """One line that tells any two shipped variants apart."""
     config = variant.config
     tile = f"{config.block_m}x{config.block_n}x{config.block_d} {config.num_warps}w {config.num_stages}s"
-    flags = {"weights": variant.has_weights, "loss-only": variant.loss_only, "no-dz": not variant.write_dz}
+    flags = {
+        "weights": variant.has_weights,
+        "masses": variant.masses == "weights",
+        "soft": variant.masses == "soft_targets",
+        "stats": variant.stats,
+        "loss-only": variant.loss_only,
+        "no-dz": not variant.write_dz,
+    }
     words = [
         f"{variant.arch:6} {ELEMENTS[variant.dtype]} {tile:17}",
         "tma" if variant.use_tma else "ptr",
@@ -120,14 +127,18 @@ def _constants(variant: configs.Variant) -> dict[str, Any]:
     absent = {
         "dz": not variant.write_dz,
         "dz_scale_ptr": not (variant.write_dz and variant.dtype is torch.float16),
-        "image_ids_ptr": variant.labels != "ids",
-        "text_ids_ptr": variant.labels != "ids",
+        "image_ids_ptr": variant.labels not in ("ids", "ignore"),
+        "text_ids_ptr": variant.labels not in ("ids", "ignore"),
         "image_weights_ptr": not variant.has_weights,
         "text_weights_ptr": not variant.has_weights,
+        "image_masses_ptr": variant.masses == "none",
+        "text_masses_ptr": variant.masses == "none",
+        "stats_ptr": not variant.stats,
     }
     return {name: None for name, is_absent in absent.items() if is_absent} | {
         "LABELS": configs.LABELS[variant.labels],
         "HAS_WEIGHTS": variant.has_weights,
+        "SOFT_TARGETS": variant.masses == "soft_targets",
         "LOSS_ONLY": variant.loss_only,
         "WRITE_DZ": variant.write_dz,
         "USE_TMA": variant.use_tma,

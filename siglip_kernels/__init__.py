@@ -4,8 +4,10 @@ from siglip_kernels import distributed, reference, testing
 from siglip_kernels.accumulation import accumulate
 from siglip_kernels.drop_in import SigLipLoss
 from siglip_kernels.loss import SigmoidLoss, SigmoidLossGrads, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels.stats import LogitStats
 
 __all__ = [
+    "LogitStats",
     "SigLipLoss",
     "SigmoidLoss",
     "SigmoidLossGrads",

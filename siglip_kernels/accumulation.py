@@ -35,7 +35,7 @@ def accumulate(
     gradient: float | Tensor | None = None,
     no_sync: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     **loss_arguments: Any,
-) -> Tensor:
+) -> Any:
     """One loss over all micro-batches; its gradients are added to every parameter, as ``loss.backward()`` would.
 
     They are those of the joined batch, the scale's and the bias's too. The memory is that of one micro-batch's graph
@@ -53,7 +53,7 @@ def accumulate(
         loss_arguments: of :func:`sigmoid_loss`: ids and weights of the joined batch, reduction, backend, process_group.
 
     Returns:
-        The loss, a detached scalar.
+        The loss, a detached scalar; with ``return_stats``, and the :class:`~siglip_kernels.LogitStats`.
 
     Raises:
         TypeError, ValueError: ``micro_batches`` is empty, ``encode`` returned something else, or as ``sigmoid_loss``.
@@ -102,11 +102,12 @@ def _gradient(leaf: Any) -> Tensor | None:
     return leaf.grad if isinstance(leaf, Tensor) else None
 
 
-def _backward(loss: Tensor, gradient: float | Tensor | None) -> Tensor:
-    """The loss, without its graph."""
+def _backward(loss_and_stats: Any, gradient: float | Tensor | None) -> Any:
+    """What ``sigmoid_loss`` returned, without its graph."""
+    loss, *stats = loss_and_stats if isinstance(loss_and_stats, tuple) else (loss_and_stats,)
     if loss.requires_grad:
         loss.backward(None if gradient is None else torch.as_tensor(gradient, dtype=loss.dtype, device=loss.device))
-    return loss.detach()
+    return (loss.detach(), *stats) if stats else loss.detach()
 
 
 def _check_repeated(i: int, before: Encoded, again: Encoded) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from siglip_kernels.pairs import ANCHORS, MULTI_POSITIVE
 from siglip_kernels.validation import FEATURE_DTYPES
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ class Said(NamedTuple):
     text_weights: int = 0  # given
     gradients: int = 0  # any is wanted
     text_gradients: int = 0  # wanted
+    images: int = 0  # M
+    ignore_ids: int = 0
+    multi_positive: int = 0  # in MULTI_POSITIVE
+    anchors: int = 0  # in ANCHORS
 
 
 # What must be the same on every rank: how a message names it, and its value. The first that differs is named, so the
@@ -46,6 +51,9 @@ ALIKE: dict[str, tuple[str, Callable[[int], Any]]] = {
     "dtype": ("image_features and text_features: the dtype", FEATURE_DTYPES.__getitem__),
     "text_gradient_dtype": ("process_group: text_gradient_dtype", FEATURE_DTYPES.__getitem__),
     "ids": ("image_ids and text_ids: being given", bool),
+    "ignore_ids": ("ignore_ids", bool),
+    "multi_positive": ("multi_positive", MULTI_POSITIVE.__getitem__),
+    "anchors": ("anchors", tuple(ANCHORS).__getitem__),
 }
 
 

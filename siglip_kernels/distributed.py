@@ -27,7 +27,7 @@ from torch import Tensor
 from siglip_kernels import schedule, validation
 from siglip_kernels.agreement import ALGORITHMS, Said, agree, all_gather, refusing
 from siglip_kernels.backends.base import BlockKernel, Problem
-from siglip_kernels.pairs import PairSpec
+from siglip_kernels.pairs import ANCHORS, MULTI_POSITIVE, PairSpec, marked
 from siglip_kernels.ring import Lane, Texts, World, against, ring
 from siglip_kernels.schedule import BlockLoop, Result, Wanted
 from siglip_kernels.validation import FEATURE_DTYPES, one_of
@@ -85,8 +85,12 @@ def route(process_group: Any) -> Route:
     return Route(names, exchange.algorithm, exchange.text_gradient_dtype, exchange.same_upstream)
 
 
-def checked(*, process_group: Any, **arguments: Any) -> tuple[Any, ...]:
-    """The operator's arguments up to ``dx``; where one is not as documented, ValueError or TypeError on every rank."""
+def checked(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """The operator's arguments up to ``dx``; where one is not as documented, ValueError or TypeError on every rank.
+
+    ``arguments``: the public function's, by name; they are used up.
+    """
+    process_group = arguments.pop("process_group")
     if process_group is None:
         return *validation.checked(**arguments), *ONE_PROCESS
     taken = route(process_group)
@@ -147,11 +151,17 @@ def run(
             text_weights=pairs.text_weights is not None,
             gradients=wanted.any,
             text_gradients=wanted.dy,
+            images=len(x),
+            ignore_ids=pairs.ignore_ids,
+            multi_positive=MULTI_POSITIVE.index(pairs.multi_positive),
+            anchors=tuple(ANCHORS).index(pairs.anchors),
         ),
     )
     sizes = [said.texts for said in ranks]
     formed_here = taken.same_upstream or upstream is not None
     gives = [bool(said.text_gradients) and formed_here for said in ranks]
+    if pairs.multi_positive is not None:
+        pairs = _with_masses_of_all(pairs, dtype, max(said.images for said in ranks), max(sizes), groups)
     pairs, own = _own_texts(y, pairs, dtype, weighted=any(said.text_weights for said in ranks))
 
     is_ring = taken.algorithm == "ring"
@@ -177,7 +187,19 @@ def _own_texts(y: Tensor, pairs: PairSpec, dtype: torch.dtype, weighted: bool) -
     ids = [None if t is None else t.to(torch.int64).contiguous() for t in (pairs.image_ids, pairs.text_ids)]
     weights = y.new_ones(len(y)) if weighted and pairs.text_weights is None else pairs.text_weights
     weights = None if weights is None else weights.to(dtype).contiguous()
-    return replace(pairs, image_ids=ids[0]), Texts(y.contiguous(), ids[1], weights)
+    return replace(pairs, image_ids=ids[0]), Texts(y.contiguous(), ids[1], weights, pairs.text_masses)
+
+
+def _with_masses_of_all(
+    pairs: PairSpec, dtype: torch.dtype, images: int, texts: int, groups: Sequence[ProcessGroup]
+) -> PairSpec:
+    """Masses by the positives among the images and texts of every rank, at most ``images`` and ``texts`` of each."""
+    assert pairs.image_ids is not None
+    assert pairs.text_ids is not None
+    # Padded with zeros, which do not count.
+    own = _padded(marked(pairs.image_ids, pairs.image_weights), images)
+    every = all_gather(torch.cat([own, _padded(marked(pairs.text_ids, pairs.text_weights), texts)])[None], groups)
+    return pairs.with_masses(dtype, every[:, :images].flatten(0, 1), every[:, images:].flatten(0, 1))
 
 
 def _denominator(

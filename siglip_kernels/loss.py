@@ -7,6 +7,12 @@ For image features x [M, D], text features y [N, D], scale t and bias b:
     dz_ij = −s_ij · w_ij · σ(−s_ij z_ij) / denominator
     dx = t · dz y      dy = t · dzᵀ x      dt = Σ dz_ij <x_i, y_j>      db = Σ dz_ij
 
+A pair that is left out has no term. Where asked for, an image or a text with k positives shares a mass of 1 among them:
+pair (i, j) has the mass m_ij = ½ (1/k_i + 1/k_j), or 1/k of one side. Of a positive pair
+
+    "weights"         term  w m softplus(−z)                            dz  −w m σ(−z)
+    "soft_targets"    term  w (m softplus(−z) + (1 − m) softplus(z))    dz  w ((1 − m) σ(z) − m σ(−z))
+
 Source: Zhai et al. 2023, arXiv 2303.15343, Algorithm 1: t = exp(t'), t' starts at log 10, b at −10, denominator = batch
 size. The M×N logits exist only tile by tile, and the gradients are formed in the forward pass (see ``schedule.py``).
 """
@@ -21,6 +27,7 @@ from torch import Tensor, nn
 
 from siglip_kernels import backends, ops
 from siglip_kernels.distributed import Exchange, checked
+from siglip_kernels.stats import LogitStats, logit_stats
 from siglip_kernels.validation import REDUCTIONS, one_of
 
 if TYPE_CHECKING:
@@ -29,6 +36,8 @@ if TYPE_CHECKING:
 
 Reduction = Literal["batchmean", "mean", "sum"]
 Backend = Literal["auto", "eager", "cpu", "triton", "cuda"]
+MultiPositive = Literal["weights", "soft_targets"]
+Anchors = Literal["both", "images", "texts"]
 
 
 class SigmoidLossGrads(NamedTuple):
@@ -39,6 +48,7 @@ class SigmoidLossGrads(NamedTuple):
     text_features: Tensor  # [N, D]
     logit_scale: Tensor  # as the argument; [] in the loss's dtype for a float
     logit_bias: Tensor | None  # likewise; None without a bias
+    stats: LogitStats | None = None  # with return_stats
 
 
 def sigmoid_loss(
@@ -52,10 +62,14 @@ def sigmoid_loss(
     text_ids: Tensor | None = None,
     image_weights: Tensor | None = None,
     text_weights: Tensor | None = None,
+    ignore_ids: bool = False,
+    multi_positive: MultiPositive | None = None,
+    anchors: Anchors = "both",
+    return_stats: bool = False,
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
     process_group: ProcessGroup | DeviceMesh | Exchange | None = None,
-) -> Tensor:
+) -> Any:
     """Sigmoid loss of every image-text pair, without ever holding the [M, N] logits.
 
     Args:
@@ -71,21 +85,32 @@ def sigmoid_loss(
             features must still be finite: 0 · NaN is NaN. No gradient is formed for weights. That they are not negative
             is checked on the CPU only, and not while compiling: elsewhere reading the answer would synchronise.
         text_weights: [N] real, non-negative.
+        ignore_ids: with ids, the positives are those of positive_offset (any int, or None) all the same, and every
+            other pair of equal ids is left out of the loss: duplicate captions, neither positive nor negative.
+        multi_positive: with ids, an image or a text with k positives shares a mass of 1 among them, instead of 1 each.
+            k counts no pair of weight 0, as padding has. "weights": the mass multiplies the weight of the pair.
+            "soft_targets": it is the target of the pair's sigmoid. Negative pairs are as ever, and weights multiply on
+            top. Over a group k counts the positives on every rank.
+        anchors: whose mass a positive pair has: "images": 1/k of its image; "texts": of its text; "both": half of each.
+        return_stats: return :class:`~siglip_kernels.LogitStats` too, from the same pass: mean, least and largest logit
+            and number of the positive pairs and of the negative ones. With a group, of this rank's images against the
+            texts of all.
         reduction: what the sum over pairs is divided by. "batchmean": Σ image_weights (M if there are none);
-            "mean": Σ of the pair weights (M·N); "sum": 1.
+            "mean": Σ of the pair weights (M·N); "sum": 1. Labels do not change it: a pair that is left out counts.
         backend: "auto" takes the fastest that can run the call. "eager" is plain torch and runs everywhere. Another
             name raises with its reasons where it cannot run.
         process_group: None: this process alone. A group, a mesh of one dimension, or an
             :class:`~siglip_kernels.distributed.Exchange`: the loss of this rank's images against the texts of all its
-            ranks, which all must call. Batches may differ in size; D, the dtype and whether there are ids may not. Each
+            ranks, which all must call. Batches may differ in size; D, the dtype and the kind of labels may not. Each
             rank divides by its own batch, and its text gradient collects the part of every rank, so that averaging
             parameter gradients, as DDP and FSDP do, gives those of the mean of the ranks' losses. Where batches differ
-            in size, the mean over the joined batch is that of "sum" times ranks / joined batch. Without ids only a
-            rank's own texts can be positive. A rank whose denominator is 0 (no images, or padding alone) has a NaN
+            in size, the mean over the joined batch is that of "sum" times ranks / joined batch. By positive_offset only
+            a rank's own texts can be positive. A rank whose denominator is 0 (no images, or padding alone) has a NaN
             loss and gives NaN text gradients to all: "sum" has none.
 
     Returns:
         The loss, a scalar: float32, or float64 for float64 features; NaN where the denominator is 0, as a mean is.
+        With return_stats, (loss, LogitStats).
         Logits, sigmoid and loss are formed in that dtype, whatever the features' is. The gradients of the features,
         the scale and the bias are formed in the same pass, only those that autograd will ask for. Not twice
         differentiable; no torch.func transforms, no forward-mode differentiation.
@@ -94,7 +119,11 @@ def sigmoid_loss(
         TypeError, ValueError: an argument is not as said above, or the backend cannot run the call; with a group, on
             every rank if on one. A rank that is gone: RuntimeError, within the group's timeout.
     """
-    return ops.differentiable(*checked(**locals()))
+    result = ops.differentiable(return_stats, *checked(locals()))
+    if not return_stats:
+        return result
+    loss, totals = result
+    return loss, logit_stats(totals, loss.dtype)
 
 
 def sigmoid_loss_and_grads(
@@ -108,6 +137,10 @@ def sigmoid_loss_and_grads(
     text_ids: Tensor | None = None,
     image_weights: Tensor | None = None,
     text_weights: Tensor | None = None,
+    ignore_ids: bool = False,
+    multi_positive: MultiPositive | None = None,
+    anchors: Anchors = "both",
+    return_stats: bool = False,
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
     process_group: ProcessGroup | DeviceMesh | Exchange | None = None,
@@ -117,8 +150,10 @@ def sigmoid_loss_and_grads(
     Takes the arguments of :func:`sigmoid_loss`, whether or not they require grad. Under autocast too, the gradients of
     the features come in the features' own dtype.
     """
-    call = checked(**locals())
-    return SigmoidLossGrads(*ops.loss_and_grads(call, image_features.dtype, text_features.dtype))
+    call = checked(locals())
+    found = ops.loss_and_grads(call, image_features.dtype, text_features.dtype, return_stats)
+    loss, dx, dy, dscale, dbias, totals = found
+    return SigmoidLossGrads(loss, dx, dy, dscale, dbias, None if totals is None else logit_stats(totals, loss.dtype))
 
 
 class SigmoidLoss(nn.Module):
@@ -154,8 +189,8 @@ class SigmoidLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.backend: Backend = backend
 
-    def forward(self, image_features: Tensor, text_features: Tensor, **pairs: Any) -> Tensor:
-        """The loss; ``pairs`` are the labels, weights and process_group of :func:`sigmoid_loss`, by keyword."""
+    def forward(self, image_features: Tensor, text_features: Tensor, **pairs: Any) -> Any:
+        """What :func:`sigmoid_loss` returns; ``pairs`` are its labels, weights and so on, by keyword."""
         arguments = {"reduction": self.reduction, "backend": self.backend, **pairs}
         return sigmoid_loss(image_features, text_features, self.logit_scale.exp(), self.logit_bias, **arguments)
 

@@ -1,11 +1,17 @@
-"""Which pairs are positive and what each pair weighs."""
+"""Which pairs are positive, which are left out, and what each pair weighs."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+MULTI_POSITIVE = (None, "weights", "soft_targets")
+# An anchor's mass of 1 is shared by its positives; of a pair's mass, the image's part and the text's.
+ANCHORS = {"both": (0.5, 0.5), "images": (1.0, 0.0), "texts": (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -13,8 +19,13 @@ class PairSpec:
     """The labels and weights of an [M, N] matrix of image-text pairs, never materialised.
 
     Pair (i, j) is positive when the ids are equal, if ids are given; otherwise when
-    ``i + positive_offset == j``; with neither, every pair is negative. It weighs
+    ``i + positive_offset == j``; with neither, every pair is negative. With ``ignore_ids`` the offset says what is
+    positive all the same, and other pairs of equal ids are left out. A pair weighs
     ``image_weights[i] * text_weights[j]``, an absent side counting as ones.
+
+    With ``multi_positive`` a positive pair has the mass ``image_masses[i] + text_masses[j]``: a factor of its weight
+    ("weights"), or the target of its sigmoid ("soft_targets"). :meth:`prepared` fills the masses in where they are
+    absent.
     """
 
     positive_offset: int | None = 0
@@ -22,6 +33,11 @@ class PairSpec:
     text_ids: Tensor | None = None  # [N] integer
     image_weights: Tensor | None = None  # [M] floating
     text_weights: Tensor | None = None  # [N] floating
+    ignore_ids: bool = False
+    multi_positive: str | None = None
+    anchors: str = "both"
+    image_masses: Tensor | None = None  # [M] floating
+    text_masses: Tensor | None = None  # [N] floating
 
     @property
     def has_ids(self) -> bool:
@@ -42,34 +58,94 @@ class PairSpec:
             _take(self.text_ids, cols),
             _take(self.image_weights, rows),
             _take(self.text_weights, cols),
+            self.ignore_ids,
+            self.multi_positive,
+            self.anchors,
+            _take(self.image_masses, rows),
+            _take(self.text_masses, cols),
         )
 
     def prepared(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> PairSpec:
-        """As block kernels take it: vectors contiguous, weights of ``dtype`` and on both sides or on neither."""
+        """As block kernels take it: vectors contiguous, weights of ``dtype`` and on both sides or on neither.
+
+        Masses of ``dtype`` where ``multi_positive`` asks for them, and weights then always.
+        """
         if not self.has_ids and not self.has_weights:
             return self
+        spec = self
+        if self.multi_positive is not None and self.image_masses is None:
+            spec = self.with_masses(dtype)
+        weighted = self.has_weights or self.multi_positive is not None
         return replace(
-            self,
+            spec,
             image_ids=None if self.image_ids is None else self.image_ids.contiguous(),
             text_ids=None if self.text_ids is None else self.text_ids.contiguous(),
-            image_weights=_weights(self.image_weights, x, dtype) if self.has_weights else None,
-            text_weights=_weights(self.text_weights, y, dtype) if self.has_weights else None,
+            image_weights=_weights(self.image_weights, x, dtype) if weighted else None,
+            text_weights=_weights(self.text_weights, y, dtype) if weighted else None,
+        )
+
+    def with_masses(self, dtype: torch.dtype, images: Tensor | None = None, texts: Tensor | None = None) -> PairSpec:
+        """The masses in ``dtype``, by the positives among ``images`` and ``texts``, each as from :func:`marked`.
+
+        By default among those of this spec; over a group, among those of every rank.
+        """
+        assert self.image_ids is not None
+        assert self.text_ids is not None
+        images = marked(self.image_ids, self.image_weights) if images is None else images
+        texts = marked(self.text_ids, self.text_weights) if texts is None else texts
+        image_share, text_share = ANCHORS[self.anchors]
+        return replace(
+            self,
+            image_masses=image_share / count_equal(self.image_ids, texts).clamp(min=1).to(dtype),
+            text_masses=text_share / count_equal(self.text_ids, images).clamp(min=1).to(dtype),
         )
 
     def may_have_positives(self, M: int, N: int) -> bool:
         """False only where no pair of an [M, N] matrix can be positive."""
-        if self.has_ids:
+        if self.has_ids and not self.ignore_ids:
             return True
         return self.positive_offset is not None and -M < self.positive_offset < N
 
     def positive_mask(self, M: int, N: int, device: torch.device | None = None) -> Tensor:
         """[M, N] bool: the labels, materialised; on ``device`` where no ids say where."""
         if self.image_ids is not None and self.text_ids is not None:
-            return self.image_ids[:, None] == self.text_ids[None, :]
+            if not self.ignore_ids:
+                return self.image_ids[:, None] == self.text_ids[None, :]
+            device = self.image_ids.device
         mask = torch.zeros(M, N, dtype=torch.bool, device=device)
         if self.may_have_positives(M, N):
             mask.diagonal(self.positive_offset or 0).fill_(True)
         return mask
+
+    def ignored_mask(self, M: int, N: int) -> Tensor | None:
+        """[M, N] bool: the pairs that are left out, materialised; None where there are none."""
+        if not self.ignore_ids or self.image_ids is None or self.text_ids is None:
+            return None
+        return (self.image_ids[:, None] == self.text_ids[None, :]) & ~self.positive_mask(M, N)
+
+
+@functools.lru_cache
+def diagonal(positive_offset: int | None) -> PairSpec:
+    """Labels by offset alone, made once: to make one takes 1 µs."""
+    return PairSpec(positive_offset)
+
+
+def marked(ids: Tensor, weights: Tensor | None) -> Tensor:
+    """[n, 2] int64: the ids, and 1 beside each that counts as a positive; what weighs 0, as padding does, does not."""
+    ids = ids.to(torch.int64)
+    return torch.stack([ids, torch.ones_like(ids) if weights is None else (weights > 0).to(torch.int64)], dim=1)
+
+
+def count_equal(ids: Tensor, among: Tensor) -> Tensor:
+    """[n] int64: how many of ``among`` [m, 2], as from :func:`marked`, have each of the ``ids`` [n] and count.
+
+    By sorting and sums of integers: the same bits every time, and nothing is read back to the host.
+    """
+    ids = ids.to(torch.int64).contiguous()
+    ordered, order = among[:, 0].sort()
+    before = F.pad(among[:, 1][order].cumsum(0), (1, 0))  # how many of the first 0, 1, … m count
+    begin, end = (before[torch.searchsorted(ordered, ids, right=right)] for right in (False, True))
+    return end - begin
 
 
 def _weights(weights: Tensor | None, features: Tensor, dtype: torch.dtype) -> Tensor:

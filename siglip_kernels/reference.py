@@ -6,11 +6,14 @@ people train with today. Source: Zhai et al. 2023, arXiv 2303.15343, Algorithm 1
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels.pairs import PairSpec
+from siglip_kernels.pairs import ANCHORS, PairSpec
+from siglip_kernels.stats import LogitStats, logit_stats, measure, merged
 
 
 def sigmoid_loss_reference(
@@ -24,25 +27,38 @@ def sigmoid_loss_reference(
     text_ids: Tensor | None = None,
     image_weights: Tensor | None = None,
     text_weights: Tensor | None = None,
+    ignore_ids: bool = False,
+    multi_positive: str | None = None,
+    anchors: str = "both",
+    return_stats: bool = False,
     reduction: str = "batchmean",
-) -> Tensor:
+) -> Any:
     """The arguments and the value of :func:`siglip_kernels.sigmoid_loss`, in O(M·N) memory and without its checks.
 
     Computes in the dtype it is given and returns a scalar of that dtype; twice differentiable.
     """
     x, y = image_features, text_features
-    pairs = PairSpec(positive_offset, image_ids, text_ids, image_weights, text_weights)
+    labels = positive_offset, image_ids, text_ids, image_weights, text_weights
+    pairs = PairSpec(*labels, ignore_ids, multi_positive, anchors)
 
     z = _scalar(logit_scale, x) * (x @ y.T)
     if logit_bias is not None:
         z = z + _scalar(logit_bias, x)
     mask = pairs.positive_mask(x.shape[0], y.shape[0], x.device)
     terms = -F.logsigmoid(torch.where(mask, z, -z))
-
     u, v = pair_weights(pairs, x, y)
+    if multi_positive is not None:
+        mass = masses(mask, u, v, anchors).to(z.dtype)
+        rest = -(1 - mass) * F.logsigmoid(-z) if multi_positive == "soft_targets" else 0.0
+        terms = torch.where(mask, mass * terms + rest, terms)
+    ignored = pairs.ignored_mask(*z.shape)
+    if ignored is not None:
+        terms = terms.masked_fill(ignored, 0.0)
+
     if pairs.has_weights:
         terms = terms * (u[:, None] * v[None, :])
-    return terms.sum() / denominator(u, v, reduction)
+    loss = terms.sum() / denominator(u, v, reduction)
+    return (loss, _stats(z.detach(), pairs)) if return_stats else loss
 
 
 def pair_weights(pairs: PairSpec, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,9 +68,25 @@ def pair_weights(pairs: PairSpec, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]
     return u, v
 
 
+def masses(positive: Tensor, u: Tensor, v: Tensor, anchors: str) -> Tensor:
+    """[M, N] at least float32: what each positive pair has of its anchors' masses; padding takes no part of them."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    images = (positive & (v > 0)).sum(1, keepdim=True).clamp(min=1).to(dtype)
+    texts = (positive & (u > 0)[:, None]).sum(0, keepdim=True).clamp(min=1).to(dtype)
+    of_image, of_text = ANCHORS[anchors]
+    return of_image / images + of_text / texts
+
+
 def denominator(u: Tensor, v: Tensor, reduction: str) -> Tensor | float:
     """What the sum over pairs is divided by."""
     return 1.0 if reduction == "sum" else u.sum() if reduction == "batchmean" else u.sum() * v.sum()
+
+
+def _stats(z: Tensor, pairs: PairSpec) -> LogitStats:
+    totals = merged([], z.device, torch.float64)
+    if z.numel():
+        measure(z, pairs, totals)
+    return logit_stats(totals, z.dtype)
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -37,13 +37,13 @@ class Texts(NamedTuple):
     features: Tensor  # [n, D]
     ids: Tensor | None  # [n] int64
     weights: Tensor | None  # [n]
+    masses: Tensor | None = None  # [n]
 
     def tensors(self) -> list[Tensor]:
         return [t for t in self if t is not None]
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Texts:
-        ids, weights = (None if t is None else function(t) for t in self[1:])
-        return Texts(function(self.features), ids, weights)
+        return Texts(function(self.features), *(None if t is None else function(t) for t in self[1:]))
 
     def rows(self, begin: int, end: int) -> Texts:
         return self.each(lambda t: t[begin:end])
@@ -92,9 +92,10 @@ class World:
 
 
 def against(pairs: PairSpec, texts: Texts, own: bool) -> PairSpec:
-    """The rank's images against ``texts``; without ids, only its own texts are positive."""
+    """The rank's images against ``texts``; only its own texts have a diagonal."""
     offset = pairs.positive_offset if own else None
-    return replace(pairs, positive_offset=offset, text_ids=texts.ids, text_weights=texts.weights)
+    ids, weights, masses = texts[1:]
+    return replace(pairs, positive_offset=offset, text_ids=ids, text_weights=weights, text_masses=masses)
 
 
 def ring(world: World, loop: BlockLoop, pairs: PairSpec, own: Texts) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.pairs import PairSpec
+from siglip_kernels.stats import SIZE, merged
 
 # |dz| is at most max(w). In float16 it travels times 2^14 / 2^⌈log2 max(w)⌉: 65504 holds it, and 2^-38 is not yet 0.
 FLOAT16_DZ_EXPONENT = 14
@@ -27,12 +28,13 @@ DZ_ROW_MULTIPLE = 16
 
 
 class Wanted(NamedTuple):
-    """The gradients that are asked for."""
+    """The gradients that are asked for, and whether diagnostics of the logits are."""
 
     dx: bool = True
     dy: bool = True
     dscale: bool = True
     dbias: bool = True
+    stats: bool = False
 
     @property
     def dz(self) -> bool:
@@ -50,6 +52,7 @@ class Result(NamedTuple):
     scalars: Tensor  # [4] the same dtype: loss, dscale, dbias, gain
     dx: Tensor  # [M, D] the same dtype; the gradient is gain · dx
     dy: Tensor  # [N, D] the same dtype; the gradient is gain · dy
+    stats: Tensor | None = None  # [8] as stats.py has it, where wanted
 
 
 def run(
@@ -95,6 +98,7 @@ class BlockLoop:
         self.dx = self.empty(problem.M if wanted.dx else 0)
         self.dx_begun = False  # whether dx holds something to add to
         self.sums: list[Tensor] = []  # [blocks, 4] for each call of ``add``, the last column unused
+        self.stats: list[Tensor] = []  # [blocks, 8] for each, where wanted
 
     def empty(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """[rows, D] for a gradient; by default in the accumulators' dtype."""
@@ -121,6 +125,7 @@ class BlockLoop:
         needs_dz, workspace = self.problem.needs_dz, self.workspace
         sums = torch.empty(len(blocks), 4, dtype=sum_dtype(y.device), device=y.device)
         pairs = pairs.prepared(self.x, y, self.dtype)
+        stats = self._room_for_stats(len(blocks)) if self.wanted.stats else None
 
         for index, (r, c) in enumerate(blocks):
             if c.start == 0:
@@ -140,6 +145,7 @@ class BlockLoop:
                 dz_scale=self.dz_scale,
                 workspace=workspace,
                 loss_only=not (needs_dz or self.wanted.any),
+                stats=None if stats is None else stats[index],
             )
             if dz is not None and self.wanted.dx:
                 begun = self.dx_begun or c.start > 0
@@ -158,7 +164,13 @@ class BlockLoop:
         totals = self._totals()
         totals[3] = self.unscaled()
         scalars = torch.div(totals, denominator, out=self.x.new_empty(4, dtype=self.dtype))
-        return Result(scalars[0].clone(), scalars, self.dx, dy)
+        stats = merged(self.stats, self.x.device, sum_dtype(self.x.device)) if self.wanted.stats else None
+        return Result(scalars[0].clone(), scalars, self.dx, dy, stats)
+
+    def _room_for_stats(self, blocks: int) -> Tensor:
+        """[blocks, 8]"""
+        self.stats.append(torch.empty(blocks, SIZE, dtype=sum_dtype(self.x.device), device=self.x.device))
+        return self.stats[-1]
 
     def _totals(self) -> Tensor:
         """[4] loss, Σ dz·u, Σ dz and room for the gain."""

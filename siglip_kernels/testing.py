@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels.pairs import PairSpec
-from siglip_kernels.reference import denominator, pair_weights, sigmoid_loss_reference
+from siglip_kernels.pairs import ANCHORS, PairSpec
+from siglip_kernels.reference import denominator, masses, pair_weights, sigmoid_loss_reference
 
 
 class Regime(NamedTuple):
@@ -140,8 +140,16 @@ def scalar_terms(inputs: Inputs, upstream: float = 1.0, reduction: str = "batchm
     spec = PairSpec(**pairs)
     inner = x @ y.T
     z = scale * inner + bias
-    dz = torch.sigmoid(torch.where(spec.positive_mask(x.shape[0], y.shape[0], z.device), -z, z))
+    positive = spec.positive_mask(x.shape[0], y.shape[0], z.device)
+    dz = torch.sigmoid(torch.where(positive, -z, z))
     weights = pair_weights(spec, x, y)
+    if spec.multi_positive is not None:
+        mass = masses(positive, *weights, spec.anchors)
+        rest = (1 - mass) * torch.sigmoid(z) if spec.multi_positive == "soft_targets" else 0.0
+        dz = torch.where(positive, mass * dz + rest, dz)
+    ignored = spec.ignored_mask(*z.shape)
+    if ignored is not None:
+        dz = dz.masked_fill(ignored, 0.0)
     dz *= weights[0][:, None] * weights[1] * (abs(upstream) / denominator(*weights, reduction))
     return Scalars(float((dz * inner).abs().sum()), float(dz.sum()))
 
@@ -221,7 +229,28 @@ PAIRS: dict[str, Callable[[int, int, torch.device], dict[str, Any]]] = {
         "image_weights": torch.arange(1, M + 1, device=device) % 4 * 0.5,
         "text_weights": torch.arange(1, N + 1, device=device) % 3 * 1.5,
     },
+    "ignore ids": lambda M, N, device: {
+        "positive_offset": min(2, N - 1),
+        "ignore_ids": True,
+        "image_ids": torch.arange(M, device=device) % 61,
+        "text_ids": torch.arange(N, device=device) % 67,
+    },
+    "multi-positive weights": lambda M, N, device: _multi_positive(M, N, device, "weights"),
+    "soft targets": lambda M, N, device: _multi_positive(M, N, device, "soft_targets"),
 }
+
+
+def _multi_positive(M: int, N: int, device: torch.device, kind: str) -> dict[str, Any]:
+    """Up to N / 5 positives an image; padding on both sides; the anchors vary with the shape."""
+    return {
+        "multi_positive": kind,
+        "anchors": tuple(ANCHORS)[(M + N) % len(ANCHORS)],
+        "image_ids": torch.arange(M, device=device) % 7,
+        "text_ids": torch.arange(N, device=device) ** 2 % 5,
+        "image_weights": torch.arange(1, M + 1, device=device) % 4 * 0.5,
+        "text_weights": torch.arange(1, N + 1, device=device) % 3 * 1.5,
+        "reduction": "sum" if kind == "weights" else "mean",
+    }
 
 
 def cases(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels import backends
+from siglip_kernels.pairs import ANCHORS, MULTI_POSITIVE
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -25,6 +26,10 @@ def checked(
     text_ids: Any,
     image_weights: Any,
     text_weights: Any,
+    ignore_ids: Any,
+    multi_positive: Any,
+    anchors: Any,
+    return_stats: Any,
     reduction: Any,
     backend: Any,
 ) -> tuple[Any, ...]:
@@ -33,7 +38,9 @@ def checked(
     one_of("backend", backend, backends.NAMES)
     x, y = _features(image_features, text_features)
     M, N = x.shape[0], y.shape[0]
-    _labels(positive_offset, image_ids, text_ids)
+    if ignore_ids is not False or multi_positive is not None or anchors != "both" or return_stats is not False:
+        _kinds(ignore_ids, multi_positive, anchors, return_stats, has_ids=image_ids is not None)
+    _labels(positive_offset, image_ids, text_ids, ignore_ids)
     return (
         x,
         y,
@@ -44,6 +51,9 @@ def checked(
         _ids("text_ids", text_ids, N, "N", x),
         _weights("image_weights", image_weights, M, "M", x),
         _weights("text_weights", text_weights, N, "N", x),
+        ignore_ids,
+        multi_positive,
+        anchors,
         reduction,
         backend,
     )
@@ -92,13 +102,31 @@ def _scalar(name: str, value: Any, x: Tensor) -> Tensor:
     return x.new_full((), float(value), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
 
 
-def _labels(positive_offset: Any, image_ids: Any, text_ids: Any) -> None:
+def _kinds(ignore_ids: Any, multi_positive: Any, anchors: Any, return_stats: Any, has_ids: bool) -> None:
+    for name, value in (("ignore_ids", ignore_ids), ("return_stats", return_stats)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    one_of("multi_positive", multi_positive, MULTI_POSITIVE)
+    one_of("anchors", anchors, tuple(ANCHORS))
+    if multi_positive is None and anchors != "both":
+        raise ValueError(f"anchors = {anchors!r} is given without multi_positive, whose mass they share")
+    if ignore_ids and multi_positive is not None:
+        raise ValueError(
+            f"multi_positive = {multi_positive!r} is given with ignore_ids, under which equal ids are not positive; "
+            "expected one of the two"
+        )
+    for name, asked in (("ignore_ids", ignore_ids), ("multi_positive", multi_positive)):
+        if asked and not has_ids:
+            raise ValueError(f"{name} = {asked!r} is given without image_ids and text_ids; expected both")
+
+
+def _labels(positive_offset: Any, image_ids: Any, text_ids: Any, ignore_ids: bool) -> None:
     if isinstance(positive_offset, bool) or not isinstance(positive_offset, int | torch.SymInt | None):
         raise TypeError(f"positive_offset must be an int or None, got {type(positive_offset).__name__}")
     if (image_ids is None) != (text_ids is None):
         given, missing = ("text_ids", "image_ids") if image_ids is None else ("image_ids", "text_ids")
         raise ValueError(f"{given} is given without {missing}; expected both or neither")
-    if image_ids is not None and positive_offset not in (0, None):
+    if image_ids is not None and not ignore_ids and positive_offset not in (0, None):
         raise ValueError(
             f"positive_offset = {positive_offset} is given with image_ids, which alone say what is positive; expected 0"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,16 @@ DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 NAMES = ("loss", "image_features", "text_features", "logit_scale", "logit_bias")
 
 
+# Equal ids, with arguments of their own; weights of which some are 0.
+KINDS: dict[str, dict[str, Any]] = {
+    "ignore ids": {"ignore_ids": True},
+    "masses of both": {"multi_positive": "weights"},
+    "masses of images": {"multi_positive": "weights", "anchors": "images"},
+    "soft targets": {"multi_positive": "soft_targets"},
+    "soft targets of texts": {"multi_positive": "soft_targets", "anchors": "texts"},
+}
+
+
 @dataclass(frozen=True)
 class Batch:
     """What the ranks compute: images and texts of each, and how."""
@@ -32,7 +43,7 @@ class Batch:
     D: int = 33
     dtype: torch.dtype = torch.float32
     regime: str = "trained"
-    pairs: str = "diagonal"  # or "ids", "weights", "text_weights", "none"
+    pairs: str = "diagonal"  # or "ids", "weights", "text_weights", "none", or a key of KINDS
     reduction: str = "batchmean"
     upstream: tuple[float, ...] | None = None  # of each rank; None: 1
     requires_grad: tuple[bool, ...] = (True, True, True, True)
@@ -52,6 +63,8 @@ class Batch:
         ids = {"image_ids": (torch.arange(M) % 5).to(torch.int32), "text_ids": torch.arange(N) % 7}
         weights = {"image_weights": torch.arange(M) % 3 + 0.5, "text_weights": 3.0 * (torch.arange(N) % 2)}
         text_weights = {"text_weights": weights["text_weights"]}
+        if self.pairs in KINDS:
+            return {**ids, "image_weights": torch.arange(1, M + 1) % 4 * 0.5, **text_weights}
         return {"ids": ids, "weights": weights, "text_weights": text_weights}.get(self.pairs, {})
 
 
@@ -74,7 +87,7 @@ def of_rank(batch: Batch, rank: int) -> tuple[list[Tensor], dict[str, Any]]:
     labels = {name: v[rows if name.startswith("image") else cols] for name, v in batch.labels().items()}
     if batch.pairs == "none":
         labels["positive_offset"] = None
-    return own, labels
+    return own, {**labels, **KINDS.get(batch.pairs, {})}
 
 
 def call(rank: int, group: Any, batch: Batch) -> list[Tensor | None]:
@@ -96,7 +109,8 @@ def gold(batch: Batch, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]
     labels = batch.labels()
     M, N = sum(batch.images), sum(batch.texts)
     positive = torch.zeros(M, N, dtype=torch.bool)
-    if batch.pairs == "ids":
+    kind = KINDS.get(batch.pairs, {})
+    if batch.pairs == "ids" or "multi_positive" in kind:
         positive = labels["image_ids"][:, None] == labels["text_ids"]
     elif batch.pairs != "none":
         for r, c in zip(rows, cols, strict=True):
@@ -104,7 +118,22 @@ def gold(batch: Batch, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]
     u = labels.get("image_weights", torch.ones(M)).to(dtype)
     v = labels.get("text_weights", torch.ones(N)).to(dtype)
     z = torch.where(positive, 1.0, -1.0) * (t * x @ y.T + b)
-    terms = -F.logsigmoid(z) * u[:, None] * v
+    terms = -F.logsigmoid(z)
+    if "multi_positive" in kind:
+        counted = positive & (u > 0)[:, None] & (v > 0)
+        k_i, k_j = counted.sum(1).clamp(min=1)[:, None], counted.sum(0).clamp(min=1)
+        by = {
+            "both": (1 / k_i.to(dtype) + 1 / k_j.to(dtype)) / 2,
+            "images": 1 / k_i.to(dtype),
+            "texts": 1 / k_j.to(dtype),
+        }
+        m = by[kind.get("anchors", "both")].expand(M, N)
+        rest = -(1 - m) * F.logsigmoid(-z) if kind["multi_positive"] == "soft_targets" else 0.0
+        terms = torch.where(positive, m * terms + rest, terms)
+    if "ignore_ids" in kind:
+        equal = labels["image_ids"][:, None] == labels["text_ids"]
+        terms = torch.where(equal & ~positive, 0.0, terms)
+    terms = terms * u[:, None] * v
     losses = []
     for r in rows:
         parts = {"sum": 1.0, "batchmean": u[r].sum(), "mean": u[r].sum() * v.sum()}
@@ -154,6 +183,52 @@ def test_drop_in_against_the_joined_batch(ranks: Ranks, world: int, sizes: Any, 
 def test_labels_weights_reductions(ranks: Ranks, pairs: str, reduction: str, algorithm: str) -> None:
     batch = uneven(3, pairs=pairs, reduction=reduction, exchange={"algorithm": algorithm})
     assert_right(ranks.run(3, call, batch), batch, 5e-6)
+
+
+@pytest.mark.parametrize("exchange", [{}, {"algorithm": "gather"}, {"same_upstream": False}], ids=str)
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("pairs", KINDS)
+def test_more_kinds_of_pairs(ranks: Ranks, pairs: str, world: int, exchange: dict[str, Any]) -> None:
+    upstream = None if exchange.get("same_upstream", True) else (0.5, -3.0, 7.0)[:world]
+    batch = uneven(world, pairs=pairs, reduction="mean", upstream=upstream, exchange=exchange)
+    assert_right(ranks.run(world, call, batch), batch, 5e-6)
+
+
+@pytest.mark.parametrize("pairs", KINDS)
+def test_more_kinds_of_pairs_in_float64(ranks: Ranks, pairs: str) -> None:
+    batch = even(4, pairs=pairs, dtype=torch.float64, reduction="sum")
+    assert_right(ranks.run(4, call, batch), batch, 1e-12)
+
+
+def stats_of(rank: int, group: Any, batch: Batch) -> list[float]:
+    own, labels = of_rank(batch, rank)
+    _, found = sigmoid_loss(*own, **labels, process_group=Exchange(group, **batch.exchange), return_stats=True)
+    return [float(value) for value in found]
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "gather"])
+@pytest.mark.parametrize("pairs", ["diagonal", "ignore ids", "soft targets"])
+def test_stats_are_of_a_ranks_images_and_all_texts(ranks: Ranks, pairs: str, algorithm: str) -> None:
+    batch = uneven(3, pairs=pairs, exchange={"algorithm": algorithm})
+    x, y, t, b = (v.double() for v in batch.inputs())
+    z, labels = t * x @ y.T + b, batch.labels()
+    rows, cols = slices(batch.images), slices(batch.texts)
+    own, valid = (torch.full_like(z, value, dtype=torch.bool) for value in (False, True))
+    for r, c in zip(rows, cols, strict=True):
+        own[r, c].fill_diagonal_(True)
+    positive = own
+    if pairs != "diagonal":
+        equal = labels["image_ids"][:, None] == labels["text_ids"]
+        valid = (labels["image_weights"] != 0)[:, None] & (labels["text_weights"] != 0)
+        valid, positive = (valid & (own | ~equal), own) if pairs == "ignore ids" else (valid, equal)
+    for rank, found in enumerate(ranks.run(3, stats_of, batch)):
+        right: list[float] = []
+        for chosen in (positive & valid, ~positive & valid):
+            of_class = z[rows[rank]][chosen[rows[rank]]]
+            empty = not of_class.numel()
+            right += [float(of_class.mean()), *([math.inf, -math.inf] if empty else map(float, of_class.aminmax()))]
+            right.append(of_class.numel())
+        assert found == pytest.approx(right, rel=1e-5, abs=1e-5, nan_ok=True), rank
 
 
 @pytest.mark.parametrize("algorithm", ["ring", "gather"])
@@ -223,7 +298,7 @@ def test_upstream_gradients_that_differ_need_the_general_way(ranks: Ranks) -> No
 def grads_outside_autograd(rank: int, group: Any, batch: Batch) -> list[Tensor | None]:
     own, labels = of_rank(batch, rank)
     exchange = Exchange(group, **batch.exchange)
-    return list(sigmoid_loss_and_grads(*own, **labels, reduction=batch.reduction, process_group=exchange))
+    return list(sigmoid_loss_and_grads(*own, **labels, reduction=batch.reduction, process_group=exchange)[:5])
 
 
 @pytest.mark.parametrize("same_upstream", [True, False])
@@ -298,6 +373,14 @@ def own_texts_only_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "denominator", lambda how, images, texts: denominator(how, images, texts / 3))
 
 
+def counts_of_the_own_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_with_masses_of_all", lambda pairs, dtype, *others: pairs.with_masses(dtype))
+
+
+def masses_stay_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "Texts", lambda *parts: ring.Texts(*parts[:3], torch.zeros_like(parts[3])))
+
+
 def call_mutated(rank: int, group: Any, batch: Batch, mutate: Callable[[pytest.MonkeyPatch], None]) -> Any:
     with pytest.MonkeyPatch.context() as monkeypatch:
         mutate(monkeypatch)
@@ -309,5 +392,12 @@ def call_mutated(rank: int, group: Any, batch: Batch, mutate: Callable[[pytest.M
 )
 def test_a_mutated_exchange_fails(ranks: Ranks, mutate: Callable[[pytest.MonkeyPatch], None]) -> None:
     batch = even(3, reduction="mean")
+    with pytest.raises(AssertionError):
+        assert_right(ranks.run(3, call_mutated, batch, mutate), batch, 5e-6)
+
+
+@pytest.mark.parametrize("mutate", [counts_of_the_own_rank, masses_stay_at_home])
+def test_mutated_masses_fail(ranks: Ranks, mutate: Callable[[pytest.MonkeyPatch], None]) -> None:
+    batch = uneven(3, pairs="masses of both")
     with pytest.raises(AssertionError):
         assert_right(ranks.run(3, call_mutated, batch, mutate), batch, 5e-6)

@@ -22,7 +22,7 @@ from siglip_kernels import SigLipLoss, sigmoid_loss
 from siglip_kernels.distributed import Exchange
 from siglip_kernels.testing import relative_l2
 from tests.ranks import Ranks
-from tests.test_distributed import Batch, assert_right, call, even, of_rank, uneven
+from tests.test_distributed import KINDS, Batch, assert_right, call, even, of_rank, uneven
 
 # Traffic
 
@@ -52,7 +52,7 @@ class Traffic:
         return function
 
 
-AGREEMENT = 8 * 12  # bytes: what a rank says before an exchange
+AGREEMENT = 8 * 16  # bytes: what a rank says before an exchange
 
 
 def traffic(rank: int, group: Any, batch: Batch) -> tuple[dict[str, int], dict[str, int]]:
@@ -174,13 +174,17 @@ def refused(rank: int, group: Any, batch: Batch, odd: dict[str, Any], mode: str 
             r"text_features: the dtype must be the same .* torch.float32 on ranks 0, 2; torch.float64 on rank 1",
         ),
         ({"pairs": "ids"}, r"image_ids and text_ids: .* False on ranks 0, 2; True on rank 1"),
+        ({"pairs": "ignore ids"}, r"ignore_ids must be the same .* False on ranks 0, 2; True on rank 1"),
+        ({"pairs": "soft targets"}, r"multi_positive must be .* weights on ranks 0, 2; soft_targets on rank 1"),
+        ({"pairs": "masses of images"}, r"anchors must be .* both on ranks 0, 2; images on rank 1"),
         ({"exchange": {"algorithm": "gather"}}, r"algorithm .* ring on ranks 0, 2; gather on rank 1"),
         ({"exchange": {"same_upstream": False}}, r"same_upstream .* True on ranks 0, 2; False on rank 1"),
         ({"exchange": {"text_gradient_dtype": torch.float16}}, r"text_gradient_dtype .* torch.float16 on rank 1"),
     ],
 )
 def test_what_differs_is_refused_on_every_rank(ranks: Ranks, odd: dict[str, Any], says: str) -> None:
-    batch = uneven(3)
+    others = {"ignore ids": "ids", "soft targets": "masses of both", "masses of images": "masses of both"}
+    batch = uneven(3, pairs=others.get(odd.get("pairs", ""), "diagonal"))
     results = ranks.run(3, refused, batch, odd)
     messages = {message for message, _ in results}
     assert len(messages) == 1
@@ -311,7 +315,7 @@ def test_same_bits_over_nodes(ranks: Ranks) -> None:
     assert all(ranks.run(8, repeated_on_mesh, uneven(8)))
 
 
-@pytest.mark.parametrize("pairs", ["ids", "weights", "text_weights", "none"])
+@pytest.mark.parametrize("pairs", ["ids", "weights", "text_weights", "none", *KINDS])
 @pytest.mark.parametrize("exchange", [{}, {"same_upstream": False}, {"algorithm": "gather"}], ids=str)
 def test_labels_weights_and_upstream_gradients_over_nodes(ranks: Ranks, pairs: str, exchange: dict[str, Any]) -> None:
     upstream = None if exchange.get("same_upstream", True) else (0.5, -3.0, 7.0, 2.0, 1.0, 1.0, -1.0, 4.0)

@@ -114,6 +114,7 @@ print("fine")
 
 def test_public_names() -> None:
     assert sorted(siglip_kernels.__all__) == [
+        "LogitStats",
         "SigLipLoss",
         "SigmoidLoss",
         "SigmoidLossGrads",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from siglip_kernels import backends, products, schedule, sigmoid_loss
+from siglip_kernels import backends, pairs, products, schedule, sigmoid_loss
 from siglip_kernels.backends import eager
 from siglip_kernels.backends.eager import EagerBlockKernel
-from siglip_kernels.pairs import PairSpec
+from siglip_kernels.pairs import ANCHORS, PairSpec
 from siglip_kernels.testing import Report, check
 
 # (M, N, D): several of the small blocks below a side, ragged in M, N and D.
@@ -100,6 +101,46 @@ class NaiveSoftplus(Kernel):
             out["sums"][0] = (z.clamp(min=0) + torch.log(1 + torch.exp(-z.abs()))).sum()
 
 
+class OneImageMass(Kernel):
+    """k of the images is taken for 1."""
+
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        if pairs.image_masses is not None:
+            pairs = replace(pairs, image_masses=torch.full_like(pairs.image_masses, ANCHORS[pairs.anchors][0]))
+        super().block(x, y, scale, bias, pairs, **out)
+
+
+class TextMassDropped(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        if pairs.text_masses is not None:
+            pairs = replace(pairs, text_masses=torch.zeros_like(pairs.text_masses))
+        super().block(x, y, scale, bias, pairs, **out)
+
+
+class TargetsAreWeights(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        kind = pairs.multi_positive and "weights"
+        super().block(x, y, scale, bias, replace(pairs, multi_positive=kind), **out)
+
+
+class IgnoredPairsAreNegative(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        if pairs.ignore_ids:
+            pairs = PairSpec(pairs.positive_offset)
+        super().block(x, y, scale, bias, pairs, **out)
+
+
+class IgnoredPairsArePositive(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        super().block(x, y, scale, bias, replace(pairs, ignore_ids=False), **out)
+
+
+class DiagonalIgnoredToo(Kernel):
+    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+        offset = None if pairs.ignore_ids else pairs.positive_offset
+        super().block(x, y, scale, bias, replace(pairs, positive_offset=offset), **out)
+
+
 def pairs_weights(pairs: PairSpec) -> tuple[Tensor | None, Tensor | None]:
     return pairs.image_weights, pairs.text_weights
 
@@ -127,6 +168,12 @@ KERNEL_MUTANTS = [
     NothingWritten,
     BiasIgnored,
     NaiveSoftplus,
+    OneImageMass,
+    TextMassDropped,
+    TargetsAreWeights,
+    IgnoredPairsAreNegative,
+    IgnoredPairsArePositive,
+    DiagonalIgnoredToo,
 ]
 
 
@@ -169,7 +216,17 @@ def products_rounded_to_bfloat16(original: Callable[..., Any]) -> Callable[..., 
     return matmul_
 
 
+def padding_counts(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda ids, weights: original(ids, None)
+
+
+def one_is_missing(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda ids, among: original(ids, among) - 1
+
+
 MUTATIONS = [
+    (pairs, "marked", padding_counts),
+    (pairs, "count_equal", one_is_missing),
     (schedule, "_blocks", last_block_skipped),
     (products, "matmul_", products_overwrite),
     (products, "matmul_", products_always_accumulate),

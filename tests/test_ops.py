@@ -39,19 +39,36 @@ def pairs_of(kind: str, M: int, N: int) -> dict[str, Any]:
             "text_weights": torch.arange(N) % 2,
             "reduction": "mean",
         },
+        "ignore ids": {"image_ids": torch.arange(M) % 3, "text_ids": torch.arange(N) % 4, "ignore_ids": True},
+        "multi-positive": {
+            "image_ids": torch.arange(M) % 3,
+            "text_ids": torch.arange(N) % 4,
+            "multi_positive": "weights",
+            "anchors": "texts",
+        },
+        "soft targets": {
+            "image_ids": torch.arange(M) % 3,
+            "text_ids": torch.arange(N) % 4,
+            "text_weights": torch.arange(N) % 2,
+            "multi_positive": "soft_targets",
+        },
     }[kind]
 
 
-PAIRS = ("offset", "none", "ids", "weights")
+PAIRS = ("offset", "none", "ids", "weights", "ignore ids", "multi-positive", "soft targets")
 
 
-def operands(dtype: torch.dtype, kind: str, wanted: tuple[bool, ...], bias: bool = True) -> tuple[Any, ...]:
+def operands(
+    dtype: torch.dtype, kind: str, wanted: tuple[bool, ...], bias: bool = True, stats: bool = False
+) -> tuple[Any, ...]:
     """What the operator takes, all detached."""
     x, y, t, b = make_inputs(*SHAPE, dtype)
     arguments = {"positive_offset": 0, "reduction": "batchmean", **pairs_of(kind, *SHAPE[:2])}
     labels = [arguments.get(name) for name in ("positive_offset", "image_ids", "text_ids")]
     weights = [arguments.get(name) for name in ("image_weights", "text_weights")]
-    return (x, y, t, b if bias else None, *labels, *weights, arguments["reduction"], "eager", *Route(), *wanted, None)
+    kinds = [arguments.get("ignore_ids", False), arguments.get("multi_positive"), arguments.get("anchors", "both")]
+    pairs = (*labels, *weights, *kinds)
+    return (x, y, t, b if bias else None, *pairs, arguments["reduction"], "eager", *Route(), *wanted, stats, None)
 
 
 def test_uninitialised_memory_is_nan() -> None:
@@ -85,14 +102,14 @@ def test_an_unwritten_element_shows(monkeypatch: pytest.MonkeyPatch, buffer: str
 @pytest.mark.parametrize("kind", PAIRS)
 def test_opcheck(kind: str, dtype: torch.dtype) -> None:
     for wanted, bias in (((True,) * 4, True), ((True, True, True, False), False), ((False, True, False, True), True)):
-        torch.library.opcheck(operator, operands(dtype, kind, wanted, bias))
+        torch.library.opcheck(operator, operands(dtype, kind, wanted, bias, stats=bias))
 
 
+@pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("wanted", SUBSETS, ids=str)
-def test_opcheck_of_every_subset(wanted: tuple[bool, ...]) -> None:
-    torch.library.opcheck(
-        operator, operands(torch.float32, "offset", wanted), test_utils=("test_schema", "test_faketensor")
-    )
+def test_opcheck_of_every_subset(wanted: tuple[bool, ...], stats: bool) -> None:
+    inputs = operands(torch.float32, "offset", wanted, stats=stats)
+    torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
 def layout(t: Tensor) -> tuple[Any, ...]:
@@ -105,15 +122,18 @@ def test_shapes_without_data(wanted: tuple[bool, ...]) -> None:
     """Fake and meta tensors tell the layout of the real result."""
     M, N, D = SHAPE
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
-        inputs, wide = operands(dtype, "weights", wanted), torch.float64 if dtype is torch.float64 else torch.float32
+        stats = dtype is torch.bfloat16
+        inputs = operands(dtype, "weights", wanted, stats=stats)
         real = operator(*inputs)
-        assert [tuple(t.shape) for t in real] == [(), (4,), (M if wanted[0] else 0, D), (N if wanted[1] else 0, D)]
-        assert all(t.dtype is wide for t in real)
+        shapes = [(), (4,), (M if wanted[0] else 0, D), (N if wanted[1] else 0, D), (8 if stats else 0,)]
+        assert [tuple(t.shape) for t in real] == shapes
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        assert [t.dtype for t in real] == [wide] * 4 + [torch.float64]
         with FakeTensorMode() as mode:
             fake = operator(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in inputs))
         meta = operator(*(t.to("meta") if isinstance(t, Tensor) else t for t in inputs))
         for kind, others in (("fake", fake), ("meta", meta)):
-            for name, t, other in zip(("loss", "scalars", "dx", "dy"), real, others, strict=True):
+            for name, t, other in zip(("loss", "scalars", "dx", "dy", "stats"), real, others, strict=True):
                 assert layout(t) == layout(other), (kind, name, dtype)
 
 
@@ -224,7 +244,7 @@ class Watch(TorchDispatchMode):
         self.names.append(func._schema.name)
         if func is operator:
             with self:
-                return ops._sigmoid_loss(*args)
+                return ops._operator(*args)
         result = func(*args, **(kwargs or {}))
         for t in result if isinstance(result, tuple | list) else [result]:
             if isinstance(t, Tensor):
@@ -246,14 +266,14 @@ def test_nothing_is_read_back_to_the_host(kind: str, dtype: torch.dtype) -> None
     leaves = [t.requires_grad_() for t in make_inputs(*SHAPE, dtype)]
     arguments = pairs_of(kind, *SHAPE[:2])
     with Watch() as forward:
-        loss = loss_fn(*leaves, **arguments)
+        loss, _stats = loss_fn(*leaves, **arguments, return_stats=True)
     with Watch() as backward:
         loss.backward()
     assert any("mm" in name for name in forward.names), "the inside of the operator was not watched"
     assert backward.names
     # Validation alone reads: whether CPU weights are negative, once a side.
     reads = forward.synchronisations
-    assert len(reads) == (2 if kind == "weights" else 0), reads
+    assert len(reads) == sum(name.endswith("_weights") for name in arguments), reads
     forward.names = forward.names[forward.names.index("siglip_kernels::sigmoid_loss") :]
     assert forward.synchronisations == []
     assert backward.synchronisations == []

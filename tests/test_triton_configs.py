@@ -51,6 +51,11 @@ def test_large_tiles_only_where_there_are_enough(arch: str, dtype: torch.dtype) 
     enough = side * large.block_m, 8 * large.block_n
     assert configs.choose(arch, *enough, 64, dtype) == large
     assert configs.choose(arch, enough[0] - large.block_m, enough[1], 64, dtype) == small
+    # With what needs more registers: fewer columns, so more tiles.
+    general = configs.choose(arch, *enough, 64, dtype, general=True)
+    assert general == configs.narrowed(large)
+    assert general.block_n == min(large.block_n, 64)
+    assert configs.choose(arch, 1, 1, 1, dtype, general=True) == configs.narrowed(small)
     # A ragged tile counts as one.
     assert configs.choose(arch, enough[0] - 1, enough[1] - 1, 64, dtype) == large
     assert configs.choose(arch, 1, 1, 1, dtype) == small
@@ -77,7 +82,8 @@ def test_the_stages_fit_in_shared_memory(key: tuple[str, int], config: Config) -
 
 @pytest.mark.parametrize(("M", "N"), [*itertools.product([1, 63, 64, 65, 128, 129, 1000, 4096], repeat=2)])
 def test_most_tiles_bounds_every_configuration(M: int, N: int) -> None:
-    tiles = [-(-M // config.block_m) * -(-N // config.block_n) for _, config in CONFIGS]
+    every = [config for _, config in CONFIGS] + [configs.narrowed(config) for _, config in CONFIGS]
+    tiles = [-(-M // config.block_m) * -(-N // config.block_n) for config in every]
     assert configs.most_tiles(M, N) == max(tiles)
 
 
@@ -92,10 +98,14 @@ def test_precision() -> None:
 def test_shipped_covers_every_configuration_once() -> None:
     variants = list(configs.shipped())
     assert len(variants) == len(set(variants))
-    assert {(v.arch, v.dtype.itemsize, v.config) for v in variants} == {(*key, config) for key, config in CONFIGS}
+    general = [v for v in variants if configs.is_general(v.labels, v.masses, v.stats)]
+    plain = [v for v in variants if v not in general]
+    for chosen, change in ((plain, lambda config: config), (general, configs.narrowed)):
+        taken = {(v.arch, v.dtype.itemsize, v.config) for v in chosen}
+        assert taken == {(*key, change(config)) for key, config in CONFIGS}
     assert {v.arch for v in variants if v.use_tma} == set(configs.TMA)
     for dtype in backend.DTYPES:
-        assert {v.labels for v in variants if v.dtype is dtype} == {"none", "offset", "ids"}
+        assert {v.labels for v in variants if v.dtype is dtype} == set(configs.LABELS)
     every = list(configs.shipped(every=True))
     assert len(every) == len(set(every)) == len(variants) // len(configs.USES) * len(configs.EVERY_USE)
     assert set(variants) < set(every)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +27,7 @@ SHAPES = [(1, 1, 8), (1, 129, 33), (127, 129, 100), (200, 130, 64)]
 SHAPE = (127, 129, 100)
 DTYPES = [torch.float32, torch.float16]
 REGIMES = [(10.0, -10.0), (117.0, -12.9), (900.0, -40.0), (0.01, 3.0), (0.0, 0.0)]
+KINDS = ["ignore ids", "ignore ids, no diagonal", "masses", "soft targets"]
 FLOAT16_DZ_SCALE = 2.0**14
 # Largest relative errors: of dz by its L2 norm, and of the sums against Σ|terms|.
 DZ_LIMIT = {torch.float32: 2e-6, torch.float16: 6e-4}
@@ -74,6 +76,14 @@ def make_pairs(kind: str, M: int, N: int) -> PairSpec:
             image_weights, text_weights = (2.5 * torch.rand(length, generator=generator) for length in (M, N))
             image_weights[M // 2] = 0.0
             return PairSpec(0, image_weights=image_weights, text_weights=text_weights)
+        case "ignore ids" | "ignore ids, no diagonal":
+            ids = make_pairs("int64 ids", M, N)
+            return replace(ids, ignore_ids=True, positive_offset=3 if kind == "ignore ids" else None)
+        case "masses" | "soft targets":
+            ids, weights = make_pairs("int32 ids", M, N), make_pairs("weights", M, N)
+            how, anchors = ("weights", "both") if kind == "masses" else ("soft_targets", "texts")
+            spec = replace(weights, image_ids=ids.image_ids, text_ids=ids.text_ids, multi_positive=how, anchors=anchors)
+            return spec.with_masses(torch.float32)
     return PairSpec(int(kind))
 
 
@@ -120,10 +130,18 @@ def gold_terms(inputs: Inputs, pairs: PairSpec) -> tuple[Tensor, Tensor, Tensor]
     weights = torch.ones_like(u)
     if pairs.image_weights is not None and pairs.text_weights is not None:
         weights = pairs.image_weights.double()[:, None] * pairs.text_weights.double()
-    sigmoid = weights * torch.sigmoid(a)
-    dz = torch.where(positive, -sigmoid, sigmoid)
     # Not F.softplus, which drops exp(-a) beyond its threshold.
-    return weights * (a.clamp(min=0) + torch.log1p(torch.exp(-a.abs()))), dz * u, dz
+    terms, dz = a.clamp(min=0) + torch.log1p(torch.exp(-a.abs())), torch.sigmoid(a)
+    if pairs.image_masses is not None and pairs.text_masses is not None:
+        mass = torch.where(positive, pairs.image_masses.double()[:, None] + pairs.text_masses.double(), 1.0)
+        soft = 1 - mass if pairs.multi_positive == "soft_targets" else torch.zeros_like(mass)
+        terms = mass * terms + soft * ((-a).clamp(min=0) + torch.log1p(torch.exp(-a.abs())))
+        dz = mass * dz - soft * torch.sigmoid(-a)
+    ignored = pairs.ignored_mask(*u.shape)
+    if ignored is not None:
+        weights = weights * ~ignored
+    dz = weights * torch.where(positive, -dz, dz)
+    return weights * terms, dz * u, dz
 
 
 def assert_right(
@@ -169,7 +187,7 @@ def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [SHAPE, (70, 129, 33)])
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("kind", ["5", "-7", "1000", "-1000", "none", "int32 ids", "int64 ids", "weights"])
+@pytest.mark.parametrize("kind", ["5", "-7", "1000", "-1000", "none", "int32 ids", "int64 ids", "weights", *KINDS])
 def test_labels_and_weights(kind: str, shape: tuple[int, int, int]) -> None:
     pairs = make_pairs(kind, *shape[:2])
     offset = pairs.positive_offset or 0
@@ -187,7 +205,7 @@ def test_ids_and_weights_together() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["0", "none", "weights"])
+@pytest.mark.parametrize("kind", ["0", "none", "weights", "ignore ids", "masses", "soft targets"])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_regimes(regime: tuple[float, float], kind: str, dtype: torch.dtype) -> None:
     # (0, 0): every e is 1, and the products of 1 + e must hold.
@@ -205,7 +223,7 @@ def test_products_hold_where_every_factor_is_two() -> None:
     assert float(block.sums[0]) == pytest.approx(130 * 260 * math.log(2), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["0", "int64 ids", "weights"])
+@pytest.mark.parametrize("kind", ["0", "int64 ids", "weights", "ignore ids", "soft targets"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("path")
 def test_outputs_that_are_not_wanted(kind: str, dtype: torch.dtype) -> None:

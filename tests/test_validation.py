@@ -55,6 +55,21 @@ def cases() -> list[Bad]:
         Bad({"image_ids": torch.arange(M)}, ValueError, ("image_ids", "without text_ids", "both or neither")),
         Bad({"text_ids": torch.arange(N)}, ValueError, ("text_ids", "without image_ids", "both or neither")),
         Bad({**IDS, "positive_offset": 3}, ValueError, ("positive_offset", "3", "image_ids", "expected 0")),
+        Bad({"ignore_ids": True}, ValueError, ("ignore_ids", "without image_ids and text_ids", "both")),
+        Bad({**IDS, "ignore_ids": 1}, TypeError, ("ignore_ids", "int", "bool")),
+        Bad({**IDS, "ignore_ids": None}, TypeError, ("ignore_ids", "NoneType", "bool")),
+        Bad({**IDS, "ignore_ids": True, "positive_offset": 0.5}, TypeError, ("positive_offset", "float")),
+        Bad({"multi_positive": "weights"}, ValueError, ("multi_positive", "'weights'", "without image_ids")),
+        Bad({**IDS, "multi_positive": "soft"}, ValueError, ("multi_positive", "'soft'", "'soft_targets'")),
+        Bad({**IDS, "multi_positive": True}, ValueError, ("multi_positive", "True", "'weights'")),
+        Bad(
+            {**IDS, "multi_positive": "weights", "ignore_ids": True},
+            ValueError,
+            ("multi_positive", "'weights'", "ignore_ids", "one of the two"),
+        ),
+        Bad({**IDS, "multi_positive": "weights", "anchors": "text"}, ValueError, ("anchors", "'text'", "'texts'")),
+        Bad({**IDS, "anchors": "images"}, ValueError, ("anchors", "'images'", "without multi_positive")),
+        Bad({"return_stats": "yes"}, TypeError, ("return_stats", "str", "bool")),
     ]
     for name, rows in (("image_features", M), ("text_features", N)):
         other = "text_features" if name == "image_features" else "image_features"
@@ -122,6 +137,8 @@ def title(case: Bad) -> str:
 def test_the_good_call_is_good() -> None:
     assert sigmoid_loss(**good()).isfinite()
     assert sigmoid_loss(**good(), **IDS).isfinite()
+    for offset in (None, 0, 3, -7, 1000):
+        assert sigmoid_loss(**good(), **IDS, ignore_ids=True, positive_offset=offset).isfinite()
     assert len(TABLE) >= 30
 
 

@@ -24,7 +24,14 @@ struct Block {
   Dtype logits;                 // float32 or float64
   Dtype operand;                // of dz
   int32_t loss_only;            // only sums[0] is wanted
+  int32_t ignore_ids;           // the offset says what is positive, other pairs of equal ids are left out
+  int32_t soft_targets;         // masses are targets, else factors of the weight
+  const void* image_masses;     // [rows] logits' dtype, or null: given with ids and weights
+  const void* text_masses;      // [cols]; a positive pair's mass is the sum of its two
+  double* stats;                // [8], or null: Σ z, number, least z, largest z, each of positives and of negatives
 };
+
+constexpr int kSums = 3, kStats = 8;
 
 // out = a·b, or += where `accumulate`; all row-major.
 struct Product {

@@ -9,7 +9,8 @@ enum class Function : int32_t { kExp, kLog1p, kToBfloat16, kToFloat16 };
 
 #define SIGLIP_DECLARE_LEVEL(level)                                                                            \
   namespace level {                                                                                            \
-  /* sums[3] of the tile rows × cols of the block, and its part of dz; u points to the tile's first element. */ \
+  /* sums[kSums] of the tile rows × cols of the block, kStats more where it wants stats, and its part of dz; */   \
+  /* u points to the tile's first element. */                                                                    \
   void epilogue(const Block& block, const void* u, int64_t u_stride, Range rows, Range cols, double* sums);    \
   /* For tests: the vector functions, element by element. */                                                   \
   void evaluate(Function function, Dtype dtype, const void* in, void* out, int64_t count);                     \

@@ -22,14 +22,28 @@ Epilogue epilogue_of(Level level) {
 }
 
 // Runs partial(task, sums) for every task and adds the sums up in the tasks' order, whoever ran them.
-template <class Partial>
-void sum_tasks(ParallelFor pool, int64_t tasks, double* sums, Partial&& partial) {
-  std::vector<std::array<double, 3>> parts(tasks);
+template <int kSize, class Partial>
+void sum_tasks_of(ParallelFor pool, int64_t tasks, const Block& block, Partial&& partial) {
+  std::vector<std::array<double, kSize>> parts(tasks);
   for_each_task(pool, tasks, [&](int64_t task) { partial(task, parts[task].data()); });
-  for (int s = 0; s < 3; ++s) {
-    sums[s] = 0;
-    for (const auto& part : parts) sums[s] += part[s];
+  for (int s = 0; s < kSums; ++s) {
+    block.sums[s] = 0;
+    for (const auto& part : parts) block.sums[s] += part[s];
   }
+  if constexpr (kSize > kSums)
+    for (int s = 0; s < kStats; ++s) {
+      double& total = block.stats[s] = parts[0][kSums + s];
+      for (int64_t task = 1; task < tasks; ++task) {
+        const double value = parts[task][kSums + s];
+        total = s < 4 ? total + value : s < 6 ? std::min(total, value) : std::max(total, value);
+      }
+    }
+}
+
+template <class Partial>
+void sum_tasks(ParallelFor pool, int64_t tasks, const Block& block, Partial&& partial) {
+  block.stats ? sum_tasks_of<kSums + kStats>(pool, tasks, block, partial)
+              : sum_tasks_of<kSums>(pool, tasks, block, partial);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -45,7 +59,7 @@ void siglip_epilogue(const Block* block, const void* u, int64_t u_stride, int32_
   const Epilogue epilogue = epilogue_of(static_cast<Level>(level));
   const int64_t rows = std::max<int64_t>(1, kPairs / std::max<int64_t>(1, block->cols));
   const int64_t size = block->logits == Dtype::kFloat64 ? 8 : 4;
-  sum_tasks(pool, ceil_div(block->rows, rows), block->sums, [&](int64_t task, double* sums) {
+  sum_tasks(pool, ceil_div(block->rows, rows), *block, [&](int64_t task, double* sums) {
     const Range range = part(task, rows, block->rows);
     epilogue(*block, static_cast<const char*>(u) + range.begin * u_stride * size, u_stride, range, {0, block->cols},
              sums);
@@ -77,7 +91,7 @@ void block_of(const Block& block, const void* x_data, const void* y_data, int64_
     pack_transposed_panel<Operand>(y + of_k.begin, features, of_k.size(), part(p, kPanel, block.cols),
                                    packed + p * panel_words + words<Operand>(of_k.begin) * kPanel);
   });
-  sum_tasks(pool, row_tasks * ceil_div(block.cols, kTileColumns), block.sums, [&](int64_t task, double* sums) {
+  sum_tasks(pool, row_tasks * ceil_div(block.cols, kTileColumns), block, [&](int64_t task, double* sums) {
     alignas(64) float tile[kTileRows * kTileColumns];
     const Range rows = part(task % row_tasks, rows_each, block.rows);
     const Range cols = part(task / row_tasks, kTileColumns, block.cols);

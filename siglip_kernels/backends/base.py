@@ -68,16 +68,18 @@ class BlockKernel(abc.ABC):
         y: Tensor,  # [c, D] operand dtype, rows contiguous
         scale: Tensor,  # [] float32, or float64 for float64 features
         bias: Tensor,  # [] the same dtype
-        pairs: PairSpec,  # of this block; weights in the scale's dtype
+        pairs: PairSpec,  # of this block; weights and masses in the scale's dtype, masses only beside weights
         *,
         sums: Tensor,  # float64 (float32 where the device has none), its first 3, out: the sums of the block's
-        # w·softplus(-s·z), dz·<x_i, y_j> and dz
+        # w·softplus(-s·z), dz·<x_i, y_j> and dz. A pair that is left out adds nothing, as if s·z were inf; what masses
+        # make of w, the term and dz is said in loss.py
         dz: Tensor | None,  # [r, c] operand dtype, out: dz_scale · -s·w·σ(-s·z); rows may be padded. None: not wanted
         dz_scale: Tensor | None,  # [] a power of two that keeps float16 from underflow; None: 1. Never part of sums
         workspace: Any,  # from ``workspace``
         loss_only: bool = False,  # no gradient is wanted at all: only sums[0] will be read
+        stats: Tensor | None = None,  # [8] the dtype of sums, out, as stats.py has it; None: not wanted
     ) -> None:
-        """Write ``sums`` and ``dz`` of the block; read nothing back to the host."""
+        """Write ``sums``, ``dz`` and ``stats`` of the block; read nothing back to the host."""
 
     def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, workspace: Any) -> None:
         """A gradient's product: ``out = a @ b``, or ``out += a @ b``; a is dz or its transpose, b features."""

@@ -115,6 +115,7 @@ class CpuBlockKernel(BlockKernel):
         dz_scale: Tensor | None,
         workspace: Workspace,
         loss_only: bool = False,
+        stats: Tensor | None = None,
     ) -> None:
         native, (r, D), c = self._native, x.shape, y.shape[0]
         # Kept here while the library runs: the Block holds only addresses.
@@ -137,6 +138,10 @@ class CpuBlockKernel(BlockKernel):
             DTYPES[x.dtype],
             loss_only,
         )
+        if pairs.ignore_ids or pairs.multi_positive is not None or stats is not None:
+            block.ignore_ids, block.soft_targets = pairs.ignore_ids, pairs.multi_positive == "soft_targets"
+            block.image_masses, block.text_masses = address(pairs.image_masses), address(pairs.text_masses)
+            block.stats = address(stats)
         products = self._products(x.dtype)
         if products == "ours":
             packed = workspace.packed.data_ptr()

@@ -39,6 +39,11 @@ class Block(Structure):
         ("logits", c_int32),
         ("operand", c_int32),
         ("loss_only", c_int32),
+        ("ignore_ids", c_int32),
+        ("soft_targets", c_int32),
+        ("image_masses", c_void_p),
+        ("text_masses", c_void_p),
+        ("stats", c_void_p),
     )
 
 

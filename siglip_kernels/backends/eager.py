@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.products import accumulates_in_float32, matmul_
+from siglip_kernels.stats import measure
 
 
 class Workspace(NamedTuple):
@@ -56,6 +58,7 @@ class EagerBlockKernel(BlockKernel):
         dz_scale: Tensor | None,
         workspace: Workspace,
         loss_only: bool = False,
+        stats: Tensor | None = None,
     ) -> None:
         r, c = x.shape[0], y.shape[0]
         u, a, terms = workspace if workspace.u.shape == (r, c) else (b.view(-1)[: r * c].view(r, c) for b in workspace)
@@ -63,8 +66,14 @@ class EagerBlockKernel(BlockKernel):
 
         matmul_(u, x, y.T)
         torch.mul(u, scale, out=a).add_(bias)
+        if stats is not None:
+            measure(a, pairs, stats)
         positive.negate_(a)
+        positive.leave_out_(a)
+        masses = None if pairs.image_masses is None else _Masses(pairs, positive.mask, a)
         torch.ops.aten.softplus.out(a, 1, 40, out=terms)
+        if masses is not None:
+            masses.share_terms_(terms)
         sums[0] = _weigh_(terms, pairs).sum()
         if loss_only:
             return
@@ -72,6 +81,8 @@ class EagerBlockKernel(BlockKernel):
         # Straight into dz where it is of the same kind.
         g = dz if dz is not None and dz_scale is None and dz.dtype is a.dtype and dz.is_contiguous() else a
         torch.sigmoid(a, out=g)
+        if masses is not None:
+            masses.share_gradient_(g)
         positive.negate_(g)
         _weigh_(g, pairs)
         # Not torch.dot: its plain accumulation errs by 5e-6 of Σ|terms| over a block, the cascade of sum by 4e-8.
@@ -86,13 +97,43 @@ class _Positives:
 
     def __init__(self, pairs: PairSpec, r: int, c: int) -> None:
         self.offset = pairs.positive_offset if pairs.may_have_positives(r, c) else None
-        self.mask = pairs.positive_mask(r, c) if pairs.has_ids else None
+        self.mask = pairs.positive_mask(r, c) if pairs.has_ids and not pairs.ignore_ids else None
+        self.ignored = pairs.ignored_mask(r, c) if pairs.ignore_ids else None
 
     def negate_(self, a: Tensor) -> None:
         if self.mask is not None:
             torch.where(self.mask, -a, a, out=a)
         elif self.offset is not None:
             a.diagonal(self.offset).neg_()
+
+    def leave_out_(self, a: Tensor) -> None:
+        """Softplus and sigmoid of -inf are 0."""
+        if self.ignored is not None:
+            a.masked_fill_(self.ignored, -math.inf)
+
+
+class _Masses:
+    """What a positive pair has of its anchors' masses: f, and 1 for every other pair.
+
+    "weights": the term and dz times f. "soft_targets": f·softplus(a) + (1 - f)·softplus(-a), f·σ(a) - (1 - f)·σ(-a).
+    """
+
+    def __init__(self, pairs: PairSpec, positive: Tensor | None, a: Tensor) -> None:
+        assert positive is not None
+        assert pairs.image_masses is not None
+        assert pairs.text_masses is not None
+        self.f = torch.where(positive, pairs.image_masses[:, None] + pairs.text_masses, 1.0)
+        self.opposite = -a if pairs.multi_positive == "soft_targets" else None
+
+    def share_terms_(self, terms: Tensor) -> None:
+        terms.mul_(self.f)
+        if self.opposite is not None:
+            terms.addcmul_(torch.ops.aten.softplus(self.opposite, 1, 40), 1 - self.f)
+
+    def share_gradient_(self, g: Tensor) -> None:
+        g.mul_(self.f)
+        if self.opposite is not None:
+            g.addcmul_(self.opposite.sigmoid(), 1 - self.f, value=-1)
 
 
 def _weigh_(a: Tensor, pairs: PairSpec) -> Tensor:

@@ -57,24 +57,40 @@ void expect_close(double value, double right, double tolerance, const char* what
   std::exit(1);
 }
 
-enum class Labels { kNone, kDiagonal, kIds, kWeights };
+enum class Labels { kNone, kDiagonal, kIds, kWeights, kStats, kWeightsStats, kIgnore, kMasses, kSoftTargets };
 
-// Dz and sums of a block, defined.
+double softplus(double a) { return std::max(a, 0.0) + std::log1p(std::exp(-std::abs(a))); }
+double sigmoid(double a) { return 1 / (1 + std::exp(-a)); }
+
+// Dz, sums and stats of a block, defined.
 struct Expected {
   std::vector<double> dz;
-  double sums[3] = {};
+  double sums[kSums] = {}, stats[kStats] = {0, 0, 0, 0, INFINITY, INFINITY, -INFINITY, -INFINITY};
 
-  Expected(const Block& block, const std::vector<double>& u, double scale, double bias, const float* weights) {
+  Expected(const Block& block, const std::vector<double>& u, double scale, double bias, const float* weights,
+           const float* masses) {
     for (int64_t i = 0; i < block.rows; ++i)
       for (int64_t j = 0; j < block.cols; ++j) {
-        const bool positive =
-            block.image_ids ? block.image_ids[i] == block.text_ids[j] : i + block.offset == j;
-        const double s = positive ? 1 : -1, a = -s * (scale * u[i * block.cols + j] + bias);
+        const bool same = block.image_ids && block.image_ids[i] == block.text_ids[j];
+        const bool positive = block.image_ids && !block.ignore_ids ? same : i + block.offset == j;
+        const double z = scale * u[i * block.cols + j] + bias, s = positive ? 1 : -1;
         const double weight = weights ? double(weights[i]) * weights[j] : 1;
-        dz.push_back(-s * weight / (1 + std::exp(-a)));
-        sums[0] += weight * (std::max(a, 0.0) + std::log1p(std::exp(-std::abs(a))));
+        const double mass = masses && positive ? double(masses[i]) + masses[j] : 1;
+        const double rest = block.soft_targets ? 1 - mass : 0;
+        if (same && !positive) {
+          dz.push_back(0);
+          continue;
+        }
+        dz.push_back(-s * weight * (mass * sigmoid(-s * z) - rest * sigmoid(s * z)));
+        sums[0] += weight * (mass * softplus(-s * z) + rest * softplus(s * z));
         sums[1] += dz.back() * u[i * block.cols + j];
         sums[2] += dz.back();
+        if (weight == 0) continue;
+        const int which = positive ? 0 : 1;
+        stats[which] += z;
+        stats[2 + which] += 1;
+        stats[4 + which] = std::min(stats[4 + which], z);
+        stats[6 + which] = std::max(stats[6 + which], z);
       }
   }
 };
@@ -86,7 +102,8 @@ struct Case {
 
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
-  for (Labels labels : {Labels::kNone, Labels::kDiagonal, Labels::kIds, Labels::kWeights})
+  for (Labels labels : {Labels::kNone, Labels::kDiagonal, Labels::kIds, Labels::kWeights, Labels::kStats,
+                        Labels::kWeightsStats, Labels::kIgnore, Labels::kMasses, Labels::kSoftTargets})
     for (auto [rows, cols] : {std::pair{1, 1}, {3, 5}, {33, 65}, {70, 300}}) cases.push_back({rows, cols, labels});
   return cases;
 }
@@ -95,11 +112,17 @@ std::vector<Case> all_cases() {
 struct Inputs {
   float scale = 7, bias = -3;
   std::vector<int64_t> ids;
-  std::vector<float> weights;
-  double sums[3];
+  std::vector<float> weights, masses;
+  double sums[kSums], stats[kStats];
   Block block{};
 
-  explicit Inputs(const Case& c) : ids(std::max(c.rows, c.cols)), weights(uniform<float>(ids.size(), 0, 2)) {
+  explicit Inputs(const Case& c)
+      : ids(std::max(c.rows, c.cols)),
+        weights(uniform<float>(ids.size(), 0, 2)),
+        masses(uniform<float>(ids.size(), 0.1, 0.5)) {
+    weights[weights.size() / 2] = 0;
+    const bool has_masses = c.labels == Labels::kMasses || c.labels == Labels::kSoftTargets;
+    const bool has_weights = has_masses || c.labels == Labels::kWeights || c.labels == Labels::kWeightsStats;
     for (size_t i = 0; i < ids.size(); ++i) ids[i] = int64_t(i % 5);
     block.rows = c.rows;
     block.cols = c.cols;
@@ -107,23 +130,32 @@ struct Inputs {
     block.bias = &bias;
     block.offset = c.labels == Labels::kNone ? c.cols : 2;
     block.sums = sums;
-    if (c.labels == Labels::kIds) block.image_ids = block.text_ids = ids.data();
-    if (c.labels == Labels::kWeights) block.image_weights = block.text_weights = weights.data();
+    block.ignore_ids = c.labels == Labels::kIgnore;
+    block.soft_targets = c.labels == Labels::kSoftTargets;
+    if (c.labels == Labels::kIds || block.ignore_ids || has_masses) block.image_ids = block.text_ids = ids.data();
+    if (has_weights) block.image_weights = block.text_weights = weights.data();
+    if (has_masses) block.image_masses = block.text_masses = masses.data();
+    if (c.labels != Labels::kMasses && c.labels >= Labels::kStats) block.stats = stats;
   }
 
-  const float* weights_or_null() const { return block.image_weights ? weights.data() : nullptr; }
+  Expected expected(const std::vector<double>& u) const {
+    return {block, u, scale, bias, block.image_weights ? weights.data() : nullptr,
+            block.image_masses ? masses.data() : nullptr};
+  }
 
   void expect(const Expected& right, double tolerance, const char* what) const {
     const double size = double(block.rows * block.cols);
     for (int s = 0; s < (block.loss_only ? 1 : 3); ++s)
       expect_close(sums[s], right.sums[s], tolerance * size, what, s);
+    for (int s = 0; block.stats && s < kStats; ++s)
+      if (stats[s] != right.stats[s]) expect_close(stats[s], right.stats[s], 10 * tolerance * size, what, kSums + s);
   }
 };
 
 void test_epilogue(const Case& c, int32_t level) {
   Inputs inputs(c);
   const auto u = uniform<float>(c.rows * c.cols, -1, 1);
-  const Expected right(inputs.block, {u.begin(), u.end()}, inputs.scale, inputs.bias, inputs.weights_or_null());
+  const Expected right = inputs.expected({u.begin(), u.end()});
   auto in_place = u;
   inputs.block.dz = in_place.data();
   inputs.block.dz_stride = c.cols;
@@ -158,11 +190,13 @@ void test_float64(const Case& c, int32_t level) {
   const double scale = inputs.scale, bias = inputs.bias;
   const auto u = uniform<double>(c.rows * c.cols, -1, 1);
   const std::vector<double> weights(inputs.weights.begin(), inputs.weights.end());
-  const Expected right(inputs.block, u, scale, bias, inputs.weights_or_null());
+  const std::vector<double> masses(inputs.masses.begin(), inputs.masses.end());
+  const Expected right = inputs.expected(u);
   auto dz = u;
   inputs.block.scale = &scale;
   inputs.block.bias = &bias;
   if (inputs.block.image_weights) inputs.block.image_weights = inputs.block.text_weights = weights.data();
+  if (inputs.block.image_masses) inputs.block.image_masses = inputs.block.text_masses = masses.data();
   inputs.block.logits = inputs.block.operand = Dtype::kFloat64;
   inputs.block.dz = dz.data();
   inputs.block.dz_stride = c.cols;
@@ -221,7 +255,7 @@ void test_block(const Case& c, int64_t features) {
     for (int64_t j = 0; j < c.cols; ++j)
       for (int64_t f = 0; f < features; ++f)
         u[i * c.cols + j] += Operand::wide(x[i * features + f]) * Operand::wide(y[j * features + f]);
-  const Expected right(inputs.block, u, inputs.scale, inputs.bias, inputs.weights_or_null());
+  const Expected right = inputs.expected(u);
   std::vector<typename Operand::Element> dz(c.rows * c.cols);
   inputs.block.dz = dz.data();
   inputs.block.dz_stride = c.cols;

@@ -76,10 +76,11 @@ class TritonBlockKernel(BlockKernel):
         dz_scale: Tensor | None,
         workspace: Tensor,
         loss_only: bool = False,
+        stats: Tensor | None = None,
     ) -> None:
         from siglip_kernels.backends.triton.launch import launch_block
 
-        launch_block(architecture(x.device), x, y, scale, bias, pairs, sums, dz, dz_scale, workspace, loss_only)
+        launch_block(architecture(x.device), x, y, scale, bias, pairs, sums, dz, dz_scale, workspace, loss_only, stats)
 
 
 def architecture(device: torch.device) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,12 +43,16 @@ SMALL = {
     ("gfx942", 2): Config(64, 64, 64, num_warps=4, num_stages=2),
     ("gfx942", 4): Config(64, 64, 32, num_warps=4, num_stages=2),
 }
+# Columns of a tile where pairs are left out, have masses or are counted: at 128 that spills on all but sm_80.
+GENERAL_BLOCK_N = 64
 # A large tile must have this many siblings: about one for each multiprocessor of the parts above.
 ENOUGH_TILES = 128
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TMA = ("sm_90", "sm_100")
 # How the kernel is told where the positives are; its LABELS_… constants.
-LABELS = {"none": 0, "offset": 1, "ids": 2}
+LABELS = {"none": 0, "offset": 1, "ids": 2, "ignore": 3}
+# How a positive pair's mass is used, where it has one; for ids and weights.
+MASSES = ("none", "weights", "soft_targets")
 
 
 def family(arch: str) -> str:
@@ -60,12 +64,17 @@ def family(arch: str) -> str:
     return "sm_90" if number == 90 else "sm_100" if 100 <= number < 120 else "sm_80"
 
 
-def choose(arch: str, M: int, N: int, D: int, dtype: torch.dtype) -> Config:
-    """The configuration for [M, D] images and [N, D] texts of ``dtype``."""
+def choose(arch: str, M: int, N: int, D: int, dtype: torch.dtype, general: bool = False) -> Config:
+    """The configuration for [M, D] images and [N, D] texts of ``dtype``; ``general``: as is_general says."""
     key = family(arch), dtype.itemsize
-    large = LARGE[key]
+    large, small = (narrowed(table[key]) if general else table[key] for table in (LARGE, SMALL))
     tiles = -(-M // large.block_m) * -(-N // large.block_n)
-    return large if tiles >= ENOUGH_TILES else SMALL[key]
+    return large if tiles >= ENOUGH_TILES else small
+
+
+def narrowed(config: Config) -> Config:
+    """For a kernel that keeps more in registers: fewer columns, over more threads."""
+    return replace(config, block_n=min(config.block_n, GENERAL_BLOCK_N), num_warps=8)
 
 
 def most_tiles(M: int, N: int) -> int:
@@ -89,10 +98,17 @@ class Variant:
     config: Config
     use_tma: bool
     precision: str
-    labels: str = "offset"  # "none" | "offset" | "ids"
+    labels: str = "offset"  # "none" | "offset" | "ids" | "ignore"
     has_weights: bool = False
     loss_only: bool = False
     write_dz: bool = True
+    masses: str = "none"  # of MASSES
+    stats: bool = False
+
+
+def is_general(labels: str, masses: str, stats: bool) -> bool:
+    """Whether pairs are left out, have masses or are counted."""
+    return labels == "ignore" or masses != "none" or stats
 
 
 # What is asked of the kernel: the uses that shape its code most, and all there are.
@@ -102,12 +118,28 @@ USES: tuple[dict[str, Any], ...] = (
     {"labels": "ids", "has_weights": True},
     {"labels": "offset", "loss_only": True, "write_dz": False},
     {"labels": "offset", "write_dz": False},
+    {"labels": "ignore"},
+    {"labels": "ids", "has_weights": True, "masses": "weights"},
+    {"labels": "ids", "has_weights": True, "masses": "soft_targets"},
+    {"labels": "offset", "stats": True},
+    {"labels": "ignore", "has_weights": True, "stats": True},
+    {"labels": "ids", "has_weights": True, "masses": "soft_targets", "stats": True},
 )
 EVERY_USE: tuple[dict[str, Any], ...] = tuple(
-    {"labels": labels, "has_weights": has_weights, "loss_only": loss_only, "write_dz": write_dz}
+    {
+        "labels": labels,
+        "has_weights": has_weights,
+        "loss_only": loss_only,
+        "write_dz": write_dz,
+        "masses": masses,
+        "stats": stats,
+    }
+    for stats in (False, True)
+    for masses in MASSES
     for labels in LABELS
     for has_weights in (False, True)
     for loss_only, write_dz in ((False, True), (False, False), (True, False))
+    if masses == "none" or (labels == "ids" and has_weights)
 )
 
 
@@ -119,4 +151,6 @@ def shipped(every: bool = False) -> Iterator[Variant]:
                 config = table[arch, dtype.itemsize]
                 for precise in dict.fromkeys(precision(arch, dtype, tf32) for tf32 in (False, True)):
                     for use in EVERY_USE if every else USES:
-                        yield Variant(arch, dtype, config, arch in TMA, precise, **use)
+                        plain = Variant(arch, dtype, config, arch in TMA, precise, **use)
+                        general = is_general(plain.labels, plain.masses, plain.stats)
+                        yield replace(plain, config=narrowed(config)) if general else plain

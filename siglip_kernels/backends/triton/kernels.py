@@ -12,6 +12,7 @@ import triton.language as tl
 LABELS_NONE = tl.constexpr(0)
 LABELS_OFFSET = tl.constexpr(1)
 LABELS_IDS = tl.constexpr(2)
+LABELS_IGNORE = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
 # Columns that the running product Π(1 + e) of a row keeps apart: at most BLOCK_N / 8 factors of 2 meet in one product.
 PRODUCTS = tl.constexpr(8)
@@ -32,6 +33,9 @@ def _sigmoid_block_kernel(
     text_ids_ptr,  # [N] integer or None
     image_weights_ptr,  # [M] float32 or None
     text_weights_ptr,  # [N] float32 or None
+    image_masses_ptr,  # [M] float32 or None; given with LABELS_IDS and HAS_WEIGHTS alone
+    text_masses_ptr,  # [N] float32 or None
+    stats_ptr,  # [8, programs] float32, out, or None; the rows are those of stats.py
     M,
     N,
     D,
@@ -41,6 +45,7 @@ def _sigmoid_block_kernel(
     positive_offset,
     LABELS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    SOFT_TARGETS: tl.constexpr,
     LOSS_ONLY: tl.constexpr,
     WRITE_DZ: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -70,8 +75,12 @@ def _sigmoid_block_kernel(
     product = tl.zeros((BLOCK_M, PRODUCTS), tl.float32)
     if HAS_WEIGHTS:
         image_weights = tl.load(image_weights_ptr + offs_m, mask=mask_m, other=0.0)
-    if LABELS == LABELS_IDS:
+    if LABELS >= LABELS_IDS:
         image_ids = tl.load(image_ids_ptr + offs_m, mask=mask_m, other=0)
+    if image_masses_ptr is not None:
+        image_masses = tl.load(image_masses_ptr + offs_m, mask=mask_m, other=0.0)
+    if stats_ptr is not None:
+        positives, negatives = _no_logits(BLOCK_M), _no_logits(BLOCK_M)
 
     QUARTER: tl.constexpr = BLOCK_N // 4
     quarters = _quarters(acc, BLOCK_M, BLOCK_N)
@@ -95,9 +104,16 @@ def _sigmoid_block_kernel(
                 # A factor, not a mask: on CDNA masks spill scalar registers.
                 sign = tl.where(image_ids[:, None] == text_ids[None, :], -1.0, 1.0)
                 a = a * sign
+            if LABELS == LABELS_IGNORE:
+                text_ids = tl.load(text_ids_ptr + offs_n, mask=mask_n, other=0)
+                sign = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -1.0, 1.0)
+                # Left out as what is out of range is.
+                same = image_ids[:, None] == text_ids[None, :]
+                a = tl.where(same & (sign > 0), float("-inf"), a * sign)
             if (start_m + BLOCK_M > M) | (start_n + QUARTER > N):
                 # Out of range: softplus and sigmoid of -inf are 0.
-                a = tl.where(mask_m[:, None] & mask_n[None, :], a, float("-inf"))
+                # Soft targets want softplus(-a) too: finite, and times a weight of 0.
+                a = tl.where(mask_m[:, None] & mask_n[None, :], a, -1e4 if SOFT_TARGETS else float("-inf"))
 
             # Folding log2(e) into scale and bias would save this product, but their rounding is the same for every
             # pair: at z = -10 it shifts σ by 5e-7.
@@ -105,6 +121,14 @@ def _sigmoid_block_kernel(
             if HAS_WEIGHTS:
                 text_weights = tl.load(text_weights_ptr + offs_n, mask=mask_n, other=0.0)
                 softplus = tl.maximum(a, 0.0) + _log1p(e)
+                if image_masses_ptr is not None:
+                    text_masses = tl.load(text_masses_ptr + offs_n, mask=mask_n, other=0.0)
+                    mass = tl.where(sign < 0, image_masses[:, None] + text_masses[None, :], 1.0)
+                    if SOFT_TARGETS:
+                        # mass · softplus(a) + (1 - mass) · softplus(-a)
+                        softplus = mass * tl.maximum(a, 0.0) + (1.0 - mass) * tl.maximum(-a, 0.0) + _log1p(e)
+                    else:
+                        softplus = softplus * mass
                 sum_loss += _lane_sums(softplus * text_weights[None, :], BLOCK_M, QUARTER)
             else:
                 # Σ log1p(e) = log1p(p), where p gathers Π(1 + e) - 1 without forming 1 + e.
@@ -112,16 +136,36 @@ def _sigmoid_block_kernel(
                 product = product + p + product * p
                 sum_loss += _lane_sums(tl.maximum(a, 0.0), BLOCK_M, QUARTER)
 
+            if stats_ptr is not None:
+                z = u * scale + bias
+                valid = mask_m[:, None] & mask_n[None, :]
+                if HAS_WEIGHTS:
+                    valid = valid & (image_weights != 0)[:, None] & (text_weights != 0)[None, :]
+                if LABELS == LABELS_IGNORE:
+                    valid = valid & ((sign < 0) | (image_ids[:, None] != text_ids[None, :]))
+                if LABELS >= LABELS_IDS:
+                    positives = _add_logits(positives, z, valid & (sign < 0), BLOCK_M, QUARTER)
+                    valid = valid & (sign > 0)
+                if LABELS == LABELS_OFFSET:
+                    diagonal = (offs_m + positive_offset)[:, None] == offs_n[None, :]
+                    positives = _add_logits(positives, z, valid & diagonal, BLOCK_M, QUARTER)
+                    valid = valid & ~diagonal
+                negatives = _add_logits(negatives, z, valid, BLOCK_M, QUARTER)
+
             if not LOSS_ONLY:
                 # σ(a) and σ(-a) are 1 and e over 1 + e; rsqrt squared is the shortest reciprocal.
                 root = tl.rsqrt(1.0 + e)
                 g = tl.where(a >= 0, 1.0, e) * (root * root)
+                if image_masses_ptr is not None:
+                    g = g * mass
+                if SOFT_TARGETS:
+                    g = g - (1.0 - mass) * (tl.where(a >= 0, e, 1.0) * (root * root))
                 if HAS_WEIGHTS:
                     g = g * (image_weights[:, None] * text_weights[None, :])
                 if LABELS == LABELS_OFFSET:
                     if on_diagonal:
                         g = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -g, g)
-                if LABELS == LABELS_IDS:
+                if LABELS >= LABELS_IDS:
                     g = g * sign
                 sum_dzu += _lane_sums(g * u, BLOCK_M, QUARTER)
                 sum_dz += _lane_sums(g, BLOCK_M, QUARTER)
@@ -144,6 +188,9 @@ def _sigmoid_block_kernel(
     if not LOSS_ONLY:
         tl.store(partials_ptr + programs + pid, tl.sum(sum_dzu))
         tl.store(partials_ptr + 2 * programs + pid, tl.sum(sum_dz))
+    if stats_ptr is not None:
+        _store_logits(stats_ptr + pid, positives, programs)
+        _store_logits(stats_ptr + programs + pid, negatives, programs)
 
 
 @triton.jit
@@ -206,6 +253,36 @@ def _log1p(p):
 
 
 @triton.jit
+def _no_logits(ROWS: tl.constexpr):
+    """Σ z, number, least z and least -z of none, [ROWS, LANES] each."""
+    zeros = tl.zeros((ROWS, LANES), tl.float32)
+    inf = tl.full((ROWS, LANES), float("inf"), tl.float32)
+    return zeros, zeros, inf, inf
+
+
+@triton.jit
+def _add_logits(known, z, chosen, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``known`` as from _no_logits, with the ``chosen`` of z [ROWS, COLS]."""
+    total, count, least, least_negated = known
+    inf = float("inf")
+    total += _lane_sums(tl.where(chosen, z, 0.0), ROWS, COLS)
+    count += _lane_sums(tl.where(chosen, 1.0, 0.0), ROWS, COLS)
+    least = tl.minimum(least, _lane_minima(tl.where(chosen, z, inf), ROWS, COLS))
+    least_negated = tl.minimum(least_negated, _lane_minima(tl.where(chosen, -z, inf), ROWS, COLS))
+    return total, count, least, least_negated
+
+
+@triton.jit
+def _store_logits(at, known, programs):
+    """Into every other row of [8, programs], from ``at`` on."""
+    total, count, least, least_negated = known
+    tl.store(at, tl.sum(total))
+    tl.store(at + 2 * programs, tl.sum(count))
+    tl.store(at + 4 * programs, tl.min(tl.min(least, 1), 0))
+    tl.store(at + 6 * programs, -tl.min(tl.min(least_negated, 1), 0))
+
+
+@triton.jit
 def _halves(t, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Two [ROWS, COLS / 2]: left and right. In a tensor-core layout this moves no data."""
     return tl.split(tl.permute(tl.reshape(t, (ROWS, 2, COLS // 2)), (0, 2, 1)))
@@ -239,3 +316,14 @@ def _lane_sums(t, ROWS: tl.constexpr, COLS: tl.constexpr):
     else:
         left, right = _halves(t, ROWS, COLS)
         return _lane_sums(left + right, ROWS, COLS // 2)
+
+
+@triton.jit
+def _lane_minima(t, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, LANES]: as _lane_sums."""
+    if COLS == 2 * LANES:
+        left, right = tl.split(tl.reshape(t, (ROWS, LANES, 2)))
+        return tl.minimum(left, right)
+    else:
+        left, right = _halves(t, ROWS, COLS)
+        return _lane_minima(tl.minimum(left, right), ROWS, COLS // 2)

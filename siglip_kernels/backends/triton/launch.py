@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel
 from siglip_kernels.pairs import PairSpec
+from siglip_kernels.stats import SIZE, merged
 
 
 def launch_block(
@@ -26,14 +27,17 @@ def launch_block(
     dz_scale: Tensor | None,  # [] float32
     partials: Tensor,  # at least 3 · tiles float32
     loss_only: bool,
+    stats: Tensor | None = None,  # [8] float64, out
 ) -> None:
     x, y = _aligned(x), _aligned(y)
     (M, D), N = x.shape, y.shape[0]
-    config = configs.choose(arch, M, N, D, x.dtype)
+    has_positives = pairs.may_have_positives(M, N)
+    labels, masses = _labels(pairs, has_positives), pairs.multi_positive or "none"
+    config = configs.choose(arch, M, N, D, x.dtype, configs.is_general(labels, masses, stats is not None))
     use_tma = configs.family(arch) in configs.TMA
-    labels = "ids" if pairs.has_ids else "offset" if pairs.may_have_positives(M, N) else "none"
     programs = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     partials = partials[: 3 * programs].view(3, programs)
+    stats_partials = None if stats is None else partials.new_empty(SIZE, programs)
 
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         _sigmoid_block_kernel[(programs,)](
@@ -48,15 +52,19 @@ def launch_block(
             pairs.text_ids,
             pairs.image_weights,
             pairs.text_weights,
+            pairs.image_masses,
+            pairs.text_masses,
+            stats_partials,
             M,
             N,
             D,
             x.stride(0),
             y.stride(0),
             0 if dz is None else dz.stride(0),
-            pairs.positive_offset or 0,
+            pairs.positive_offset or 0 if has_positives else N,
             LABELS=configs.LABELS[labels],
             HAS_WEIGHTS=pairs.has_weights,
+            SOFT_TARGETS=masses == "soft_targets",
             LOSS_ONLY=loss_only,
             WRITE_DZ=dz is not None,
             USE_TMA=use_tma,
@@ -70,6 +78,14 @@ def launch_block(
         )
     written = 1 if loss_only else 3
     torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
+    if stats is not None and stats_partials is not None:
+        stats.copy_(merged([stats_partials.T.to(stats.dtype)], stats.device, stats.dtype))
+
+
+def _labels(pairs: PairSpec, has_positives: bool) -> str:
+    if pairs.ignore_ids:
+        return "ignore"
+    return "ids" if pairs.has_ids else "offset" if has_positives else "none"
 
 
 def _aligned(t: Tensor) -> Tensor:

@@ -1,0 +1,79 @@
+"""Diagnostics of the logits, from the pass that forms the loss: mean, least, largest and number, by class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.pairs import PairSpec
+
+# What a block kernel writes, each of positives and of negatives: Σ z, their number, the least z, the largest z.
+SUMS, MINIMA, MAXIMA = slice(0, 4), slice(4, 6), slice(6, 8)
+SIZE = 8
+_EMPTY = ((4, 0.0), (2, math.inf), (2, -math.inf))  # how many of each value
+
+
+class LogitStats(NamedTuple):
+    """The logits z = t·<x_i, y_j> + b of positive and of negative pairs, detached; all tensors of shape [].
+
+    Pairs that are left out, and those whose image or text weighs 0, are in neither class. A mean that a NaN logit is
+    part of is NaN; the least and the largest may pass it over. Of no pairs the mean is NaN, the least +inf, the
+    largest -inf.
+    """
+
+    positive_mean: Tensor  # the loss's dtype, as are the least and the largest
+    positive_min: Tensor
+    positive_max: Tensor
+    positive_count: Tensor  # int64
+    negative_mean: Tensor
+    negative_min: Tensor
+    negative_max: Tensor
+    negative_count: Tensor
+
+
+def logit_stats(totals: Tensor, dtype: torch.dtype) -> LogitStats:
+    """Of ``totals`` [8], as block kernels write them and :func:`merged` adds them up."""
+    positive_sum, negative_sum, positives, negatives, *extremes = totals.unbind()
+    means = positive_sum / positives, negative_sum / negatives
+    mean, others = (m.to(dtype) for m in means), (m.to(dtype) for m in extremes)
+    positive_mean, negative_mean = mean
+    positive_min, negative_min, positive_max, negative_max = others
+    return LogitStats(
+        *(positive_mean, positive_min, positive_max, positives.to(torch.int64)),
+        *(negative_mean, negative_min, negative_max, negatives.to(torch.int64)),
+    )
+
+
+def merged(parts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[8] of all blocks; ``parts``: [blocks, 8] each, none of them empty."""
+    if not parts:
+        return torch.cat([torch.full((n,), v, dtype=dtype, device=device) for n, v in _EMPTY])
+    every = torch.cat([*parts])
+    return torch.cat([every[:, SUMS].sum(0), every[:, MINIMA].amin(0), every[:, MAXIMA].amax(0)])
+
+
+def measure(z: Tensor, pairs: PairSpec, out: Tensor) -> None:
+    """``out`` [8] of the logits z [M, N], materialised."""
+    M, N = z.shape
+    positive, valid = pairs.positive_mask(M, N, z.device), valid_mask(pairs, z)
+    classes = positive & valid, ~positive & valid
+    for index, chosen in enumerate(classes):
+        out[index] = torch.where(chosen, z, 0.0).sum(dtype=out.dtype)
+        out[2 + index] = chosen.sum()
+        out[4 + index] = torch.where(chosen, z, math.inf).amin()
+        out[6 + index] = torch.where(chosen, z, -math.inf).amax()
+
+
+def valid_mask(pairs: PairSpec, z: Tensor) -> Tensor:
+    """[M, N] bool: the pairs that are neither left out nor of weight 0."""
+    ignored = pairs.ignored_mask(*z.shape)
+    valid = torch.ones_like(z, dtype=torch.bool) if ignored is None else ~ignored
+    if pairs.image_weights is not None:
+        valid &= (pairs.image_weights != 0)[:, None]
+    if pairs.text_weights is not None:
+        valid &= (pairs.text_weights != 0)[None, :]
+    return valid
