@@ -23,9 +23,9 @@ Epilogue epilogue_of(Level level) {
 
 // Runs partial(task, sums) for every task and adds the sums up in the tasks' order, whoever ran them.
 template <int kSize, class Partial>
-void sum_tasks_of(ParallelFor pool, int64_t tasks, const Block& block, Partial&& partial) {
+void sum_tasks_of(ParallelFor pool, int64_t tasks, int64_t work, const Block& block, Partial&& partial) {
   std::vector<std::array<double, kSize>> parts(tasks);
-  for_each_task(pool, tasks, [&](int64_t task) { partial(task, parts[task].data()); });
+  for_each_task(pool, tasks, work, [&](int64_t task) { partial(task, parts[task].data()); });
   for (int s = 0; s < kSums; ++s) {
     block.sums[s] = 0;
     for (const auto& part : parts) block.sums[s] += part[s];
@@ -41,10 +41,13 @@ void sum_tasks_of(ParallelFor pool, int64_t tasks, const Block& block, Partial&&
 }
 
 template <class Partial>
-void sum_tasks(ParallelFor pool, int64_t tasks, const Block& block, Partial&& partial) {
-  block.stats ? sum_tasks_of<kSums + kStats>(pool, tasks, block, partial)
-              : sum_tasks_of<kSums>(pool, tasks, block, partial);
+void sum_tasks(ParallelFor pool, int64_t tasks, int64_t work, const Block& block, Partial&& partial) {
+  block.stats ? sum_tasks_of<kSums + kStats>(pool, tasks, work, block, partial)
+              : sum_tasks_of<kSums>(pool, tasks, work, block, partial);
 }
+
+// Picoseconds of one thread, about: a pair's epilogue, a packed word, a word's multiplication with another.
+constexpr int64_t kPair = 500, kPackedWord = 200, kMultiplied = 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 Range part(int64_t index, int64_t size, int64_t end) { return {index * size, std::min(end, (index + 1) * size)}; }
@@ -59,7 +62,8 @@ void siglip_epilogue(const Block* block, const void* u, int64_t u_stride, int32_
   const Epilogue epilogue = epilogue_of(static_cast<Level>(level));
   const int64_t rows = std::max<int64_t>(1, kPairs / std::max<int64_t>(1, block->cols));
   const int64_t size = block->logits == Dtype::kFloat64 ? 8 : 4;
-  sum_tasks(pool, ceil_div(block->rows, rows), *block, [&](int64_t task, double* sums) {
+  const int64_t work = block->rows * block->cols * kPair;
+  sum_tasks(pool, ceil_div(block->rows, rows), work, *block, [&](int64_t task, double* sums) {
     const Range range = part(task, rows, block->rows);
     epilogue(*block, static_cast<const char*>(u) + range.begin * u_stride * size, u_stride, range, {0, block->cols},
              sums);
@@ -85,13 +89,15 @@ void block_of(const Block& block, const void* x_data, const void* y_data, int64_
   const int64_t rows_each = block.rows * block.cols < 256 * 256 ? 6 : kTileRows;  // work for every thread
   const int64_t panel_words = words<Operand>(features) * kPanel, row_tasks = ceil_div(block.rows, rows_each);
   const int64_t pieces = ceil_div(features, kPackedAtOnce);
-  for_each_task(pool, panels(block.cols) * pieces, [&](int64_t task) {
+  for_each_task(pool, panels(block.cols) * pieces, panels(block.cols) * panel_words * kPackedWord, [&](int64_t task) {
     const int64_t p = task / pieces;
     const Range of_k = part(task % pieces, kPackedAtOnce, features);
     pack_transposed_panel<Operand>(y + of_k.begin, features, of_k.size(), part(p, kPanel, block.cols),
                                    packed + p * panel_words + words<Operand>(of_k.begin) * kPanel);
   });
-  sum_tasks(pool, row_tasks * ceil_div(block.cols, kTileColumns), block, [&](int64_t task, double* sums) {
+  const int64_t tasks = row_tasks * ceil_div(block.cols, kTileColumns);
+  const int64_t work = block.rows * block.cols * (words<Operand>(features) * kMultiplied + kPair);
+  sum_tasks(pool, tasks, work, block, [&](int64_t task, double* sums) {
     alignas(64) float tile[kTileRows * kTileColumns];
     const Range rows = part(task % row_tasks, rows_each, block.rows);
     const Range cols = part(task / row_tasks, kTileColumns, block.cols);
@@ -111,14 +117,14 @@ void product_of(const Product& product, ParallelFor pool) {
   const auto* a = static_cast<const typename Operand::Element*>(product.a);
   const auto* b = static_cast<const typename Operand::Element*>(product.b);
   uint32_t* const packed = product.packed;
-  for_each_task(pool, of_b + of_a, [&](int64_t p) {
+  for_each_task(pool, of_b + of_a, (of_b + of_a) * panel_words * kPackedWord, [&](int64_t p) {
     if (p < of_b)
       pack_panel<Operand>(b, n, k, part(p, kPanel, n), packed + p * panel_words);
     else
       pack_panel<Operand>(a, product.a_stride, k, part(p - of_b, kPanel, m), packed + p * panel_words);
   });
   const int64_t groups = ceil_div(of_b, kProductPanels);
-  for_each_task(pool, panels(m) * groups, [&](int64_t task) {
+  for_each_task(pool, panels(m) * groups, m * n * words<Operand>(k) * kMultiplied, [&](int64_t task) {
     const int64_t row_panel = task / groups;
     const Range rows = part(row_panel, kPanel, m), group = part(task % groups, kProductPanels, of_b);
     const Left left = product.transpose ? transposed(packed + (of_b + row_panel) * panel_words)
