@@ -1,7 +1,7 @@
 """``python -m bench``: gradient check, then ours beside the floor and the rivals; table, CSV, Markdown, plot.
 
 ``python -m bench gpu``: all that is to be known of a GPU. ``python -m bench readme``: the README's tables.
-``python -m bench scaling``: what a model says of a cluster.
+``python -m bench scaling``: what a model says of a cluster. ``python -m bench study``: an experiment.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu, problems, readme, report, scaling_report
+from bench import gpu, problems, readme, report, scaling_report, study_report
 from bench.contenders import ours
 from bench.measure import measure, measure_alone
 from bench.problems import MEMORY_PROBLEM, Problem
 from bench.progress import Progress
 from siglip_kernels.__main__ import check
 
-COMMANDS = {"gpu": gpu.main, "readme": readme.main, "scaling": scaling_report.main}
+COMMANDS = {"gpu": gpu.main, "readme": readme.main, "scaling": scaling_report.main, "study": study_report.main}
 
 
 def gradients_are_right(chosen: Sequence[Problem], device: torch.device) -> bool:
