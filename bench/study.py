@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +34,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bench import report
+from bench.progress import Progress
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_digits.py"
 LOSSES, LABELS = ("sigmoid", "softmax"), ("pair", "class")
@@ -85,7 +90,7 @@ class Design:
     examples: int = 65_536  # seen by every run
     batches: tuple[int, ...] = (16, 64, 256, 1024, 4096)
     bias_batches: tuple[int, ...] = (256, 1024)  # of the batches, where the start of the bias is varied
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     image_width: int = 8
     text_width: int = 32
 
@@ -216,7 +221,53 @@ def perform(run: Run, design: Design) -> Outcome:
     )
 
 
-def from_json(saved: dict[str, Any]) -> Outcome:
-    """Of what ``asdict`` and JSON made of an outcome."""
-    curve = {int(step): loss for step, loss in saved["curve"].items()}
-    return Outcome(**saved | {"run": Run(**saved["run"]), "curve": curve})
+@dataclass
+class Study:
+    """The experiment as far as it has come."""
+
+    design: Design
+    about: dict[str, str]  # what the figures depend on
+    outcomes: list[Outcome]
+
+    @classmethod
+    def resume(cls, design: Design, folder: Path) -> Study:
+        """What ``folder`` has of this design; raises ValueError if that is of another."""
+        path = folder / "study.json"
+        if not path.exists():
+            about = report.environment(torch.device("cpu")) | {"scikit-learn": version("scikit-learn")}
+            return cls(design, about, [])
+        saved = json.loads(path.read_text())
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in saved["design"].items()}
+        found = Design(**fields)
+        if found != design:
+            raise ValueError(f"{path} must be of the same design, {design}, got {found}")
+        outcomes = [
+            Outcome(**o | {"run": Run(**o["run"]), "curve": {int(step): loss for step, loss in o["curve"].items()}})
+            for o in saved["outcomes"]
+        ]
+        return cls(design, saved["about"], outcomes)
+
+    def perform(self, runs: Sequence[Run], folder: Path) -> None:
+        """Those of ``runs`` that are missing."""
+        done = {outcome.run for outcome in self.outcomes}
+        missing = [run for run in runs if run not in done]
+        commit = report.environment(torch.device("cpu"))["commit"]
+        if missing and commit not in self.about["commit"].split(", "):
+            self.about["commit"] += f", {commit}"
+        progress = Progress(len(missing))
+        for run in missing:
+            name = f"{run.loss} by {run.labels}, batch {run.batch}, b {run.bias}, lr {run.lr:g}, seed {run.seed}"
+            progress.show(name)
+            self.outcomes.append(perform(run, self.design))
+            self.write(folder)
+            progress.finish(f"{name}: {self.outcomes[-1].mean_accuracy:.1%}")
+
+    def write(self, folder: Path) -> Path:
+        """study.json"""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "study.json"
+        text = json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
+        # An interruption while writing leaves the old file.
+        path.with_suffix(".part").write_text(text)
+        path.with_suffix(".part").replace(path)
+        return path

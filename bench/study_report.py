@@ -1,66 +1,96 @@
-"""``python -m bench study``: the experiment of ``study.py``, and what came out as JSON, Markdown and a plot.
+"""``python -m bench study``: runs the experiment of ``study.py``, and writes study.json, study.md and study.png.
 
-All are written anew after each run; the same command goes on where an interrupted one has stopped.
+The same command goes on where an interrupted one has stopped, and adds seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from bench import report, study
-from bench.progress import Progress
-from bench.study import Design, Outcome, Run
+from bench import report, study, study_plot
+from bench.study import LOSSES, Design, Outcome, Study
+from bench.study_statistics import Seeds, accuracy, verdict
 
 
-@dataclass
-class Study:
-    """The experiment as far as it has come."""
+def markdown(results: Study) -> str:
+    """Everything; the same text serves the terminal."""
+    design, seeds = results.design, Seeds(results)
+    numbers = sorted({seed for outcomes in seeds.by_start.values() for seed in outcomes})
+    sections = [
+        "# Sigmoid against softmax on handwritten digits",
+        ", ".join(f"{key} {value}" for key, value in results.about.items() if value),
+        f"{design.examples:,} examples a run whatever the batch; seeds {', '.join(map(str, numbers)) or 'none yet'}; "
+        f"accuracy in %, mean ± standard deviation over the seeds; differences with the 95 % interval of their mean.",
+        "## Zero-shot accuracy over all languages",
+        comparison(seeds),
+        "## By the captions' language (sigmoid / softmax)",
+        languages(seeds),
+        "## Start of sigmoid's bias",
+        biases(seeds),
+        "## Learning rates, by the accuracy on the validation images (one seed)",
+        learning_rates(results),
+    ]
+    return "\n\n".join(sections) + "\n"
 
-    design: Design
-    about: dict[str, str]  # what the figures depend on
-    outcomes: list[Outcome]
 
-    @classmethod
-    def resume(cls, design: Design, folder: Path) -> Study:
-        """What ``folder`` has of this design; raises ValueError if that is of another."""
-        path = folder / "study.json"
-        if not path.exists():
-            about = report.environment(torch.device("cpu")) | {"scikit-learn": version("scikit-learn")}
-            return cls(design, about, [])
-        saved = json.loads(path.read_text())
-        found = Design(**{key: tuple(v) if isinstance(v, list) else v for key, v in saved["design"].items()})
-        if found != design:
-            raise ValueError(f"{path} must be of the same design, {design}, got {found}")
-        return cls(design, saved["about"], [study.from_json(outcome) for outcome in saved["outcomes"]])
+def comparison(seeds: Seeds) -> str:
+    lines = []
+    for labels, batch in seeds.cells():
+        both = [seeds.of(loss, labels, batch).values() for loss in LOSSES]
+        difference = seeds.difference(labels, batch)
+        assert difference is not None
+        rates = [f"{next(iter(outcomes)).run.lr:.2g}" for outcomes in both]
+        shown = f"{100 * difference.mean:+.1f} ± {100 * difference.half_width:.1f}"
+        steps = f"{seeds.design.examples // batch:,}"
+        accuracies = [str(accuracy(outcomes)) for outcomes in both]
+        lines.append([labels, f"{batch:,}", steps, *rates, *accuracies, shown, verdict(difference)])
+    head = ["labels", "batch", "steps", *(f"lr, {loss}" for loss in LOSSES), *LOSSES, "sigmoid − softmax", "more"]
+    return report.grid(head, lines)
 
-    def perform(self, runs: Sequence[Run], folder: Path) -> None:
-        """Those of ``runs`` that are missing."""
-        done = {outcome.run for outcome in self.outcomes}
-        missing = [run for run in runs if run not in done]
-        progress = Progress(len(missing))
-        for run in missing:
-            name = f"{run.loss} by {run.labels}, batch {run.batch}, b {run.bias}, lr {run.lr:g}, seed {run.seed}"
-            progress.show(name)
-            self.outcomes.append(study.perform(run, self.design))
-            self.write(folder)
-            progress.finish(f"{name}: {self.outcomes[-1].mean_accuracy:.1%}")
 
-    def write(self, folder: Path) -> list[Path]:
-        """study.json"""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "study.json"
-        text = json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
-        # An interruption while writing leaves the old file.
-        path.with_suffix(".part").write_text(text)
-        path.with_suffix(".part").replace(path)
-        return [path]
+def languages(seeds: Seeds) -> str:
+    names = list(study.example().LANGUAGES)
+    lines = []
+    for labels, batch in seeds.cells():
+        both = [seeds.of(loss, labels, batch).values() for loss in LOSSES]
+        cells = [" / ".join(str(accuracy(outcomes, name)) for outcomes in both) for name in names]
+        lines.append([labels, f"{batch:,}", *cells])
+    return report.grid(["labels", "batch", *names], lines)
+
+
+def biases(seeds: Seeds) -> str:
+    lines = []
+    for labels, batch, bias, found in seeds.of_biases():
+        outcomes = list(found.values())
+        steps = max(outcomes[0].curve)
+        figures: list[Callable[[Outcome], float]] = [
+            lambda o: o.curve[1],
+            lambda o, last=steps: o.curve[last],  # type: ignore[misc]
+            lambda o: o.logit_scale,
+        ]
+        means = [f"{statistics.fmean(map(figure, outcomes)):,.2f}" for figure in figures]
+        end = "" if bias is None else f"{statistics.fmean(o.logit_bias or 0.0 for o in outcomes):.2f}"
+        lines.append([labels, f"{batch:,}", bias_name(bias), *means, end, str(accuracy(outcomes))])
+    return report.grid(["labels", "batch", "b", "first loss", "last loss", "t, end", "b, end", "accuracy"], lines)
+
+
+def bias_name(bias: float | None) -> str:
+    return "none" if bias is None else f"{bias:.3g}".replace("-", "−")
+
+
+def learning_rates(results: Study) -> str:
+    found = {(*o.run.cell, o.run.lr): o for o in results.outcomes if o.run.validation}
+    lines = []
+    for cell in dict.fromkeys(run.cell for run in results.design.search()):
+        read = [found.get((*cell, lr)) for lr in results.design.rates]
+        loss, labels, batch = cell
+        lines.append([labels, f"{batch:,}", loss, *("" if o is None else f"{100 * o.mean_accuracy:.1f}" for o in read)])
+    return report.grid(["labels", "batch", "loss", *(f"{lr:g}" for lr in results.design.rates)], lines)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -76,9 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     design = study.QUICK if options.quick else Design()
-    results = Study.resume(design, options.out)
+    try:
+        results = Study.resume(design, options.out)
+    except ValueError as error:
+        print(f"--out: {error}")
+        return 1
     results.perform(design.search(), options.out)
     rates = study.choose(results.outcomes, design)
     results.perform([run for seed in range(options.seeds) for run in design.runs(seed, rates)], options.out)
-    print("written: " + ", ".join(map(str, results.write(options.out))))
+    paths = [results.write(options.out), options.out / "study.md"]
+    paths[1].write_text(text := markdown(results))
+    paths += study_plot.plot(results, options.out)
+    print(text)
+    print("written: " + ", ".join(map(str, paths)))
     return 0
