@@ -14,7 +14,8 @@ The learning rate of each loss, labels and batch is the one of ``Design.rates`` 
 images, which are taken from the training images; the smallest batch, whose steps take the longest, has that of the
 next by the square-root rule. The test images are read once a run, in the end. Softmax starts at t = 1/0.07, sigmoid at
 t = 10 and, by pair, b = −10, as published; by class at the log odds of a positive, −log 9. The bias alone is varied
-under the learning rate of that start.
+under the learning rate of that start. Equal examples leave a large batch few steps: one batch is also given the steps,
+and the learning rate, of a smaller.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ LOSSES, LABELS = ("sigmoid", "softmax"), ("pair", "class")
 PUBLISHED_BIAS = -10.0
 # Of the learning rates' runs; those of the results count from 0.
 SEARCH_SEED = 1000
+Cell = tuple[str, str, int]  # loss, labels, batch
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,14 @@ class Run:
     loss: str  # of LOSSES
     labels: str  # of LABELS
     batch: int
+    examples: int
     bias: float | None  # b at the start; None: no bias
     lr: float
     seed: int
     validation: bool = False  # trained without the validation images and read on them, to choose lr
 
     @property
-    def cell(self) -> tuple[str, str, int]:
+    def cell(self) -> Cell:
         """What has a learning rate of its own."""
         return self.loss, self.labels, self.batch
 
@@ -80,16 +83,17 @@ class Outcome:
         return sum(self.accuracy.values()) / len(self.accuracy)
 
 
-Rates = dict[tuple[str, str, int], float]
+Rates = dict[Cell, float]
 
 
 @dataclass(frozen=True)
 class Design:
     """The whole experiment."""
 
-    examples: int = 65_536  # seen by every run
+    examples: int = 65_536  # seen by every run but the stretched
     batches: tuple[int, ...] = (16, 64, 256, 1024, 4096)
     bias_batches: tuple[int, ...] = (256, 1024)  # of the batches, where the start of the bias is varied
+    stretched: tuple[int, int] = (1024, 256)  # the first also has as many steps as the second, at the second's lr
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     image_width: int = 8
     text_width: int = 32
@@ -100,24 +104,42 @@ class Design:
                 raise ValueError(f"examples must be a multiple of every batch, got {self.examples} and {batch}")
         if not set(self.bias_batches) <= set(self.batches):
             raise ValueError(f"bias_batches must be among batches, got {self.bias_batches} and {self.batches}")
+        if not set(self.stretched) <= set(self.batches):
+            raise ValueError(f"stretched must be among batches, got {self.stretched} and {self.batches}")
 
     def search(self) -> list[Run]:
         """The runs that choose the learning rates."""
-        cells = [(loss, labels, batch) for labels in LABELS for batch in self.batches[1:] for loss in LOSSES]
-        return [Run(*cell, start_bias(*cell), lr, SEARCH_SEED, validation=True) for cell in cells for lr in self.rates]
+        return [
+            Run(*cell, self.examples, start_bias(*cell), lr, SEARCH_SEED, validation=True)
+            for cell in cells(self.batches[1:])
+            for lr in self.rates
+        ]
 
     def runs(self, seed: int, rates: Rates) -> list[Run]:
-        """The runs of one seed: both losses at every batch, then the other starts of sigmoid's bias."""
-        cells = [(loss, labels, batch) for labels in LABELS for batch in self.batches for loss in LOSSES]
-        runs = [Run(*cell, start_bias(*cell), rates[cell], seed) for cell in cells]
-        for labels in LABELS:
-            for batch in self.bias_batches:
-                cell = "sigmoid", labels, batch
-                runs += [Run(*cell, bias, rates[cell], seed) for bias in bias_starts(labels, batch)]
+        """The runs of one seed: both losses at every batch; the other starts of sigmoid's bias; the stretched."""
+        runs = [Run(*cell, self.examples, start_bias(*cell), rates[cell], seed) for cell in cells(self.batches)]
+        for loss, labels, batch in cells(self.bias_batches):
+            if loss == "sigmoid":
+                lr = rates[loss, labels, batch]
+                starts = bias_starts(labels, batch)
+                runs += [Run(loss, labels, batch, self.examples, bias, lr, seed) for bias in starts]
+        batch, like = self.stretched
+        for cell in cells((batch,)):
+            runs.append(Run(*cell, self.stretched_examples, start_bias(*cell), rates[*cell[:2], like], seed))
         return list(dict.fromkeys(runs))
 
+    @property
+    def stretched_examples(self) -> int:
+        batch, like = self.stretched
+        return self.examples // like * batch
 
-QUICK = Design(512, (16, 64), (64,), (3e-3, 1e-2), image_width=4, text_width=8)
+
+QUICK = Design(512, (16, 64), (64,), (64, 16), (3e-3, 1e-2), image_width=4, text_width=8)
+
+
+def cells(batches: Sequence[int]) -> list[Cell]:
+    """Both kinds of labels, both losses."""
+    return [(loss, labels, batch) for labels in LABELS for batch in batches for loss in LOSSES]
 
 
 def log_odds(labels: str, batch: int) -> float:
@@ -138,7 +160,7 @@ def bias_starts(labels: str, batch: int) -> list[float | None]:
 
 def choose(outcomes: Sequence[Outcome], design: Design) -> Rates:
     """The learning rate of each cell by the mean accuracy on the validation images; of equals, the smaller."""
-    best: dict[tuple[str, str, int], Outcome] = {}
+    best: dict[Cell, Outcome] = {}
     for outcome in sorted((o for o in outcomes if o.run.validation), key=lambda o: o.run.lr):
         cell = outcome.run.cell
         if cell not in best or outcome.mean_accuracy > best[cell].mean_accuracy:
@@ -206,7 +228,7 @@ def perform(run: Run, design: Design) -> Outcome:
         text_tower = ByteTower(design.text_width)
     loss_fn = script.SigmoidLoss(init_logit_bias=run.bias) if run.loss == "sigmoid" else script.ClipLoss()
     model = script.DualEncoder(image_tower, text_tower, loss_fn)
-    steps = design.examples // run.batch
+    steps = run.examples // run.batch
     batches = data.batches(steps, run.batch, run.seed)
     if run.labels == "pair":
         batches = (batch._replace(labels=torch.arange(run.batch)) for batch in batches)
@@ -256,7 +278,8 @@ class Study:
             self.about["commit"] += f", {commit}"
         progress = Progress(len(missing))
         for run in missing:
-            name = f"{run.loss} by {run.labels}, batch {run.batch}, b {run.bias}, lr {run.lr:g}, seed {run.seed}"
+            name = f"{run.loss} by {run.labels}, {run.examples // run.batch} steps of {run.batch}, "
+            name += f"b {run.bias}, lr {run.lr:g}, seed {run.seed}"
             progress.show(name)
             self.outcomes.append(perform(run, self.design))
             self.write(folder)

@@ -55,6 +55,13 @@ def _losses(axis: Any, seeds: Seeds, labels: str) -> None:
         shown = {B: accuracy(found.values()) for B in seeds.design.batches if (found := seeds.of(loss, labels, B))}
         errors = {batch: [100 * (1 - v) for v in (s.mean, s.low, s.high)] for batch, s in shown.items()}
         _line(axis, errors, loss, COLOURS[loss])
+        batch, like = seeds.design.stretched
+        stretched = seeds.of(loss, labels, batch, seeds.design.stretched_examples)
+        if stretched:
+            s, label = accuracy(stretched.values()), f"{loss}, with the steps of batch {like:,}"
+            mean, low, high = (100 * (1 - v) for v in (s.mean, s.low, s.high))
+            bars = [[mean - high], [low - mean]]
+            axis.errorbar(batch, mean, bars, fmt="D", mfc="white", capsize=3, color=COLOURS[loss], label=label)
     _error_axis(axis, "sigmoid against softmax, all languages")
 
 

@@ -20,11 +20,12 @@ from bench.study_statistics import Seeds, accuracy, verdict
 def markdown(results: Study) -> str:
     """Everything; the same text serves the terminal."""
     design, seeds = results.design, Seeds(results)
-    numbers = sorted({seed for outcomes in seeds.by_start.values() for seed in outcomes})
+    numbers = ", ".join(map(str, sorted({seed for outcomes in seeds.by_start.values() for seed in outcomes})))
     sections = [
         "# Sigmoid against softmax on handwritten digits",
         ", ".join(f"{key} {value}" for key, value in results.about.items() if value),
-        f"{design.examples:,} examples a run whatever the batch; seeds {', '.join(map(str, numbers)) or 'none yet'}; "
+        f"{design.examples:,} examples a run whatever the batch, apart from {design.stretched[0]:,} × "
+        f"{design.stretched_examples // design.stretched[0]:,} steps; seeds {numbers or 'none yet'}; "
         f"accuracy in %, mean ± standard deviation over the seeds; differences with the 95 % interval of their mean.",
         "## Zero-shot accuracy over all languages",
         comparison(seeds),
@@ -40,13 +41,13 @@ def markdown(results: Study) -> str:
 
 def comparison(seeds: Seeds) -> str:
     lines = []
-    for labels, batch in seeds.cells():
-        both = [seeds.of(loss, labels, batch).values() for loss in LOSSES]
-        difference = seeds.difference(labels, batch)
+    for labels, batch, examples in seeds.cells():
+        both = [seeds.of(loss, labels, batch, examples).values() for loss in LOSSES]
+        difference = seeds.difference(labels, batch, examples)
         assert difference is not None
         rates = [f"{next(iter(outcomes)).run.lr:.2g}" for outcomes in both]
         shown = f"{100 * difference.mean:+.1f} ± {100 * difference.half_width:.1f}"
-        steps = f"{seeds.design.examples // batch:,}"
+        steps = f"{examples // batch:,}"
         accuracies = [str(accuracy(outcomes)) for outcomes in both]
         lines.append([labels, f"{batch:,}", steps, *rates, *accuracies, shown, verdict(difference)])
     head = ["labels", "batch", "steps", *(f"lr, {loss}" for loss in LOSSES), *LOSSES, "sigmoid − softmax", "more"]
@@ -56,11 +57,11 @@ def comparison(seeds: Seeds) -> str:
 def languages(seeds: Seeds) -> str:
     names = list(study.example().LANGUAGES)
     lines = []
-    for labels, batch in seeds.cells():
-        both = [seeds.of(loss, labels, batch).values() for loss in LOSSES]
+    for labels, batch, examples in seeds.cells():
+        both = [seeds.of(loss, labels, batch, examples).values() for loss in LOSSES]
         cells = [" / ".join(str(accuracy(outcomes, name)) for outcomes in both) for name in names]
-        lines.append([labels, f"{batch:,}", *cells])
-    return report.grid(["labels", "batch", *names], lines)
+        lines.append([labels, f"{batch:,}", f"{examples // batch:,}", *cells])
+    return report.grid(["labels", "batch", "steps", *names], lines)
 
 
 def biases(seeds: Seeds) -> str:

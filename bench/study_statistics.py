@@ -43,19 +43,20 @@ class Seeds:
 
     def __init__(self, results: Study) -> None:
         self.design = results.design
-        self.by_start: dict[tuple[str, str, int, float | None], dict[int, Outcome]] = {}
+        self.by_start: dict[tuple[str, str, int, int, float | None], dict[int, Outcome]] = {}
         for outcome in results.outcomes:
             run = outcome.run
             if not run.validation:
-                self.by_start.setdefault((*run.cell, run.bias), {})[run.seed] = outcome
+                self.by_start.setdefault((*run.cell, run.examples, run.bias), {})[run.seed] = outcome
 
-    def of(self, loss: str, labels: str, batch: int) -> dict[int, Outcome]:
+    def of(self, loss: str, labels: str, batch: int, examples: int | None = None) -> dict[int, Outcome]:
         """By seed, at the start of the comparison of the losses."""
-        return self.by_start.get((loss, labels, batch, study.start_bias(loss, labels, batch)), {})
+        start = study.start_bias(loss, labels, batch)
+        return self.by_start.get((loss, labels, batch, examples or self.design.examples, start), {})
 
-    def difference(self, labels: str, batch: int) -> Spread | None:
+    def difference(self, labels: str, batch: int, examples: int | None = None) -> Spread | None:
         """Of the accuracies, sigmoid's − softmax's, over the seeds of both."""
-        sigmoid, softmax = (self.of(loss, labels, batch) for loss in LOSSES)
+        sigmoid, softmax = (self.of(loss, labels, batch, examples) for loss in LOSSES)
         values = [sigmoid[seed].mean_accuracy - softmax[seed].mean_accuracy for seed in sigmoid if seed in softmax]
         return spread(values) if values else None
 
@@ -66,12 +67,14 @@ class Seeds:
             for labels in LABELS
             for batch in self.design.bias_batches
             for bias in study.bias_starts(labels, batch)
-            if (found := self.by_start.get(("sigmoid", labels, batch, bias)))
+            if (found := self.by_start.get(("sigmoid", labels, batch, self.design.examples, bias)))
         ]
 
-    def cells(self) -> list[tuple[str, int]]:
-        """(labels, batch) of which both losses have a seed in common."""
-        return [(labels, B) for labels in LABELS for B in self.design.batches if self.difference(labels, B)]
+    def cells(self) -> list[tuple[str, int, int]]:
+        """(labels, batch, examples) of which both losses have a seed in common; the stretched come last."""
+        shapes = [(batch, self.design.examples) for batch in self.design.batches]
+        shapes.append((self.design.stretched[0], self.design.stretched_examples))
+        return [(labels, *shape) for labels in LABELS for shape in shapes if self.difference(labels, *shape)]
 
 
 def accuracy(outcomes: Iterable[Outcome], language: str | None = None) -> Spread:
