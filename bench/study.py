@@ -134,7 +134,7 @@ class Design:
         return self.examples // like * batch
 
 
-QUICK = Design(512, (16, 64), (64,), (64, 16), (3e-3, 1e-2), image_width=4, text_width=8)
+QUICK = Design(128, (16, 64), (64,), (64, 16), (3e-3, 1e-2), image_width=4, text_width=8)
 
 
 def cells(batches: Sequence[int]) -> list[Cell]:
