@@ -33,7 +33,7 @@ def markdown(results: Study) -> str:
         languages(seeds),
         "## Start of sigmoid's bias",
         biases(seeds),
-        "## Learning rates, by the accuracy on the validation images (one seed)",
+        "## Learning rates, by the accuracy on the validation images",
         learning_rates(results),
     ]
     return "\n\n".join(sections) + "\n"
@@ -85,12 +85,10 @@ def bias_name(bias: float | None) -> str:
 
 
 def learning_rates(results: Study) -> str:
-    found = {(*o.run.cell, o.run.lr): o for o in results.outcomes if o.run.validation}
     lines = []
-    for cell in dict.fromkeys(run.cell for run in results.design.search()):
-        read = [found.get((*cell, lr)) for lr in results.design.rates]
-        loss, labels, batch = cell
-        lines.append([labels, f"{batch:,}", loss, *("" if o is None else f"{100 * o.mean_accuracy:.1f}" for o in read)])
+    for (loss, labels, batch), by_rate in study.validated(results.outcomes).items():
+        read = [f"{100 * by_rate[lr]:.1f}" if lr in by_rate else "" for lr in results.design.rates]
+        lines.append([labels, f"{batch:,}", loss, *read])
     return report.grid(["labels", "batch", "loss", *(f"{lr:g}" for lr in results.design.rates)], lines)
 
 

@@ -45,7 +45,7 @@ def test_it_writes_its_files_and_goes_on_where_it_stopped(tmp_path: Path, capsys
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads((tmp_path / "study.json").read_text())
     assert saved["about"]["torch"] == torch.__version__
-    assert [outcome["run"]["validation"] for outcome in saved["outcomes"]][:9] == [True] * 8 + [False]
+    assert [outcome["run"]["validation"] for outcome in saved["outcomes"]][:17] == [True] * 16 + [False]
 
     # As if interrupted before the last three runs.
     kept = saved["outcomes"][:-3]
@@ -108,7 +108,7 @@ def test_the_learning_rate_is_chosen_without_the_test_images() -> None:
     assert rows["fitted"] | rows["held"] == rows["train"]
     assert not rows["fitted"] & rows["held"]
     assert not (rows["fitted"] | rows["held"]) & rows["test"]
-    assert all(run.validation and run.seed == study.SEARCH_SEED for run in DESIGN.search())
+    assert all(run.validation and run.seed in study.SEARCH_SEEDS for run in DESIGN.search())
     assert not any(run.validation for run in DESIGN.runs(0, RATES))
 
 
@@ -137,6 +137,7 @@ def test_plan() -> None:
 def test_choice_of_learning_rates() -> None:
     read = {1e-3: 0.8, 1e-2: 0.9}
     outcomes = [made_up(run, read[run.lr]) for run in DESIGN.search()]
+    outcomes[0] = made_up(outcomes[0].run, 0.99)  # one seed alone: the mean of three is still less
     outcomes.append(made_up(replace(RUN, lr=1.0), 1.0))  # on test images: no reason to choose it
     rates = study.choose(outcomes, DESIGN)
     assert rates.keys() == RATES.keys()
