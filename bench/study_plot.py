@@ -39,7 +39,7 @@ def plot(results: Study, folder: Path) -> list[Path]:
     about, count = results.about, len({seed for found in seeds.by_start.values() for seed in found})
     figure.suptitle(
         f"Handwritten digits, {results.design.examples:,} examples a run, {count} seeds (line: mean, band: range); "
-        f"torch {about['torch']}, commit {about['commit'] or 'unknown'}, {about['date']}",
+        f"torch {about['torch']}, commit {about['commit'].split(', ')[-1] or 'unknown'}, {about['date']}",
         fontsize=11,
     )
     figure.tight_layout()
@@ -77,10 +77,10 @@ def _languages(axis: Any, seeds: Seeds, labels: str) -> None:
 
 
 def _curves(axis: Any, seeds: Seeds, labels: str) -> None:
-    """Sigmoid's loss against steps for each start of the bias, at the largest batch of those."""
-    largest = max(seeds.design.bias_batches)
-    runs = {bias: found for label, B, bias, found in seeds.of_biases() if (label, B) == (labels, largest)}
-    for bias, (name, colour, style) in zip(study.bias_starts(labels, largest), BIAS_STYLES, strict=True):
+    """Sigmoid's loss against steps for each start of the bias, at the smallest batch of those."""
+    smallest = min(seeds.design.bias_batches)
+    runs = {bias: found for label, B, bias, found in seeds.of_biases() if (label, B) == (labels, smallest)}
+    for bias, (name, colour, style) in zip(study.bias_starts(labels, smallest), BIAS_STYLES, strict=True):
         shown: dict[int, list[float]] = {}
         for outcome in runs.get(bias, {}).values():
             for step, loss in outcome.curve.items():
@@ -90,7 +90,7 @@ def _curves(axis: Any, seeds: Seeds, labels: str) -> None:
         _line(axis, {step: [s.mean, s.low, s.high] for step, s in spreads.items()}, f"b: {name}{value}", colour, style)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set(title=f"sigmoid's loss, batch {largest:,}", ylabel="loss (sum over pairs / batch)")
+    axis.set(title=f"sigmoid's loss, batch {smallest:,}", ylabel="loss (sum over pairs / batch)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 

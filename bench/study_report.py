@@ -26,7 +26,8 @@ def markdown(results: Study) -> str:
         ", ".join(f"{key} {value}" for key, value in results.about.items() if value),
         f"{design.examples:,} examples a run whatever the batch, apart from {design.stretched[0]:,} × "
         f"{design.stretched_examples // design.stretched[0]:,} steps; seeds {numbers or 'none yet'}; "
-        f"accuracy in %, mean ± standard deviation over the seeds; differences with the 95 % interval of their mean.",
+        f"accuracy in % of {len(study.digits(False).test_labels)} held-out images, mean ± standard deviation over the "
+        "seeds; differences, taken seed by seed, with the 95 % interval of their mean.",
         "## Zero-shot accuracy over all languages",
         comparison(seeds),
         "## By the captions' language (sigmoid / softmax)",
@@ -46,11 +47,11 @@ def comparison(seeds: Seeds) -> str:
         difference = seeds.difference(labels, batch, examples)
         assert difference is not None
         rates = [f"{next(iter(outcomes)).run.lr:.2g}" for outcomes in both]
-        shown = f"{100 * difference.mean:+.1f} ± {100 * difference.half_width:.1f}"
+        shown = f"{100 * difference.mean:+.1f} ± {100 * difference.half_width:.1f}".removesuffix(" ± nan")
         steps = f"{examples // batch:,}"
         accuracies = [str(accuracy(outcomes)) for outcomes in both]
         lines.append([labels, f"{batch:,}", steps, *rates, *accuracies, shown, verdict(difference)])
-    head = ["labels", "batch", "steps", *(f"lr, {loss}" for loss in LOSSES), *LOSSES, "sigmoid − softmax", "more"]
+    head = ["labels", "batch", "steps", *(f"lr, {loss}" for loss in LOSSES), *LOSSES, "sigmoid − softmax", "reads more"]
     return report.grid(head, lines)
 
 

@@ -26,7 +26,8 @@ class Spread(NamedTuple):
     half_width: float  # of Student's 95 % interval of the mean; NaN for one seed
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.sd:.1f}"
+        """In percent."""
+        return f"{100 * self.mean:.1f}" + ("" if math.isnan(self.sd) else f" ± {100 * self.sd:.1f}")
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -84,6 +85,8 @@ def accuracy(outcomes: Iterable[Outcome], language: str | None = None) -> Spread
 
 def verdict(difference: Spread) -> str:
     """Which loss reads more, where the interval of the difference leaves 0 out."""
+    if math.isnan(difference.half_width):
+        return "one seed"
     if not abs(difference.mean) > difference.half_width:
         return "within the spread"
     return LOSSES[0] if difference.mean > 0 else LOSSES[1]

@@ -156,6 +156,7 @@ def test_spread_on_made_up_figures() -> None:
     assert str(of_three) == "93.0 ± 3.6"
     alone = spread([0.5])
     assert alone.mean == 0.5
+    assert str(alone) == "50.0"
     assert math.isnan(alone.sd)
     assert math.isnan(alone.half_width)
 
@@ -176,7 +177,7 @@ def test_differences_are_taken_seed_by_seed() -> None:
     assert verdict(difference) == "sigmoid"
     assert verdict(spread([-0.02, -0.03, -0.04])) == "softmax"
     assert verdict(spread([0.02, -0.01, 0.03])) == "within the spread"
-    assert verdict(spread([0.5])) == "within the spread"
+    assert verdict(spread([0.5])) == "one seed"
     assert Seeds(results).cells() == [("pair", 32, 256)]
     line = next(line for line in markdown(results).splitlines() if line.startswith("| pair   | 32"))
     assert "+3.0 ± 2.5" in line
