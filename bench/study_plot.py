@@ -120,7 +120,7 @@ def _error_axis(axis: Any, title: str, *, by_batch: bool = True) -> None:
     axis.minorticks_off()
     axis.set(title=title, ylabel="zero-shot error, %")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left" if by_batch else "lower right")
 
 
 def _line(axis: Any, points: dict[int, list[float]], label: str, colour: str, style: str = "-") -> None:
