@@ -122,9 +122,8 @@ class Design:
         runs = [Run(*cell, self.examples, start_bias(*cell), rates[cell], seed) for cell in cells(self.batches)]
         for loss, labels, batch in cells(self.bias_batches):
             if loss == "sigmoid":
-                lr = rates[loss, labels, batch]
-                starts = bias_starts(labels, batch)
-                runs += [Run(loss, labels, batch, self.examples, bias, lr, seed) for bias in starts]
+                start = loss, labels, batch, self.examples
+                runs += [Run(*start, b, rates[loss, labels, batch], seed) for b in bias_starts(labels, batch)]
         batch, like = self.stretched
         for cell in cells((batch,)):
             runs.append(Run(*cell, self.stretched_examples, start_bias(*cell), rates[*cell[:2], like], seed))
@@ -175,8 +174,7 @@ def choose(outcomes: Sequence[Outcome], design: Design) -> Rates:
     best = {cell: max(sorted(by_rate), key=by_rate.__getitem__) for cell, by_rate in validated(outcomes).items()}
     smallest, following = design.batches[:2]
     factor = math.sqrt(smallest / following)
-    ruled = {(*cell[:2], smallest): factor * lr for cell, lr in best.items() if cell[2] == following}
-    return ruled | best
+    return best | {(*cell[:2], smallest): factor * lr for cell, lr in best.items() if cell[2] == following}
 
 
 @functools.cache
