@@ -2,6 +2,7 @@
 
 ``python -m bench gpu``: all that is to be known of a GPU. ``python -m bench readme``: the README's tables.
 ``python -m bench scaling``: what a model says of a cluster. ``python -m bench transformers``: whole models' steps.
+``python -m bench study``: sigmoid against softmax over batch sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu, problems, readme, report, scaling_report, transformers_step
+from bench import gpu, problems, readme, report, scaling_report, study_report, transformers_step
 from bench.contenders import ours
 from bench.measure import measure, measure_alone
 from bench.problems import MEMORY_PROBLEM, Problem
@@ -24,6 +25,7 @@ COMMANDS = {
     "gpu": gpu.main,
     "readme": readme.main,
     "scaling": scaling_report.main,
+    "study": study_report.main,
     "transformers": transformers_step.main,
 }
 

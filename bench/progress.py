@@ -25,7 +25,10 @@ class Progress:
             if self.done == self.total:
                 print(file=sys.stderr)
         else:
-            print(f"{self.done}/{self.total} {what}, {self.seconds:.0f} s", file=sys.stderr, flush=True)
+            eta = self.seconds / self.done * (self.total - self.done)
+            print(
+                f"{self.done}/{self.total} {what}, {self.seconds:.0f} s, ETA {eta:.0f} s", file=sys.stderr, flush=True
+            )
 
     @property
     def seconds(self) -> float:

@@ -129,16 +129,18 @@ class Data(NamedTuple):
 class ImageTower(nn.Sequential):
     """[B, 1, 8, 8] to L2-normalised [B, FEATURES]: three convolutions and a projection."""
 
-    def __init__(self) -> None:
-        stem = nn.Conv2d(1, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU()
-        super().__init__(*stem, nn.Conv2d(64, 64, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(1024, FEATURES))
+    def __init__(self, width: int = 32) -> None:
+        wide = 2 * width
+        stem = nn.Conv2d(1, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, wide, 3, stride=2, padding=1), nn.GELU()
+        head = nn.Conv2d(wide, wide, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(16 * wide, FEATURES)
+        super().__init__(*stem, *head)
 
     def forward(self, images: Tensor) -> Tensor:
         return F.normalize(super().forward(images), dim=-1)
 
 
 class TextTower(nn.Module):
-    """Bytes [B, CONTEXT] to L2-normalised [B, FEATURES]: a two-layer transformer, averaged over the caption's bytes."""
+    """Bytes [B, CONTEXT] to L2-normalised [B, FEATURES]: a small transformer, averaged over the caption's bytes."""
 
     def __init__(self, width: int = 64, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
@@ -254,7 +256,10 @@ class Progress:
 
 
 def train(name: str, model: nn.Module, batches: Iterable[Batch], steps: int, lr: float) -> list[float]:
-    """AdamW with warm-up and cosine decay on what is trainable in ``model``; returns the loss of each step."""
+    """AdamW with warm-up and cosine decay on what is trainable in ``model``; returns the loss of each step.
+
+    Says how far it is under ``name``; nothing without one.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     # The loss's scale and bias, as every vector, are not decayed.
     decayed, others = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
@@ -271,7 +276,8 @@ def train(name: str, model: nn.Module, batches: Iterable[Batch], steps: int, lr:
         optimizer.step()
         schedule.step()
         history.append(average(loss.detach()))
-        progress.show(step, history[-1])
+        if name:
+            progress.show(step, history[-1])
     return torch.stack(history).tolist()
 
 
