@@ -43,7 +43,7 @@ struct Shared {
   alignas(1024) uint16_t x[kStages][kBlockM * kBlockK];
   alignas(1024) uint16_t y[kStages][kBlockN * kBlockK];
   alignas(1024) uint16_t dz[kConsumers][kBlockN / kStoredColumns][kBlockM * kStoredColumns];
-  uint64_t full[kStages], empty[kStages];
+  uint64_t full[kStages], empty[kStages], turn[kConsumers];
 };
 constexpr int kSharedBytes = sizeof(Shared) + 1024;  // room to align it
 
@@ -177,10 +177,13 @@ __device__ __forceinline__ void produce(Shared& shared, const Block& block, cons
   }
 }
 
-// acc = the inner products of the next tile in the ring: images 0 to 63 of it, and 64 to 127.
+// acc = the inner products of the consumer's tile number `own`: images 0 to 63 of it, and 64 to 127.
 template <class Operand>
-__device__ __forceinline__ void inner_products(Shared& shared, int steps, Turn& turn, float (&acc)[2][64]) {
+__device__ __forceinline__ void inner_products(Shared& shared, int consumer, int own, int steps, Turn& turn,
+                                               float (&acc)[2][64]) {
+  const bool arrives = threadIdx.x % 32 == 0;
   uint64_t* last = nullptr;
+  barrier_wait(&shared.turn[consumer], turn_parity(consumer, own));
   for (int step = 0; step < steps; ++step, turn.advance()) {
     barrier_wait(&shared.full[turn.stage], turn.parity);
     const uint64_t x = operand_descriptor(shared.x[turn.stage]), y = operand_descriptor(shared.y[turn.stage]);
@@ -194,11 +197,12 @@ __device__ __forceinline__ void inner_products(Shared& shared, int steps, Turn& 
     products_commit();
     // One group stays under way, so that the tensor cores never wait for a barrier.
     products_wait<1>();
-    if (last && threadIdx.x % 32 == 0) barrier_arrive(last);
+    if (last && arrives) barrier_arrive(last);
     last = &shared.empty[turn.stage];
   }
+  if (arrives) barrier_arrive(&shared.turn[next_consumer(consumer)]);
   products_wait<0>();
-  if (threadIdx.x % 32 == 0) barrier_arrive(last);
+  if (arrives) barrier_arrive(last);
 }
 
 template <class Operand, bool kGeneral, Output kOutput>
@@ -210,10 +214,11 @@ __device__ __forceinline__ void consume(Shared& shared, const Block& block, cons
   Epilogue<Operand, kGeneral, kOutput> epilogue(block);
   Turn turn;
   turn.advance(consumer * steps);
-  for (int index = blockIdx.x + consumer * gridDim.x; index < tiles.count(); index += kConsumers * gridDim.x) {
+  int index = blockIdx.x + consumer * gridDim.x;
+  for (int own = 0; index < tiles.count(); ++own, index += kConsumers * gridDim.x) {
     const Tile tile = tiles.at(index);
     float acc[2][64];
-    inner_products<Operand>(shared, steps, turn, acc);
+    inner_products<Operand>(shared, consumer, own, steps, turn, acc);
     turn.advance((kConsumers - 1) * steps);
 
     if constexpr (kOutput == Output::kDz) {
@@ -250,6 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(&shared.full[stage], 1);
       barrier_init(&shared.empty[stage], kWarps);
     }
+    for (uint64_t& turn : shared.turn) barrier_init(&turn, kWarps);
     barrier_init_fence();
   }
   __syncthreads();
