@@ -165,6 +165,8 @@ __device__ __forceinline__ void produce(Shared& shared, const Block& block, cons
   const Tiles tiles(block.rows, block.cols);
   const int steps = stages_of(block.features);
   Turn turn;
+  prefetch(&x);
+  prefetch(&y);
   for (int index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
     const Tile tile = tiles.at(index);
     for (int step = 0; step < steps; ++step, turn.advance()) {

@@ -1,10 +1,13 @@
 // What siglip_kernels/backends/cuda.py calls through ctypes: plain C, so that no torch header and no ABI matters.
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
-#include "kernel.cuh"
+#include "kernels.h"
+#include "pipeline.h"
+#include "tiles.h"
 
 #define SIGLIP_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -39,20 +42,6 @@ cudaError_t describe(Encode encode, CUtensorMap* map, Dtype dtype, const void* d
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-using Kernel = void (*)(Block, CUtensorMap, CUtensorMap, CUtensorMap);
-
-template <class Operand, bool kGeneral>
-Kernel kernel_of(const Block& block) {
-  if (block.dz) return sigmoid_block_kernel<Operand, kGeneral, Output::kDz>;
-  if (block.loss_only) return sigmoid_block_kernel<Operand, kGeneral, Output::kLoss>;
-  return sigmoid_block_kernel<Operand, kGeneral, Output::kSums>;
-}
-
-template <class Operand>
-Kernel kernel_of(const Block& block) {
-  return block.image_ids || block.image_weights ? kernel_of<Operand, true>(block) : kernel_of<Operand, false>(block);
-}
-
 cudaError_t launch(const Block& block, cudaStream_t stream) {
   cudaError_t error;
   const auto failed = [&error](cudaError_t result) { return (error = result) != cudaSuccess; };
@@ -65,11 +54,11 @@ cudaError_t launch(const Block& block, cudaStream_t stream) {
       failed(describe(encode, &y, block.dtype, block.y, block.cols, block.features, block.y_stride, kBlockN)) ||
       (block.dz && failed(describe(encode, &dz, block.dtype, block.dz, block.rows, block.cols, block.dz_stride, kBlockM))))
     return error;
-  const Kernel kernel = block.dtype == Dtype::kBfloat16 ? kernel_of<Bfloat16>(block) : kernel_of<Float16>(block);
-  if (failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes))) return error;
+  const void* const kernel = block.dtype == Dtype::kBfloat16 ? bfloat16_kernel(block) : float16_kernel(block);
+  if (failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel_shared_bytes()))) return error;
   const int programs = std::min(multiprocessors, Tiles(block.rows, block.cols).count());
-  kernel<<<programs, kThreads, kSharedBytes, stream>>>(block, x, y, dz);
-  return cudaGetLastError();
+  void* arguments[] = {const_cast<Block*>(&block), &x, &y, &dz};
+  return cudaLaunchKernel(kernel, programs, kernel_threads(), arguments, kernel_shared_bytes(), stream);
 }
 
 }  // namespace
@@ -83,6 +72,9 @@ SIGLIP_EXPORT int32_t siglip_sm90_block(const Block* block, void* stream) {
 SIGLIP_EXPORT int64_t siglip_sm90_partials(int32_t rows, int32_t cols) {
   return int64_t(kPartials) * Tiles(rows, cols).count();
 }
+
+// What a program takes of a multiprocessor's shared memory.
+SIGLIP_EXPORT int64_t siglip_sm90_shared_bytes() { return kernel_shared_bytes(); }
 
 SIGLIP_EXPORT const char* siglip_sm90_error(int32_t error) { return cudaGetErrorString(cudaError_t(error)); }
 

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel
 from siglip_kernels.pairs import PairSpec
+from siglip_kernels.products import aligned
 
 
 def launch_block(
@@ -27,7 +28,7 @@ def launch_block(
     partials: Tensor,  # at least 3 · tiles float32
     loss_only: bool,
 ) -> None:
-    x, y = _aligned(x), _aligned(y)
+    x, y = aligned(x), aligned(y)
     (M, D), N = x.shape, y.shape[0]
     config = configs.choose(arch, M, N, D, x.dtype)
     use_tma = configs.family(arch) in configs.TMA
@@ -70,17 +71,6 @@ def launch_block(
         )
     written = 1 if loss_only else 3
     torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """``t`` [rows, D], or a copy with zeros beside it, as TMA and vector loads want it: D and row stride multiples of
-    16 elements, base on 16 bytes. So no kernel is compiled, or proven, for anything else."""
-    if t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0:
-        return t
-    aligned = t.new_empty(t.shape[0], -(-t.shape[1] // 16) * 16)
-    aligned[:, : t.shape[1]] = t
-    aligned[:, t.shape[1] :] = 0
-    return aligned
 
 
 def _operand(t: Tensor, use_tma: bool, rows: int, cols: int) -> Tensor | TensorDescriptor:
