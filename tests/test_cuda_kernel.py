@@ -86,7 +86,8 @@ def test_python_and_cpp_have_one_block(cxx: str, tmp_path: Path) -> None:
     offsets = ", ".join(f"int(offsetof(Block, {name}))" for name in names)
     source = tmp_path / "layout.cpp"
     source.write_text(
-        f'#include "{FOLDER}/block.h"\n#include <cstddef>\n#include <cstdio>\n#include <initializer_list>\nusing siglip::sm90::Block;\n'
+        f'#include "{FOLDER}/block.h"\n#include <cstddef>\n#include <cstdio>\n#include <initializer_list>\n'
+        "using siglip::sm90::Block;\n"
         f'int main() {{ for (int at : {{{offsets}, int(sizeof(Block))}}) std::printf("%d ", at); }}\n'
     )
     subprocess.run([cxx, "-std=c++17", str(source), "-o", str(tmp_path / "layout")], check=True)
