@@ -182,10 +182,10 @@ class ClipLoss(nn.Module):
 class Classifier(nn.Module):
     """The image tower under a linear head; returns the loss of a batch."""
 
-    def __init__(self, image_tower: ImageTower) -> None:
+    def __init__(self, image_tower: nn.Module, features: int = FEATURES) -> None:
         super().__init__()
         self.image_tower = image_tower
-        self.head = nn.Linear(FEATURES, CLASSES)
+        self.head = nn.Linear(features, CLASSES)
 
     def forward(self, batch: Batch) -> Tensor:
         return F.cross_entropy(self.head(10 * self.image_tower(batch.images)), batch.labels)

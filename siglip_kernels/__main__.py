@@ -1,5 +1,5 @@
 """``python -m siglip_kernels check``: gradient check of the backends that run here; ``info``: which do, and why not;
-``build``: compile ahead what is otherwise compiled on first use."""
+``build``: compile ahead what is otherwise compiled on first use; ``doctor``: what a loss takes, and what would fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 import siglip_kernels
-from siglip_kernels import backends, build, testing
+from siglip_kernels import backends, build, doctor, testing
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.loss import Backend, sigmoid_loss
 
@@ -118,7 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_parser.add_argument("--backend", choices=backends.NAMES[1:], help="only this one")
     check_parser.add_argument("--device", type=_device_here, help="only this one (default: every kind at hand)")
     check_parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
+    doctor_parser = commands.add_parser("doctor", help="what eager and ours would take, and the batch that would fit")
+    doctor.add_arguments(doctor_parser)
     chosen = parser.parse_args(arguments)
+    if chosen.command == "doctor":
+        return doctor.doctor(doctor_parser, chosen)
     if chosen.command == "check":
         return check(chosen.backend, chosen.device, chosen.quick)
     return info() if chosen.command == "info" else build_ahead()

@@ -75,8 +75,8 @@ OPEN_CLIP = "open_clip_torch==3.3.0"
 
 
 @pytest.fixture(scope="session")
-def open_clip_loss_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """open_clip/loss.py of the published wheel, to be loaded alone; skips where it cannot be had."""
+def open_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published wheel, unpacked, without what it depends on; skips where it cannot be had."""
     folder = tmp_path_factory.mktemp("open_clip")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), OPEN_CLIP]
     try:
@@ -89,4 +89,11 @@ def open_clip_loss_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = done.stderr.strip().splitlines() or ["no message"]
         pytest.skip(f"pip cannot fetch {OPEN_CLIP}: {lines[-1]}")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        return Path(wheel.extract("open_clip/loss.py", folder))
+        wheel.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def open_clip_loss_file(open_clip_folder: Path) -> Path:
+    """Its open_clip/loss.py, to be loaded alone."""
+    return open_clip_folder / "open_clip" / "loss.py"

@@ -1,0 +1,231 @@
+"""``python -m siglip_kernels doctor``: what eager, torch.compile and ours would take on every rank, and what would fit.
+
+Memory is computed (``footprint.py``); time is said only where it was measured on the very device, by its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from siglip_kernels.backends.base import BlockKernel
+from siglip_kernels.footprint import BATCH_MULTIPLE, Footprint, Job, block_kernel, footprints
+from siglip_kernels.validation import FEATURE_DTYPES
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FEATURE_DTYPES}
+# D of the published checkpoints, by the size that their names begin with.
+WIDTHS = {"base": 768, "large": 1024, "so400m": 1152, "giant-opt": 1536}
+SHAPE = re.compile(rf"(?:google/siglip2?-)?({'|'.join(WIDTHS)})(?:-patch\d+-(?:\d+|naflex)(?:-\w+)?)?")
+UNITS = {"b": 1} | {f"{p}{end}": base**n for n, p in enumerate("kmgt", 1) for end, base in (("ib", 1024), ("b", 1000))}
+SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})")
+# The tensors of any job, and of twice the largest that fits, have sizes that 64 bits hold.
+MOST_BYTES, MOST_IMAGES, MOST_FEATURES, MOST_RANKS = 2**60, 2**28, 2**16, 2**15
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured on one device: how many times the time of ours the others take, with every gradient."""
+
+    device: str
+    threads: int
+    torch: str
+    commit: str
+    source: str
+    kernel: str  # whose time is 1
+    rows: dict[tuple[str, int, int], tuple[float, float]]  # by dtype, B, D: eager, torch.compile
+
+
+TIMES = (
+    Times(
+        device="AMD EPYC (AVX512)",
+        threads=2,
+        torch="2.13.0+cpu",
+        commit="5e675c5",
+        source="bench/results/amd-epyc-avx512-2-threads",
+        kernel="cpu",
+        rows={
+            ("float32", 64, 768): (0.99, 1.43),
+            ("float32", 256, 768): (1.01, 1.30),
+            ("float32", 1024, 768): (1.15, 1.41),
+            ("float32", 4096, 768): (2.61, 1.51),
+            ("float32", 6144, 768): (2.52, 1.47),
+            ("bfloat16", 1024, 768): (1.08, 1.67),
+            ("bfloat16", 4096, 768): (1.25, 1.90),
+            ("bfloat16", 6144, 768): (1.56, 1.89),
+        },
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of ``doctor``."""
+    parser.description = (
+        "What the loss takes on every rank, forward and backward, with every gradient: open_clip's SigLipLoss in eager "
+        "mode, torch.compile of it, and ours. Needs no GPU."
+    )
+    parser.add_argument(
+        "shape",
+        nargs="?",
+        type=width,
+        metavar="MODEL-SHAPE",
+        help="stands for D: base-patch16-224 or base (768), large-… (1024), so400m-… (1152), giant-opt-… (1536)",
+    )
+    images, features, ranks = (partial(_whole, most) for most in (MOST_IMAGES, MOST_FEATURES, MOST_RANKS))
+    parser.add_argument("--batch", type=images, required=True, help="images, and texts, of one rank")
+    parser.add_argument("--dim", type=features, metavar="D", help="width of the features, in place of a MODEL-SHAPE")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the features (default: %(default)s)")
+    parser.add_argument("--world-size", type=ranks, default=1, metavar="W", help="ranks (default: 1)")
+    parser.add_argument(
+        "--nodes", type=ranks, default=1, help="of a DeviceMesh nodes × GPUs, for a ring of two levels (default: 1)"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda, here or not)")
+    parser.add_argument("--memory", type=size, help="of a rank, as 80GiB or 85GB (default: what the device here has)")
+    parser.add_argument("--reserved", type=size, default=0, help="of it for the model and all else (default: 0B)")
+
+
+def doctor(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
+    """Print the table for the arguments; errors by ``parser``."""
+    if (chosen.shape is None) == (chosen.dim is None):
+        parser.error("expected D once: a MODEL-SHAPE or --dim")
+    if chosen.world_size % chosen.nodes:
+        parser.error(f"--nodes {chosen.nodes} must divide --world-size {chosen.world_size}")
+    device = torch.device(chosen.device)
+    memory = _memory_here(device) if chosen.memory is None else chosen.memory
+    if memory is None:
+        parser.error("no CUDA device here: say --memory, as 80GiB")
+    if chosen.reserved >= memory:
+        parser.error(f"--reserved {readable(chosen.reserved)} leaves nothing of {readable(memory)}")
+    dtype = DTYPES[chosen.dtype]
+    job = Job(chosen.batch, chosen.dim or chosen.shape, dtype, device, chosen.world_size, chosen.nodes)
+    print(report(job, block_kernel(job), memory, chosen.reserved))
+    return 0
+
+
+def report(job: Job, kernel: BlockKernel, memory: int, reserved: int = 0) -> str:
+    """What is printed for the job on a device with ``memory`` bytes, of which the model takes ``reserved``."""
+    name = str(job.dtype).removeprefix("torch.")
+    ranks = f" a rank × {job.ranks:,} ranks = {job.batch * job.ranks:,}" if job.ranks > 1 else ""
+    free = memory - reserved
+    left = f"{readable(memory)}" + f" - {readable(reserved)} reserved = {readable(free)}" * (reserved > 0)
+    return "\n".join(
+        [
+            f"Batch {job.batch:,}{ranks}; D = {job.D:,}, {name}, {job.device.type}; memory {left}",
+            f"Inputs and their gradients take {readable(2 * job.features)} a rank; the loss comes on top.",
+            "",
+            *_table(footprints(job, kernel, free), free),
+            "",
+            *_sources(job),
+            *_times(job, kernel),
+        ]
+    )
+
+
+def _table(found: dict[str, Footprint], free: int) -> list[str]:
+    head = ("loss", "above inputs and gradients", "in all", "fits", "largest batch a rank")
+    lines = [head] + [
+        (
+            name,
+            readable(taken.above),
+            readable(taken.total),
+            "yes" if taken.total <= free else "no",
+            f"{taken.largest:,}" if taken.largest else f"below {BATCH_MULTIPLE}",
+        )
+        for name, taken in found.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+
+
+def _sources(job: Job) -> list[str]:
+    how = "as measured on a CPU" if job.device.type == "cpu" else "not measured"
+    return [
+        f"eager (open_clip's SigLipLoss), torch.compile: by the copies of the logits that are alive at once, {how}.",
+        f"ours: computed from what is allocated, {how}.",
+        "The largest batch: if the loss is all there is, in multiples of 64. Left out: libraries, CUDA context.",
+    ]
+
+
+def _times(job: Job, kernel: BlockKernel) -> list[str]:
+    """Of the nearest problem that was measured on this very device, on one process."""
+    name, here = str(job.dtype).removeprefix("torch."), _device_name(job.device)
+    for times in TIMES:
+        near = sorted(
+            (abs(math.log(B / job.batch)), abs(math.log(D / job.D)), B, D, ratios)
+            for (dtype, B, D), ratios in times.rows.items()
+            if dtype == name
+        )
+        if near and times.device == here and times.kernel == kernel.name and job.ranks == 1:
+            *_, B, D, (eager, compiled) = near[0]
+            return [
+                f"Time, measured on {times.device}, {times.threads} threads, torch {times.torch}, B = {B:,}, D = {D}: "
+                f"eager takes {eager:.2f}× our time, torch.compile {compiled:.2f}×."
+            ]
+    return [f"Time: no measurement on this device{' with several ranks' * (job.ranks > 1)}: memory only."]
+
+
+def width(text: str) -> int:
+    """D of a MODEL-SHAPE; argparse prints the error."""
+    found = SHAPE.fullmatch(text.lower())
+    if found is None:
+        expected = ", ".join(f"{name} ({D})" for name, D in WIDTHS.items())
+        raise argparse.ArgumentTypeError(
+            f"unknown model shape {text!r}; expected {expected}, alone or as base-patch16-224; or give --dim"
+        )
+    return WIDTHS[found[1]]
+
+
+def size(text: str) -> int:
+    """Bytes of 80GiB, 85.9GB, 512MiB, …; argparse prints the error."""
+    found = SIZE.fullmatch(text.strip().lower())
+    taken = float(found[1]) * UNITS[found[2]] if found else math.inf
+    if taken > MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected a number and its unit, as 80GiB or 85GB")
+    return int(taken)
+
+
+def readable(size: int) -> str:
+    """Bytes as a text, at most four figures and a unit."""
+    scaled, unit = float(max(size, 0)), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if scaled < 1000 or unit == "TiB":
+            break
+        scaled /= 1024
+    return f"{scaled:,.0f} {unit}" if unit in ("B", "KiB") or scaled >= 100 else f"{scaled:,.1f} {unit}"
+
+
+def _whole(most: int, text: str) -> int:
+    if not re.fullmatch(r"\d{1,12}", text) or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {most:,}")
+    return int(text)
+
+
+def _memory_here(device: torch.device) -> int | None:
+    """Bytes of the first device of that kind; None where there is none."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _device_name(device: torch.device) -> str | None:
+    """As the benchmark writes it; None for a CUDA device that is not here."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    try:
+        lines: Sequence[str] = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = ()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor() or platform.machine()
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"

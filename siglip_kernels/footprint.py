@@ -1,0 +1,189 @@
+"""How much memory a loss takes on every rank: eager, torch.compile of it, and ours. Nothing is run, nor needs a GPU.
+
+With b images and b texts of D features on each of W ranks, in elements of the features' dtype, at the peak of forward
+and backward, above the inputs and with those gradients that are there by then:
+
+eager            max((5 + 3·(W - 1))·b² + (2·W - 1)·b·D, b² + 3·b·D, 4·b·D); on CUDA 4 and 2 in place of 5 and 3
+torch.compile    max(W·b² + 2·W·b·D, 4·b·D)
+ours             max(accumulators + dz + workspace + copies of operands + what the exchange holds,
+                 accumulators + gradients), each in its own dtype
+
+eager is open_clip's SigLipLoss ("bidir", "shift"). At its peak there are logits, labels, their product, logsigmoid and,
+on the CPU alone, logsigmoid's buffer; autograd keeps labels, product and buffer of every block, its texts and the
+scaled images. torch.compile, of the loss of one block, keeps the logits and overwrites them by their gradient.
+
+Ours is no formula: the objects that hold the buffers are built on the meta device, and what they allocate is counted.
+All is held to measurements on the CPU (tests/test_doctor.py); nothing was measured on CUDA. Left out is what libraries
+and the CUDA context take, and what an allocator keeps of what was freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from siglip_kernels import backends
+from siglip_kernels.backends.base import BlockKernel, Problem
+from siglip_kernels.backends.triton import DTYPES as TRITON_DTYPES
+from siglip_kernels.ring import Lane, SumsRing, Texts, TextsRing, World
+from siglip_kernels.schedule import BlockLoop, Wanted
+
+BATCH_MULTIPLE = 64  # in which the largest batch is sought
+
+
+class Copies(NamedTuple):
+    """What a loss that materialises its logits holds at its peak, on one process."""
+
+    peak: int  # of [b, b]
+    kept: int  # of [b, b], from forward to backward: what every further block adds
+    narrow: int  # of [b, D]
+
+
+# On the CPU the peak, in whole copies, is the median over the rows of bench/results/amd-epyc-avx512-2-threads (commit
+# 5e675c5) with every gradient and B ≥ 4096.
+COPIES = {
+    "eager": {"cpu": Copies(5, 3, 1), "cuda": Copies(4, 2, 1)},
+    "torch.compile": {"cpu": Copies(1, 1, 2), "cuda": Copies(1, 1, 2)},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step of training, as a rank sees it."""
+
+    batch: int  # images, and texts, of a rank
+    D: int
+    dtype: torch.dtype
+    device: torch.device
+    ranks: int = 1
+    nodes: int = 1  # of the ring; 1: it has one level
+
+    @property
+    def features(self) -> int:
+        """Bytes of the images and texts of a rank; their gradients are as large."""
+        return 2 * self.batch * self.D * self.dtype.itemsize
+
+    def problem(self, texts: int) -> Problem:
+        """The rank's images against that many texts."""
+        return Problem(self.batch, texts, self.D, self.dtype, self.device)
+
+
+class Footprint(NamedTuple):
+    """Bytes of a rank, and a batch."""
+
+    above: int  # above the inputs and their gradients
+    total: int  # inputs and gradients included
+    largest: int  # batch of a rank that fits; 0: none
+
+
+Peak = Callable[[Job], int]  # bytes above the inputs, gradients included
+
+
+def footprints(job: Job, kernel: BlockKernel, memory: int) -> dict[str, Footprint]:
+    """Of every form of the loss, by name; ``memory``: bytes for inputs, gradients and what is between them."""
+    peaks: dict[str, Peak] = {form: partial(materialised, form=form) for form in COPIES}
+    name = f"ours ({kernel.name})"
+    if job.ranks == 1:
+        peaks[name] = partial(ours, kernel=kernel)
+    else:
+        peaks[f"{name}, ring" + f" over {job.nodes} nodes" * (job.nodes > 1)] = partial(ours, kernel=kernel)
+        peaks[f"{name}, gather"] = partial(ours, kernel=kernel, gather=True)
+    found = {}
+    for form, peak in peaks.items():
+        taken = peak(job)
+        found[form] = Footprint(taken - job.features, taken + job.features, largest_batch(peak, job, memory))
+    return found
+
+
+def block_kernel(job: Job) -> BlockKernel:
+    """Ours for the job; where no CUDA device is here to ask, the one that would be taken on an A100 or later."""
+    if job.device.type == "cuda" and not torch.cuda.is_available():
+        return backends.BACKENDS["triton" if job.dtype in TRITON_DTYPES else "eager"]
+    return backends.choose("auto", job.problem(job.batch))
+
+
+def largest_batch(peak: Peak, job: Job, memory: int) -> int:
+    """A batch of a rank, in multiples of 64, that fits into ``memory`` bytes where the next does not; 0: none fits."""
+
+    def fits(multiple: int) -> bool:
+        tried = replace(job, batch=multiple * BATCH_MULTIPLE)
+        return tried.features + peak(tried) <= memory
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * BATCH_MULTIPLE
+
+
+def materialised(job: Job, form: str) -> int:
+    """Of eager, or of torch.compile: the formulae above."""
+    copies, others = COPIES[form][job.device.type], job.ranks - 1
+    wide, narrow = job.batch**2, job.batch * job.D
+    at_peak = (copies.peak + copies.kept * others) * wide + (copies.narrow + 2 * others) * narrow
+    return max(at_peak, wide + 3 * narrow, 4 * narrow) * job.dtype.itemsize
+
+
+def ours(job: Job, kernel: BlockKernel, gather: bool = False) -> int:
+    """Of sigmoid_loss with every gradient, batches of one size, neither ids nor weights; ``gather``: over one group."""
+    b, D, W = job.batch, job.D, job.ranks
+    x = torch.empty(b, D, dtype=job.dtype, device="meta")
+    scale = bias = torch.empty((), device="meta")
+    held: list[Any] = []
+    with _Allocations(x, scale) as made:
+        loop = BlockLoop(kernel, job.problem(b * W if gather else b), x, scale, bias, Wanted())
+        held.append(loop.empty(b))
+        if gather:
+            held += [x.new_empty(b * W, D), loop.empty(b * W)]
+            if job.device.type == "cpu":  # gloo's reduce_scatter works on a copy
+                held.append(loop.empty(b * W))
+        elif W > 1:
+            lanes = Lane(0, job.nodes), Lane(0, W // job.nodes)
+            world = World(*lanes, [b] * W, [True] * W, loop.dtype, scale)
+            held += [TextsRing(world, Texts(x, None, None)), SumsRing(world, loop)]
+    accumulators = 2 * b * D * loop.dtype.itemsize
+    return max(made.bytes() + _operands(loop, kernel), accumulators + job.features)
+
+
+def _operands(loop: BlockLoop, kernel: BlockKernel) -> int:
+    """Bytes of the copies that the block kernel takes in place of the features: widened, or with their rows aligned."""
+    (R, C), problem = loop.block_shape, loop.problem
+    if loop.operand is not problem.dtype:
+        # Of one side, a block's copy is made while that of the block before is still there.
+        further = max(R if R < problem.M else 0, C if C < problem.N else 0)
+        return (R + C + further) * problem.D * loop.operand.itemsize
+    if kernel.name == "triton" and problem.D % 16:
+        return (R + C) * -(-problem.D // 16) * 16 * loop.operand.itemsize
+    return 0
+
+
+class _Allocations(TorchFunctionMode):
+    """Makes the tensors inside on the meta device, and counts their bytes but for those ``given``."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self._given = {t.untyped_storage()._cdata for t in given}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs or function is torch.empty:
+            kwargs["device"] = "meta"
+        made = function(*args, **kwargs)
+        if isinstance(made, Tensor):
+            storage = made.untyped_storage()
+            self._storages[storage._cdata] = storage
+        return made
+
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for key, storage in self._storages.items() if key not in self._given)
