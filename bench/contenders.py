@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -59,21 +59,24 @@ class Contender:
         return (Graphed if self.graph else Step)(self.loss, problem, sets)
 
 
-def ours(problem: Problem, device: torch.device) -> list[str]:
-    """The backends that are worth timing here."""
+def ours(problem: Problem, device: torch.device, names: Sequence[str] | None = None) -> list[str]:
+    """The backends that are worth timing here: those that "auto" may take, and those that ``names`` has in full."""
     call = Call(problem.B, problem.B, problem.D, problem.dtype, device)
     return [
-        name
-        for name, kernel in backends.BACKENDS.items()
-        if kernel.automatic(call) and not backends.unprepared(name, call)
+        name for name in backends.BACKENDS if is_asked_for(name, call, names) and not backends.unprepared(name, call)
     ]
+
+
+def is_asked_for(backend: str, call: Call, names: Sequence[str] | None) -> bool:
+    """Whether "auto" may take the backend, or ``names`` has it in full: "ours (cuda)"."""
+    return backends.BACKENDS[backend].automatic(call) or f"ours ({backend})" in (names or ())
 
 
 def contenders(problem: Problem, device: torch.device, names: list[str] | None = None) -> list[Contender]:
     """Those that run here, the floor first, ours next; ``names`` selects among all but the floor."""
     entrants = [
         Contender(f"ours ({name})", partial(sigmoid_loss, backend=cast(Backend, name)), ours=True)
-        for name in ours(problem, device)
+        for name in ours(problem, device, names)
     ]
     entrants += [
         Contender("eager", eager),

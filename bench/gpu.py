@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 
 from bench import ceilings, checks, problems, report
-from bench.contenders import ours
+from bench.contenders import is_asked_for, ours
 from bench.measure import measure, measure_alone
 from bench.problems import Plan
 from bench.progress import Progress
@@ -70,7 +70,7 @@ def check(session: Session) -> None:
     device, plan = session.device, session.plan
     for backend, dtype in itertools.product(backends.NAMES[1:], (torch.bfloat16, torch.float16, torch.float32)):
         call = Call(1000, 1000, 768, dtype, device)
-        if backends.why_not(backend, call) or not backends.BACKENDS[backend].automatic(call):
+        if not is_asked_for(backend, call, session.names) or backends.unprepared(backend, call):
             continue
         for title, run in _checks(backend, device, dtype, plan):
             wrong = run()
@@ -83,10 +83,12 @@ def _checks(
     backend: str, device: torch.device, dtype: torch.dtype, plan: Plan
 ) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
+    only_plain = backends.only_plain(backend, Call(*plan.checked[-1], dtype, device))
+    pairs = testing.PLAIN_PAIRS if only_plain else tuple(testing.PAIRS)
 
     def gradients() -> list[str]:
         with checks.poisoned_memory(), warnings.catch_warnings(action="ignore"):
-            found = testing.check(loss_fn, device=device, dtypes=[dtype], shapes=plan.checked)
+            found = testing.check(loss_fn, device=device, dtypes=[dtype], shapes=plan.checked, pairs=pairs)
         print(found)
         return found.failures
 
@@ -95,7 +97,7 @@ def _checks(
     yield "many pairs", partial(checks.many_pairs, backend, device, dtype, plan.many_pairs)
     if device.type == "cuda":
         yield "CUDA graph replays", partial(checks.graph_replay, backend, device, dtype)
-        yield "no host synchronisation", partial(checks.no_synchronisation, backend, device, dtype)
+        yield "no host synchronisation", partial(checks.no_synchronisation, backend, device, dtype, pairs)
 
 
 def measure_ceilings(session: Session) -> None:
@@ -103,7 +105,7 @@ def measure_ceilings(session: Session) -> None:
     device, plan, results = session.device, session.plan, session.results
     results.rates.append(ceilings.copy_rate(device, session.seconds))
     for problem in plan.blocks:
-        for name in ours(problem, device):
+        for name in ours(problem, device, session.names):
             results.rates += ceilings.block_rates(backends.BACKENDS[name], problem, device, session.seconds)
     print(report.records(results.rates))
     if "triton" in ours(plan.blocks[0], device):
@@ -155,7 +157,12 @@ def measure_largest(session: Session) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cpu: tiny sizes, to see that it runs")
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="e.g. ours eager torch.compile (default: all)")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        help='e.g. ours eager; what is not proven yet, in full: "ours (cuda)"',
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing new is begun")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     options = parser.parse_args(arguments)

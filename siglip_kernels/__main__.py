@@ -48,7 +48,9 @@ def info() -> int:
         for backend in backends.NAMES[1:]:
             reasons = why_not(backend, device, torch.float32)
             pending = backend in build.TARGETS and not build.is_built(build.TARGETS[backend])
+            unproven = backends.BACKENDS[backend].unproven
             available = "available" + (", not built yet: it will be on first use" if pending else "")
+            available += f", {unproven}: only backend={backend!r} reaches it" if unproven else ""
             print(f"  {backend:<7} {available if not reasons else 'unavailable: ' + '; '.join(reasons)}")
     return 0
 
@@ -64,8 +66,9 @@ def build_ahead() -> int:
             path = build.library(target)
             print(f"{name}: {'cached' if cached else f'built in {time.perf_counter() - start:.1f} s'}: {path}")
         except build.BuildError as error:
-            print(f"{name}: failed: {error}")
-            failed += 1
+            left_out = target.optional and not build.has_compiler(target)
+            print(f"{name}: {'left out' if left_out else 'failed'}: {error}")
+            failed += not left_out
     return int(failed > 0)
 
 
@@ -82,7 +85,13 @@ def check(only: str | None, only_device: torch.device | None, quick: bool) -> in
                 print(f"{title}: not run: {'; '.join(backends.unprepared(backend, plain[torch.float32]))}")
                 continue
             loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
-            report = testing.check(loss_fn, device=device, dtypes=possible, shapes=shapes, progress=_progress)
+            call = plain[possible[0]]
+            selection = {
+                "dtypes": possible,
+                "shapes": [s for s in shapes if not backends.why_not(backend, Problem(*s, call.dtype, device))],
+                "pairs": testing.PLAIN_PAIRS if backends.only_plain(backend, call) else tuple(testing.PAIRS),
+            }
+            report = testing.check(loss_fn, device=device, progress=_progress, **selection)
             _progress(None)
             print(f"{title}: {'ok' if report.ok else 'FAILED'}\n{report}\n")
             checked += 1

@@ -59,6 +59,7 @@ class Target:
     flags: tuple[str, ...] = ()  # for every source; csrc/ is on the include path
     link_flags: tuple[str, ...] = ()
     compiler: str = "cxx"  # or "nvcc"
+    optional: bool = False  # few machines have its compiler
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
@@ -74,13 +75,29 @@ _ANYWHERE = (
     Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=portable",)),
 )
 _CPU_HEADERS = ("block", "convert", "epilogue", "interface", "machine", "math", "parallel", "product", "vectors")
+_SM90_HEADERS = (
+    *(f"{name}.h" for name in ("block", "epilogue", "fragment", "host_device", "kernels", "pipeline", "tiles")),
+    *(f"{name}.cuh" for name in ("kernel", "ptx")),
+)
 TARGETS = {  # by the backend's name
     "cpu": Target(
         "cpu",
         _ANYWHERE + (_X86 if platform.machine().lower() in ("x86_64", "amd64") else ()),
         headers=tuple(f"cpu/{name}.h" for name in _CPU_HEADERS),
         flags=("-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"),
-    )
+    ),
+    "cuda": Target(
+        "cuda",
+        (
+            Source("cuda/sm90/launch.cu"),
+            Source("cuda/sm90/kernels.cu"),
+            Source("cuda/sm90/kernels.cu", ("-DSIGLIP_FLOAT16",)),
+        ),
+        headers=tuple(f"cuda/sm90/{name}" for name in _SM90_HEADERS),
+        flags=("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fvisibility=hidden"),
+        compiler="nvcc",
+        optional=True,
+    ),
 }
 
 # What this process knows already: the library, or the reason why there is none.
@@ -110,6 +127,13 @@ def why_not(target: Target) -> list[str]:
 def is_built(target: Target) -> bool:
     """Whether ``library`` returns without compiling."""
     return isinstance(_known(target), Path)
+
+
+def has_compiler(target: Target) -> bool:
+    """Whether this machine could build it."""
+    with suppress(BuildError):
+        return bool(_compiler(target))
+    return False
 
 
 def forget_failure(target: Target) -> None:

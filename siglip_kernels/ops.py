@@ -72,7 +72,8 @@ def _sigmoid_loss(
         labels = positive_offset, image_ids, text_ids, image_weights, text_weights
         pairs = PairSpec(*labels, ignore_ids, multi_positive, anchors)
     wanted = Wanted(dx, dy, dscale, dbias, stats)
-    problem = Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, wanted.dz)
+    plain = not (ignore_ids or multi_positive or stats)
+    problem = Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, wanted.dz, plain)
     if not group_names:
         kernel = backends.choose(backend, problem)
     else:

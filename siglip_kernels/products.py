@@ -1,4 +1,4 @@
-"""The library's matrix products into a float32 (or float64) result."""
+"""The library's matrix products into a float32 (or float64) result, and operands as GPU kernels take them."""
 
 from __future__ import annotations
 
@@ -25,3 +25,14 @@ def matmul_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> N
         torch.addmm(out, a, b, out=out)
     else:
         torch.mm(a, b, out=out)
+
+
+def aligned(t: Tensor) -> Tensor:
+    """``t`` [rows, D], or a copy with zeros beside it, as TMA and vector loads want it: D and row stride multiples of
+    16 elements, base on 16 bytes. So no kernel is compiled, or proven, for anything else."""
+    if t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0:
+        return t
+    aligned = t.new_empty(t.shape[0], -(-t.shape[1] // 16) * 16)
+    aligned[:, : t.shape[1]] = t
+    aligned[:, t.shape[1] :] = 0
+    return aligned

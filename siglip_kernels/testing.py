@@ -253,6 +253,10 @@ def _multi_positive(M: int, N: int, device: torch.device, kind: str) -> dict[str
     }
 
 
+# Those whose problem is plain, as backends have it: no pair is left out or shares a mass.
+PLAIN_PAIRS = ("diagonal", "offset", "no positives", "ids", "weights")
+
+
 def cases(
     dtypes: Sequence[torch.dtype] = DTYPES,
     shapes: Sequence[tuple[int, int, int]] = SHAPES,

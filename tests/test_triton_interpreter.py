@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siglip_kernels import products
 from siglip_kernels.backends import triton as backend
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.triton import TritonBlockKernel, configs
@@ -291,7 +292,7 @@ def test_bitwise_repeatable() -> None:
 @pytest.mark.parametrize(("width", "columns"), [(32, slice(None)), (33, slice(None)), (48, slice(1, 33))])
 def test_operands_are_aligned(width: int, columns: slice) -> None:
     t = torch.randn(5, width)[:, columns]
-    aligned = launch._aligned(t)
+    aligned = products.aligned(t)
     assert aligned.data_ptr() % 16 == aligned.stride(0) % 16 == aligned.shape[1] % 16 == 0
     assert torch.equal(aligned[:, : t.shape[1]], t)
     assert not aligned[:, t.shape[1] :].any()

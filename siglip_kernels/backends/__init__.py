@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.backends.cpu import CpuBlockKernel
+from siglip_kernels.backends.cuda import CudaBlockKernel
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.backends.triton import TritonBlockKernel
 
 # In order of preference: "auto" takes the first that can run the call; the last one always can.
 BACKENDS: dict[str, BlockKernel] = {
-    kernel.name: kernel for kernel in (TritonBlockKernel(), CpuBlockKernel(), EagerBlockKernel())
+    kernel.name: kernel for kernel in (CudaBlockKernel(), TritonBlockKernel(), CpuBlockKernel(), EagerBlockKernel())
 }
-# Names of the public contract whose kernels are still to come.
-PLANNED = ("cuda",)
-NAMES = ("auto", *BACKENDS, *PLANNED)
+NAMES = ("auto", *BACKENDS)
 
 
 def choose(name: str, problem: Problem) -> BlockKernel:
@@ -34,6 +35,9 @@ def unprepared(name: str, problem: Problem) -> list[str]:
 
 def why_not(name: str, problem: Problem) -> list[str]:
     """Every reason why the named backend cannot run ``problem``, as far as it is known without compiling."""
-    if name in PLANNED:
-        return [f"this version of siglip_kernels has no {name!r} block kernel yet"]
     return BACKENDS[name].why_not(problem)
+
+
+def only_plain(name: str, problem: Problem) -> bool:
+    """Whether the named backend, where it runs ``problem``, does so only as long as it is plain."""
+    return bool(why_not(name, replace(problem, plain=False)))

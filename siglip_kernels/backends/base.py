@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Problem:
     dtype: torch.dtype  # of the features
     device: torch.device
     needs_dz: bool = True  # some feature gradient is wanted
+    plain: bool = True  # no pair is left out or shares a mass, and no statistics are wanted
 
     @property
     def rounds_out(self) -> bool:
@@ -36,10 +38,11 @@ class BlockKernel(abc.ABC):
     """Forms dz and the partial sums of one block of the logits; ``schedule.py`` does the rest."""
 
     name: str
+    unproven: str = ""  # what it has not shown yet, if anything: then only its name reaches it
 
     def automatic(self, problem: Problem) -> bool:
-        """Whether backend="auto" may take this kernel, where it can run; else only its name reaches it."""
-        return True
+        """Whether backend="auto" may take this kernel, where it can run."""
+        return not self.unproven
 
     @abc.abstractmethod
     def why_not(self, problem: Problem) -> list[str]:
@@ -84,3 +87,22 @@ class BlockKernel(abc.ABC):
     def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, workspace: Any) -> None:
         """A gradient's product: ``out = a @ b``, or ``out += a @ b``; a is dz or its transpose, b features."""
         products.matmul_(out, a, b, accumulate=accumulate)
+
+
+def even_blocks(problem: Problem, pairs: int, tile: int) -> tuple[int, int]:
+    """(R, C) of at most ``pairs`` pairs, on multiples of ``tile``, for a device that large blocks fill.
+
+    Twice as many texts as images where both sides are cut; either side is cut evenly.
+    """
+    R = _even_cut(problem.M, math.isqrt(pairs // 2), tile)
+    C = _even_cut(problem.N, pairs // R, tile)
+    if problem.N <= C:
+        R = _even_cut(problem.M, pairs // C, tile)
+    return R, C
+
+
+def _even_cut(length: int, limit: int, tile: int) -> int:
+    """The size of a block when ``length`` is cut evenly, on multiples of ``tile``, into blocks of at most ``limit``."""
+    tiles, most = -(-length // tile), max(1, limit // tile)
+    blocks = max(1, -(-tiles // most))
+    return tile * max(1, -(-tiles // blocks))

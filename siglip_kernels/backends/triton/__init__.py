@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 
 import torch
 from torch import Tensor
 
-from siglip_kernels.backends.base import BlockKernel, Problem
+from siglip_kernels.backends.base import BlockKernel, Problem, even_blocks
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.pairs import PairSpec
 
@@ -51,13 +50,7 @@ class TritonBlockKernel(BlockKernel):
         return problem.dtype if problem.rounds_out else torch.float32
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        """Twice as many texts as images where both sides are cut; either side is cut evenly."""
-        pairs = self.dz_bytes // self.operand_dtype(problem).itemsize
-        R = _even_cut(problem.M, math.isqrt(pairs // 2))
-        C = _even_cut(problem.N, pairs // R)
-        if problem.N <= C:
-            R = _even_cut(problem.M, pairs // C)
-        return R, C
+        return even_blocks(problem, self.dz_bytes // self.operand_dtype(problem).itemsize, TILE)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
         """[3 · tiles] float32: the sums of every tile, of the smallest tile that a ragged block may take."""
@@ -114,10 +107,3 @@ def _why_not_device(device: torch.device) -> list[str]:
     if arch.startswith("sm_") and int(arch.removeprefix("sm_")) < 80:
         return [f"compute capability {arch[3:-1]}.{arch[-1]} < 8.0"]
     return []
-
-
-def _even_cut(length: int, limit: int) -> int:
-    """The size of a block when ``length`` is cut evenly, on multiples of TILE, into blocks of at most ``limit``."""
-    tiles, most = -(-length // TILE), max(1, limit // TILE)
-    blocks = max(1, -(-tiles // most))
-    return TILE * max(1, -(-tiles // blocks))

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel
 from siglip_kernels.pairs import PairSpec
+from siglip_kernels.products import aligned
 from siglip_kernels.stats import SIZE, merged
 
 
@@ -29,7 +30,7 @@ def launch_block(
     loss_only: bool,
     stats: Tensor | None = None,  # [8] float64, out
 ) -> None:
-    x, y = _aligned(x), _aligned(y)
+    x, y = aligned(x), aligned(y)
     (M, D), N = x.shape, y.shape[0]
     has_positives = pairs.may_have_positives(M, N)
     labels, masses = _labels(pairs, has_positives), pairs.multi_positive or "none"
@@ -86,17 +87,6 @@ def _labels(pairs: PairSpec, has_positives: bool) -> str:
     if pairs.ignore_ids:
         return "ignore"
     return "ids" if pairs.has_ids else "offset" if has_positives else "none"
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """``t`` [rows, D], or a copy with zeros beside it, as TMA and vector loads want it: D and row stride multiples of
-    16 elements, base on 16 bytes. So no kernel is compiled, or proven, for anything else."""
-    if t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0:
-        return t
-    aligned = t.new_empty(t.shape[0], -(-t.shape[1] // 16) * 16)
-    aligned[:, : t.shape[1]] = t
-    aligned[:, t.shape[1] :] = 0
-    return aligned
 
 
 def _operand(t: Tensor, use_tma: bool, rows: int, cols: int) -> Tensor | TensorDescriptor:

@@ -1,0 +1,10 @@
+// Functions for the device that the host can test.
+#pragma once
+
+#if defined(__CUDACC__)
+#define SIGLIP_HOST_DEVICE __host__ __device__ __forceinline__
+#define SIGLIP_UNROLL _Pragma("unroll")
+#else
+#define SIGLIP_HOST_DEVICE inline
+#define SIGLIP_UNROLL
+#endif

@@ -1,0 +1,163 @@
+"""The block kernel in CUDA C++ for Hopper: csrc/cuda/sm90/, compiled by nvcc on first use.
+
+It has not run on a GPU yet: its arithmetic, tile order and barriers are tested on the host, its code by disassembly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import Structure, c_char_p, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from siglip_kernels import build
+from siglip_kernels.backends.base import BlockKernel, Problem, even_blocks
+from siglip_kernels.pairs import PairSpec
+from siglip_kernels.products import aligned
+
+# dz of a block: 256 MiB, at which the blocks are large enough for full waves of tiles.
+DZ_BYTES = 256 * 2**20
+TILE = 128  # kBlockM and kBlockN of csrc/cuda/sm90/tiles.h
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # Dtype in csrc/cuda/sm90/block.h
+
+
+class Block(Structure):
+    """Of csrc/cuda/sm90/block.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("dz", c_void_p),
+        ("partials", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("dz_scale", c_void_p),
+        ("image_ids", c_void_p),
+        ("text_ids", c_void_p),
+        ("image_weights", c_void_p),
+        ("text_weights", c_void_p),
+        ("x_stride", c_int64),
+        ("y_stride", c_int64),
+        ("dz_stride", c_int64),
+        ("rows", c_int32),
+        ("cols", c_int32),
+        ("features", c_int32),
+        ("offset", c_int32),
+        ("loss_only", c_int32),
+        ("dtype", c_int32),
+        ("device", c_int32),
+    )
+
+
+class CudaBlockKernel(BlockKernel):
+    """TMA and WGMMA, the epilogue of one warpgroup under the products of the other."""
+
+    name = "cuda"
+    unproven = "not yet proven on a GPU"
+
+    def why_not(self, problem: Problem) -> list[str]:
+        reasons = []
+        if problem.dtype not in DTYPES:
+            reasons.append(f"features are {problem.dtype}, expected float16 or bfloat16")
+        elif not problem.rounds_out:
+            reasons.append(f"M·N = {problem.M * problem.N} pairs, too few for a dz in {problem.dtype}")
+        if problem.D < 1:
+            reasons.append(f"D = {problem.D}, expected at least 1")
+        if not problem.plain:
+            reasons.append("ignore_ids, multi_positive and return_stats are not in this kernel yet")
+        if problem.device.type != "cuda":
+            reasons.append(f"features are on {problem.device.type}, expected a CUDA device")
+        elif not torch.cuda.is_available() or torch.version.hip:
+            reasons.append("no CUDA device")
+        else:
+            capability = torch.cuda.get_device_capability(problem.device)
+            if capability != (9, 0):
+                reasons.append("compute capability {}.{}, expected 9.0".format(*capability))
+        return reasons + build.why_not(build.TARGETS["cuda"])
+
+    def prepare(self) -> list[str]:
+        library = load()
+        return [library] if isinstance(library, str) else []
+
+    def operand_dtype(self, problem: Problem) -> torch.dtype:
+        return problem.dtype
+
+    def block_shape(self, problem: Problem) -> tuple[int, int]:
+        return even_blocks(problem, DZ_BYTES // problem.dtype.itemsize, TILE)
+
+    def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
+        """[3, partials] float32: the sums of every warp and tile."""
+        return torch.empty(3 * _library().siglip_sm90_partials(R, C), dtype=torch.float32, device=problem.device)
+
+    def block(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        pairs: PairSpec,
+        *,
+        sums: Tensor,
+        dz: Tensor | None,
+        dz_scale: Tensor | None,
+        workspace: Tensor,
+        loss_only: bool = False,
+        stats: Tensor | None = None,  # None, as ``why_not`` says
+    ) -> None:
+        library, (r, c) = _library(), (len(x), len(y))
+        # Kept here until the launch: the Block holds only addresses, and the stream keeps their memory after it.
+        x, y = aligned(x), aligned(y)
+        ids = [None if t is None else t.to(torch.int64) for t in (pairs.image_ids, pairs.text_ids)]
+        partials = workspace[: 3 * library.siglip_sm90_partials(r, c)].view(3, -1)
+        block = Block(
+            x.data_ptr(),
+            y.data_ptr(),
+            *map(_address, (dz, partials, scale, bias, dz_scale, *ids, pairs.image_weights, pairs.text_weights)),
+            x.stride(0),
+            y.stride(0),
+            0 if dz is None else dz.stride(0),
+            r,
+            c,
+            x.shape[1],
+            c if pairs.positive_offset is None else max(-r, min(c, pairs.positive_offset)),
+            loss_only,
+            DTYPES[x.dtype],
+            x.device.index,
+        )
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        error = library.siglip_sm90_block(ctypes.byref(block), stream)
+        if error:
+            raise RuntimeError(f"backend='cuda' failed to launch: {library.siglip_sm90_error(error).decode()}")
+        written = 1 if loss_only else 3
+        torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
+
+
+@functools.cache
+def load() -> ctypes.CDLL | str:
+    """The library, compiled where it is not yet; or the reason why there is none."""
+    try:
+        library = ctypes.CDLL(str(build.library(build.TARGETS["cuda"])))
+    except (build.BuildError, OSError) as error:
+        return str(error)
+    for name, arguments, result in (
+        ("siglip_sm90_block", (c_void_p, c_void_p), c_int32),
+        ("siglip_sm90_partials", (c_int32, c_int32), c_int64),
+        ("siglip_sm90_shared_bytes", (), c_int64),
+        ("siglip_sm90_error", (c_int32,), c_char_p),
+    ):
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
+    return library
+
+
+def _library() -> ctypes.CDLL:
+    library = load()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
+
+
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()

@@ -1,0 +1,187 @@
+"""The Hopper kernel: on the host its arithmetic, tiles, barriers and code; on a GPU its values."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import static_cuda
+from bench.static_cuda import Kernel
+from siglip_kernels import __main__, backends, build, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels.backends import cuda
+from siglip_kernels.backends.base import Problem
+from siglip_kernels.backends.cuda import CudaBlockKernel
+from siglip_kernels.testing import PLAIN_PAIRS, check, make_inputs
+
+FOLDER = build.CSRC / "cuda" / "sm90"
+ON_GPU = Problem(4096, 4096, 768, torch.bfloat16, torch.device("cuda", 0))
+
+
+@pytest.fixture
+def cxx() -> str:
+    program = next(filter(None, map(shutil.which, build.COMPILERS["cxx"][0])), None)
+    if program is None:
+        pytest.skip("no C++ compiler")
+    return program
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    if not build.has_compiler(build.TARGETS["cuda"]):
+        pytest.skip("no nvcc")
+    pytest.importorskip("triton", reason="cuobjdump comes with Triton")
+    return static_cuda.kernels()
+
+
+@pytest.mark.parametrize("checks", [(), ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")], ids=len)
+def test_on_the_host(cxx: str, checks: tuple[str, ...], tmp_path: Path) -> None:
+    """Arithmetic against float64, every tile once, no phase error in the ring, and each element in its place."""
+    program = tmp_path / "test"
+    flags = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *checks)
+    subprocess.run([cxx, *flags, str(FOLDER / "tests" / "test_host.cpp"), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "ok\n"
+
+
+# One line of a header each, and what the host's test must then say.
+MUTATIONS = [
+    ("epilogue.h", "fmaf(sums.product, e, e) + sums.product", "sums.product + e", "softplus"),
+    ("epilogue.h", "= (a[i] < 0 ? e : 1) * reciprocal", "= e * reciprocal", "sigmoid"),
+    ("epilogue.h", "kUniformBelow = -4.0f", "kUniformBelow = -3.0f", "sigmoid"),
+    ("tiles.h", "kGroup + inside % rows", "kGroup + inside % kGroup", "tile"),
+    ("pipeline.h", "(own & 1) ^ (consumer == 0)", "own & 1", "ring"),
+    ("pipeline.h", "parity ^= stage / kStages & 1;", "", "ring"),
+    ("fragment.h", "^ row % 8", "^ row % 4", "shared memory"),
+]
+
+
+@pytest.mark.parametrize(("header", "right", "wrong", "says"), MUTATIONS, ids=[m[1] for m in MUTATIONS])
+def test_the_host_test_can_fail(cxx: str, header: str, right: str, wrong: str, says: str, tmp_path: Path) -> None:
+    folder = tmp_path / "sm90"
+    shutil.copytree(FOLDER, folder)
+    text = (folder / header).read_text()
+    assert text.count(right) == 1
+    (folder / header).write_text(text.replace(right, wrong))
+    if wrong.startswith("kUniformBelow"):  # the test takes its samples from below -4
+        source = folder / "tests" / "test_host.cpp"
+        source.write_text(source.read_text().replace("i < -4'000", "i < -3'000"))
+    subprocess.run([cxx, "-std=c++17", folder / "tests" / "test_host.cpp", "-o", tmp_path / "test"], check=True)
+    done = subprocess.run([tmp_path / "test"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert says in done.stdout
+
+
+def test_python_and_cpp_have_one_block(cxx: str, tmp_path: Path) -> None:
+    """The same fields at the same places."""
+    names = [name for name, _ in cuda.Block._fields_]
+    offsets = ", ".join(f"int(offsetof(Block, {name}))" for name in names)
+    source = tmp_path / "layout.cpp"
+    source.write_text(
+        f'#include "{FOLDER}/block.h"\n#include <cstddef>\n#include <cstdio>\n#include <initializer_list>\n'
+        "using siglip::sm90::Block;\n"
+        f'int main() {{ for (int at : {{{offsets}, int(sizeof(Block))}}) std::printf("%d ", at); }}\n'
+    )
+    subprocess.run([cxx, "-std=c++17", str(source), "-o", str(tmp_path / "layout")], check=True)
+    printed = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
+    ours = [getattr(cuda.Block, name).offset for name in names]
+    assert list(map(int, printed.split())) == [*ours, ctypes.sizeof(cuda.Block)]
+
+
+def test_every_kernel_is_sound(kernels: list[Kernel]) -> None:
+    kinds = {(k.dtype, k.general, k.output) for k in kernels}
+    assert kinds == {(d, g, o) for d in ("Bfloat16", "Float16") for g in (False, True) for o in static_cuda.OUTPUTS}
+    unsound = [str(kernel) for kernel in kernels if kernel.problems()]
+    assert not unsound, "\n".join(unsound)
+
+
+GOOD = Kernel(
+    *("Bfloat16", False, "dz", 168, 0, 230_000),
+    Counter({"HGMMA": 24, "UTMALDG": 14, "USETMAXREG": 2, "UTMASTG": 2, "STSM": 16}),
+)
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (replace(GOOD, registers=171), "171 registers, 170 fit"),
+        (replace(GOOD, stack=8), "0 local loads and stores, 8 bytes of stack"),
+        (replace(GOOD, opcodes=GOOD.opcodes + Counter(LDL=3)), "3 local loads and stores, 0 bytes of stack"),
+        (replace(GOOD, opcodes=GOOD.opcodes - Counter(HGMMA=24)), "no HGMMA instruction"),
+        (replace(GOOD, opcodes=GOOD.opcodes - Counter(UTMASTG=2)), "no UTMASTG instruction"),
+        (replace(GOOD, shared=232_449), "232449 bytes of shared memory, 232448 fit"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_problems(bad: Kernel, problem: str) -> None:
+    assert GOOD.problems() == []
+    assert bad.problems() == [problem]
+
+
+def test_headers_are_named() -> None:
+    """A change in any of them builds anew."""
+    found = {str(path.relative_to(build.CSRC)) for kind in ("*.h", "*.cuh") for path in FOLDER.glob(kind)}
+    assert found == set(build.TARGETS["cuda"].headers)
+
+
+def test_reasons() -> None:
+    kernel = CudaBlockKernel()
+    on_cpu = kernel.why_not(Problem(16, 16, 0, torch.float32, torch.device("cpu")))
+    assert on_cpu[:3] == [
+        "features are torch.float32, expected float16 or bfloat16",
+        "D = 0, expected at least 1",
+        "features are on cpu, expected a CUDA device",
+    ]
+    assert "ignore_ids, multi_positive and return_stats are not in this kernel yet" in kernel.why_not(
+        replace(ON_GPU, plain=False)
+    )
+    few = kernel.why_not(replace(ON_GPU, M=16, N=16))
+    assert few[0] == "M·N = 256 pairs, too few for a dz in torch.bfloat16"
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in few
+        with pytest.raises(ValueError, match=r"backend='cuda' cannot run this call: .*expected a CUDA device"):
+            sigmoid_loss(*make_inputs(64, 64, 8, torch.bfloat16), backend="cuda")
+
+
+def test_only_its_name_reaches_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    kernel = backends.BACKENDS["cuda"]
+    monkeypatch.setattr(kernel, "why_not", lambda problem: [])
+    monkeypatch.setattr(kernel, "prepare", list)
+    on_cpu = replace(ON_GPU, device=torch.device("cpu"))
+    assert backends.choose("auto", on_cpu).name != "cuda"
+    assert backends.choose("cuda", on_cpu) is kernel
+    __main__.info()
+    assert "not yet proven on a GPU: only backend='cuda' reaches it" in capsys.readouterr().out
+
+
+def test_blocks_fill_the_device() -> None:
+    R, C = CudaBlockKernel().block_shape(replace(ON_GPU, M=65_536, N=65_536))
+    assert R % cuda.TILE == C % cuda.TILE == 0
+    assert R * C * 2 <= cuda.DZ_BYTES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients(dtype: torch.dtype) -> None:
+    shapes = [(127, 129, 100), (300, 200, 768), (1100, 2100, 64), (513, 700, 1152), (33, 4097, 8)]
+    report = check(
+        partial(sigmoid_loss, backend="cuda"), device="cuda", dtypes=[dtype], shapes=shapes, pairs=PLAIN_PAIRS
+    )
+    assert report.ok, report
+
+
+@pytest.mark.gpu
+def test_hundred_repeats_have_the_same_bits() -> None:
+    inputs = make_inputs(1000, 3000, 768, torch.bfloat16, device="cuda")
+    first = sigmoid_loss_and_grads(*inputs, backend="cuda")
+    for _ in range(100):
+        again = sigmoid_loss_and_grads(*inputs, backend="cuda")
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
