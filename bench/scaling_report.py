@@ -18,7 +18,7 @@ from bench import report, scaling_validation
 from bench.problems import FORWARD, FULL, PRODUCTS
 from bench.scaling import Cluster, Job, Link, finish
 from bench.timing import MIB
-from siglip_kernels.backends.triton import DZ_BYTES
+from siglip_kernels.backends.base import DZ_BYTES
 from siglip_kernels.ring import ENOUGH_TO_SPLIT
 
 HIDDEN = 0.05  # of the total time: traffic that takes less counts as hidden

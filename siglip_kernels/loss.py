@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from siglip_kernels import backends, ops
 from siglip_kernels.distributed import Exchange, checked
-from siglip_kernels.stats import LogitStats, logit_stats
+from siglip_kernels.stats import logit_stats
 from siglip_kernels.validation import REDUCTIONS, one_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class SigmoidLossGrads(NamedTuple):
     text_features: Tensor  # [N, D]
     logit_scale: Tensor  # as the argument; [] in the loss's dtype for a float
     logit_bias: Tensor | None  # likewise; None without a bias
-    stats: LogitStats | None = None  # with return_stats
 
 
 def sigmoid_loss(
@@ -144,16 +143,20 @@ def sigmoid_loss_and_grads(
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
     process_group: ProcessGroup | DeviceMesh | Exchange | None = None,
-) -> SigmoidLossGrads:
+) -> Any:
     """The loss and all its gradients at once, outside autograd: the building block of gradient caching.
 
     Takes the arguments of :func:`sigmoid_loss`, whether or not they require grad. Under autocast too, the gradients of
     the features come in the features' own dtype.
+
+    Returns:
+        :class:`SigmoidLossGrads`; with return_stats, (SigmoidLossGrads, LogitStats).
     """
     call = checked(locals())
     found = ops.loss_and_grads(call, image_features.dtype, text_features.dtype, return_stats)
     loss, dx, dy, dscale, dbias, totals = found
-    return SigmoidLossGrads(loss, dx, dy, dscale, dbias, None if totals is None else logit_stats(totals, loss.dtype))
+    grads = SigmoidLossGrads(loss, dx, dy, dscale, dbias)
+    return grads if totals is None else (grads, logit_stats(totals, loss.dtype))
 
 
 class SigmoidLoss(nn.Module):

@@ -66,7 +66,7 @@ class PairSpec:
         )
 
     def prepared(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> PairSpec:
-        """As block kernels take it: vectors contiguous, weights of ``dtype`` and on both sides or on neither.
+        """As block kernels take it: vectors contiguous, ids int64, weights of ``dtype`` on both sides or on neither.
 
         Masses of ``dtype`` where ``multi_positive`` asks for them, and weights then always.
         """
@@ -78,8 +78,8 @@ class PairSpec:
         weighted = self.has_weights or self.multi_positive is not None
         return replace(
             spec,
-            image_ids=None if self.image_ids is None else self.image_ids.contiguous(),
-            text_ids=None if self.text_ids is None else self.text_ids.contiguous(),
+            image_ids=None if self.image_ids is None else self.image_ids.to(torch.int64).contiguous(),
+            text_ids=None if self.text_ids is None else self.text_ids.to(torch.int64).contiguous(),
             image_weights=_weights(self.image_weights, x, dtype) if weighted else None,
             text_weights=_weights(self.text_weights, y, dtype) if weighted else None,
         )

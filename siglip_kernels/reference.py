@@ -35,7 +35,8 @@ def sigmoid_loss_reference(
 ) -> Any:
     """The arguments and the value of :func:`siglip_kernels.sigmoid_loss`, in O(M·N) memory and without its checks.
 
-    Computes in the dtype it is given and returns a scalar of that dtype; twice differentiable.
+    Computes in the dtype it is given and returns a scalar of that dtype; twice differentiable. Where the denominator is
+    0 for want of any pair, its gradients are 0, those of sigmoid_loss NaN.
     """
     x, y = image_features, text_features
     labels = positive_offset, image_ids, text_ids, image_weights, text_weights

@@ -70,7 +70,7 @@ def run(
     (M, D), N = x.shape, y.shape[0]
     weights = pairs.image_weights, pairs.text_weights
     loop = BlockLoop(kernel, Problem(M, N, D, x.dtype, x.device, wanted.dz), x, scale, bias, wanted)
-    loop.scale_dz(w.amax() for w in weights if w is not None and w.numel())
+    loop.scale_dz(w.amax().to(loop.dtype) for w in weights if w is not None and w.numel())
     dy = loop.empty(N if wanted.dy else 0)
     loop.add(y, pairs, dy if wanted.dy else None)
     images, texts = (n if w is None else total(w) for n, w in zip((M, N), weights, strict=True))

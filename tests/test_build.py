@@ -402,7 +402,7 @@ class Compiled(EagerBlockKernel):
 
 
 def test_info_builds_nothing(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(build, "TARGETS", {"eager": TARGET, "cpu": TARGET})
+    monkeypatch.setattr(build, "TARGETS", {"eager": TARGET, "cpu": TARGET, "cuda": TARGET})
     monkeypatch.setitem(backends.BACKENDS, "eager", Compiled())
 
     def line() -> str:

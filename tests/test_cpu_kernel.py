@@ -100,7 +100,7 @@ def test_every_subset_of_gradients() -> None:
         assert relative_l2(loss.detach(), whole.loss) < 1e-6
         if subset:
             loss.backward()
-        for leaf, right in zip(leaves, whole[1:5], strict=True):
+        for leaf, right in zip(leaves, whole[1:], strict=True):
             assert (leaf.grad is not None) == leaf.requires_grad
             assert leaf.grad is None or relative_l2(leaf.grad, right) < 1e-5
 
@@ -115,7 +115,7 @@ def test_same_bits_whatever_the_threads(kernel: CpuBlockKernel, dtype: torch.dty
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results[threads] = [sigmoid_loss_and_grads(*inputs, backend="cpu")[:5] for _ in range(3)]
+            results[threads] = [sigmoid_loss_and_grads(*inputs, backend="cpu") for _ in range(3)]
     finally:
         torch.set_num_threads(before)
     for runs in [*results.values(), *([[r[0] for r in results.values()]] if ours else [])]:
@@ -143,7 +143,7 @@ def test_strided_and_unaligned_features(dtype: torch.dtype) -> None:
     flat = torch.empty(139 * 66 + 1, dtype=dtype)[1:].view(139, 66).copy_(x[1:, 1:])  # off any alignment
     unaligned = sigmoid_loss_and_grads(flat, y[3:, 1:].clone(), t, b, backend="cpu")
     for got in (strided, unaligned):
-        assert all(relative_l2(a, b) < 1e-5 for a, b in zip(got[:5], right[:5], strict=True))
+        assert all(relative_l2(a, b) < 1e-5 for a, b in zip(got, right, strict=True))
 
 
 @pytest.mark.parametrize("integers", [torch.int64, torch.int32, torch.uint8])

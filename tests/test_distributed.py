@@ -298,7 +298,7 @@ def test_upstream_gradients_that_differ_need_the_general_way(ranks: Ranks) -> No
 def grads_outside_autograd(rank: int, group: Any, batch: Batch) -> list[Tensor | None]:
     own, labels = of_rank(batch, rank)
     exchange = Exchange(group, **batch.exchange)
-    return list(sigmoid_loss_and_grads(*own, **labels, reduction=batch.reduction, process_group=exchange)[:5])
+    return list(sigmoid_loss_and_grads(*own, **labels, reduction=batch.reduction, process_group=exchange))
 
 
 @pytest.mark.parametrize("same_upstream", [True, False])

@@ -79,6 +79,8 @@ constexpr int64_t kTileRows = 24, kTileColumns = 4 * avx512::kPanel;
 constexpr int64_t kPackedAtOnce = 256;  // of y's features, by a task
 // Panels of the right-hand matrix in a product's task.
 constexpr int64_t kProductPanels = 3;
+// Rows of a result below which packing its operands costs more than it saves, where float32 need not be packed.
+constexpr int64_t kFewRows = 128;
 
 template <class Operand>
 void block_of(const Block& block, const void* x_data, const void* y_data, int64_t features, uint32_t* packed,
@@ -103,7 +105,7 @@ void block_of(const Block& block, const void* x_data, const void* y_data, int64_
     const Range cols = part(task / row_tasks, kTileColumns, block.cols);
     const Left left = row_major(x + rows.begin * features, features);
     for (int64_t j = cols.begin; j < cols.end; j += kPanel)
-      multiply<Operand>(left, packed + j / kPanel * panel_words, features, tile + (j - cols.begin), kTileColumns,
+      multiply<Operand>(left, {packed + j / kPanel * panel_words}, features, tile + (j - cols.begin), kTileColumns,
                         rows.size(), std::min(kPanel, cols.end - j), false);
     epilogue(block, tile, kTileColumns, rows, cols, sums);
   });
@@ -113,11 +115,12 @@ template <class Operand>
 void product_of(const Product& product, ParallelFor pool) {
   using namespace avx512;
   const int64_t m = product.m, n = product.n, k = product.k, panel_words = words<Operand>(k) * kPanel;
-  const int64_t of_b = panels(n), of_a = product.transpose ? panels(m) : 0;
+  const bool as_they_are = Operand::kInWord == 1 && n % kPanel == 0 && m <= kFewRows;
+  const int64_t of_b = panels(n), of_a = product.transpose ? panels(m) : 0, packs = as_they_are ? 0 : of_b + of_a;
   const auto* a = static_cast<const typename Operand::Element*>(product.a);
   const auto* b = static_cast<const typename Operand::Element*>(product.b);
   uint32_t* const packed = product.packed;
-  for_each_task(pool, of_b + of_a, (of_b + of_a) * panel_words * kPackedWord, [&](int64_t p) {
+  for_each_task(pool, packs, packs * panel_words * kPackedWord, [&](int64_t p) {
     if (p < of_b)
       pack_panel<Operand>(b, n, k, part(p, kPanel, n), packed + p * panel_words);
     else
@@ -127,11 +130,14 @@ void product_of(const Product& product, ParallelFor pool) {
   for_each_task(pool, panels(m) * groups, m * n * words<Operand>(k) * kMultiplied, [&](int64_t task) {
     const int64_t row_panel = task / groups;
     const Range rows = part(row_panel, kPanel, m), group = part(task % groups, kProductPanels, of_b);
-    const Left left = product.transpose ? transposed(packed + (of_b + row_panel) * panel_words)
+    const Right a_columns = as_they_are ? Right{a + rows.begin, product.a_stride}
+                                        : Right{packed + (of_b + row_panel) * panel_words};
+    const Left left = product.transpose ? transposed(a_columns)
                                         : row_major(a + rows.begin * product.a_stride, product.a_stride);
     for (int64_t p = group.begin; p < group.end; ++p) {
       const Range cols = part(p, kPanel, n);
-      multiply<Operand>(left, packed + p * panel_words, k, product.out + rows.begin * n + cols.begin, n, rows.size(),
+      const Right right = as_they_are ? Right{b + cols.begin, n} : Right{packed + p * panel_words};
+      multiply<Operand>(left, right, k, product.out + rows.begin * n + cols.begin, n, rows.size(),
                         cols.size(), product.accumulate);
     }
   });

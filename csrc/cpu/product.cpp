@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kVectors = kPanel / 16;
 constexpr int kRows = 6;
-constexpr int64_t kWords = 128;  // of a pass over k: its sums start from 0; one sum of 768 errs by more than the library's
+// Of a pass over k, whose sums start from 0: one sum of 768 terms errs by more than the library's.
+constexpr int64_t kWords = 128;
 
 [[gnu::always_inline]] inline __m512 multiply_add(Bfloat16, __m512i left, __m512i right, __m512 sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
@@ -20,8 +21,8 @@ constexpr int64_t kWords = 128;  // of a pass over k: its sums start from 0; one
 }
 
 template <class Operand, int kCount>
-void tile(const char* a, const Left& layout, const uint32_t* panel, int64_t whole_words, bool half_word, float* out,
-          int64_t out_stride, int64_t columns, bool accumulate) {
+void tile(const char* a, const Left& layout, const uint32_t* b, int64_t b_stride, int64_t whole_words, bool half_word,
+          float* out, int64_t out_stride, int64_t columns, bool accumulate) {
   __mmask16 mask[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const int64_t lanes = columns - 16 * v;
@@ -33,13 +34,13 @@ void tile(const char* a, const Left& layout, const uint32_t* panel, int64_t whol
 
   const auto step = [&](auto word_at) {
     __m512i right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = _mm512_loadu_si512(panel + 16 * v);
+    for (int v = 0; v < kVectors; ++v) right[v] = _mm512_loadu_si512(b + 16 * v);
     for (int i = 0; i < kCount; ++i) {
       const __m512i left = _mm512_set1_epi32(word_at(a + i * layout.row_bytes));
       for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add(Operand(), left, right[v], sum[i][v]);
     }
   };
-  for (int64_t w = 0; w < whole_words; ++w, a += layout.word_bytes, panel += kPanel)
+  for (int64_t w = 0; w < whole_words; ++w, a += layout.word_bytes, b += b_stride)
     step([](const char* at) { return _mm_cvtsi128_si32(_mm_loadu_si32(at)); });
   if (half_word) step([](const char* at) { return _mm_extract_epi16(_mm_loadu_si16(at), 0); });
 
@@ -116,15 +117,16 @@ void pack_transposed_panel(const typename Operand::Element* b, int64_t stride, i
 }
 
 template <class Operand>
-void multiply(const Left& a, const uint32_t* panel, int64_t k, float* out, int64_t out_stride, int64_t rows,
-              int64_t columns, bool accumulate) {
+void multiply(const Left& a, const Right& b, int64_t k, float* out, int64_t out_stride, int64_t rows, int64_t columns,
+              bool accumulate) {
   const bool half = k % Operand::kInWord && !a.last_word_is_padded;
   const int64_t whole = words<Operand>(k) - half, passes = whole > kWords ? (whole + kWords - 1) / kWords : 1;
   for (int64_t pass = 0; pass < passes; ++pass) {
     const Range part{whole * pass / passes, whole * (pass + 1) / passes};
+    const auto* const words_of_b = static_cast<const uint32_t*>(b.data) + part.begin * b.stride;
     for (int64_t i = 0; i < rows; i += kRows) {
       const int64_t count = rows - i < kRows ? rows - i : kRows;
-      kTiles<Operand>[count - 1](a.data + i * a.row_bytes + part.begin * a.word_bytes, a, panel + part.begin * kPanel,
+      kTiles<Operand>[count - 1](a.data + i * a.row_bytes + part.begin * a.word_bytes, a, words_of_b, b.stride,
                                  part.size(), half && pass == passes - 1, out + i * out_stride, out_stride, columns,
                                  accumulate || pass > 0);
     }
@@ -134,7 +136,7 @@ void multiply(const Left& a, const uint32_t* panel, int64_t k, float* out, int64
 #define SIGLIP_INSTANTIATE(Operand)                                                                             \
   template void pack_panel<Operand>(const Operand::Element*, int64_t, int64_t, Range, uint32_t*);               \
   template void pack_transposed_panel<Operand>(const Operand::Element*, int64_t, int64_t, Range, uint32_t*);    \
-  template void multiply<Operand>(const Left&, const uint32_t*, int64_t, float*, int64_t, int64_t, int64_t, bool);
+  template void multiply<Operand>(const Left&, const Right&, int64_t, float*, int64_t, int64_t, int64_t, bool);
 SIGLIP_INSTANTIATE(Bfloat16)
 SIGLIP_INSTANTIATE(Float32)
 

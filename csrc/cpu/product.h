@@ -45,12 +45,18 @@ template <class Element>
 Left row_major(const Element* a, int64_t stride) {
   return {reinterpret_cast<const char*>(a), stride * int64_t(sizeof(Element)), 4, false};
 }
-// A panel of `pack_panel` as the transposed matrix's rows.
-inline Left transposed(const uint32_t* panel) { return {reinterpret_cast<const char*>(panel), 4, 4 * kPanel, true}; }
 
-// out [rows, columns <= kPanel] = a·panel, or += where `accumulate`.
+// Columns of a right-hand matrix: a panel; or as many of a row-major float32 matrix, whose words have another stride.
+struct Right {
+  const void* data;
+  int64_t stride = kPanel;  // words from word to word of a column
+};
+// The same columns as rows of the transposed matrix.
+inline Left transposed(const Right& b) { return {static_cast<const char*>(b.data), 4, 4 * b.stride, true}; }
+
+// out [rows, columns <= kPanel] = a·b, or += where `accumulate`.
 template <class Operand>
-void multiply(const Left& a, const uint32_t* panel, int64_t k, float* out, int64_t out_stride, int64_t rows,
-              int64_t columns, bool accumulate);
+void multiply(const Left& a, const Right& b, int64_t k, float* out, int64_t out_stride, int64_t rows, int64_t columns,
+              bool accumulate);
 
 }  // namespace siglip::avx512

@@ -14,6 +14,10 @@ from siglip_kernels import products
 from siglip_kernels.pairs import PairSpec
 
 ENOUGH_PAIRS = 1024
+# dz of a block on a GPU: 256 MiB, at which the blocks are large enough for full waves of tiles.
+DZ_BYTES = 256 * 2**20
+# Blocks are cut on multiples of the largest tile.
+TILE = 128
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class BlockKernel(abc.ABC):
         y: Tensor,  # [c, D] operand dtype, rows contiguous
         scale: Tensor,  # [] float32, or float64 for float64 features
         bias: Tensor,  # [] the same dtype
-        pairs: PairSpec,  # of this block; weights and masses in the scale's dtype, masses only beside weights
+        pairs: PairSpec,  # of this block, prepared: ids int64, weights and masses in the scale's dtype
         *,
         sums: Tensor,  # float64 (float32 where the device has none), its first 3, out: the sums of the block's
         # w·softplus(-s·z), dz·<x_i, y_j> and dz. A pair that is left out adds nothing, as if s·z were inf; what masses
@@ -89,20 +93,20 @@ class BlockKernel(abc.ABC):
         products.matmul_(out, a, b, accumulate=accumulate)
 
 
-def even_blocks(problem: Problem, pairs: int, tile: int) -> tuple[int, int]:
-    """(R, C) of at most ``pairs`` pairs, on multiples of ``tile``, for a device that large blocks fill.
+def even_blocks(problem: Problem, pairs: int) -> tuple[int, int]:
+    """(R, C) of at most ``pairs`` pairs, on multiples of TILE, for a device that large blocks fill.
 
     Twice as many texts as images where both sides are cut; either side is cut evenly.
     """
-    R = _even_cut(problem.M, math.isqrt(pairs // 2), tile)
-    C = _even_cut(problem.N, pairs // R, tile)
+    R = _even_cut(problem.M, math.isqrt(pairs // 2))
+    C = _even_cut(problem.N, pairs // R)
     if problem.N <= C:
-        R = _even_cut(problem.M, pairs // C, tile)
+        R = _even_cut(problem.M, pairs // C)
     return R, C
 
 
-def _even_cut(length: int, limit: int, tile: int) -> int:
-    """The size of a block when ``length`` is cut evenly, on multiples of ``tile``, into blocks of at most ``limit``."""
-    tiles, most = -(-length // tile), max(1, limit // tile)
+def _even_cut(length: int, limit: int) -> int:
+    """The size of a block when ``length`` is cut evenly, on multiples of TILE, into blocks of at most ``limit``."""
+    tiles, most = -(-length // TILE), max(1, limit // TILE)
     blocks = max(1, -(-tiles // most))
-    return tile * max(1, -(-tiles // blocks))
+    return TILE * max(1, -(-tiles // blocks))

@@ -118,17 +118,16 @@ class CpuBlockKernel(BlockKernel):
         stats: Tensor | None = None,
     ) -> None:
         native, (r, D), c = self._native, x.shape, y.shape[0]
-        # Kept here while the library runs: the Block holds only addresses.
-        image_ids, text_ids = _as_int64(pairs.image_ids), _as_int64(pairs.text_ids)
         block = Block(
             r,
             c,
             scale.data_ptr(),
             bias.data_ptr(),
             address(dz_scale),
-            c if pairs.positive_offset is None else pairs.positive_offset,  # no row reaches column i + c
-            address(image_ids),
-            address(text_ids),
+            # No row reaches column i + c.
+            c if pairs.positive_offset is None else max(-r, min(c, pairs.positive_offset)),
+            address(pairs.image_ids),
+            address(pairs.text_ids),
             address(pairs.image_weights),
             address(pairs.text_weights),
             address(dz),
@@ -185,10 +184,6 @@ def _even_cut(length: int, most: int) -> int:
 
 def _logits_dtype(operand: torch.dtype) -> torch.dtype:
     return torch.float64 if operand is torch.float64 else torch.float32
-
-
-def _as_int64(ids: Tensor | None) -> Tensor | None:
-    return None if ids is None else ids.to(torch.int64)
 
 
 def _packed_words(R: int, C: int, D: int, dtype: torch.dtype) -> int:

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from siglip_kernels import build
-from siglip_kernels.backends.base import BlockKernel, Problem, even_blocks
+from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, Problem, even_blocks
+from siglip_kernels.backends.cpu_native import address
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.products import aligned
 
-# dz of a block: 256 MiB, at which the blocks are large enough for full waves of tiles.
-DZ_BYTES = 256 * 2**20
-TILE = 128  # kBlockM and kBlockN of csrc/cuda/sm90/tiles.h
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # Dtype in csrc/cuda/sm90/block.h
 
 
@@ -85,7 +83,7 @@ class CudaBlockKernel(BlockKernel):
         return problem.dtype
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return even_blocks(problem, DZ_BYTES // problem.dtype.itemsize, TILE)
+        return even_blocks(problem, DZ_BYTES // problem.dtype.itemsize)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
         """[3, partials] float32: the sums of every warp and tile."""
@@ -109,12 +107,12 @@ class CudaBlockKernel(BlockKernel):
         library, (r, c) = _library(), (len(x), len(y))
         # Kept here until the launch: the Block holds only addresses, and the stream keeps their memory after it.
         x, y = aligned(x), aligned(y)
-        ids = [None if t is None else t.to(torch.int64) for t in (pairs.image_ids, pairs.text_ids)]
         partials = workspace[: 3 * library.siglip_sm90_partials(r, c)].view(3, -1)
         block = Block(
             x.data_ptr(),
             y.data_ptr(),
-            *map(_address, (dz, partials, scale, bias, dz_scale, *ids, pairs.image_weights, pairs.text_weights)),
+            *map(address, (dz, partials, scale, bias, dz_scale)),
+            *map(address, (pairs.image_ids, pairs.text_ids, pairs.image_weights, pairs.text_weights)),
             x.stride(0),
             y.stride(0),
             0 if dz is None else dz.stride(0),
@@ -126,8 +124,9 @@ class CudaBlockKernel(BlockKernel):
             DTYPES[x.dtype],
             x.device.index,
         )
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        error = library.siglip_sm90_block(ctypes.byref(block), stream)
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            error = library.siglip_sm90_block(ctypes.byref(block), stream)
         if error:
             raise RuntimeError(f"backend='cuda' failed to launch: {library.siglip_sm90_error(error).decode()}")
         written = 1 if loss_only else 3
@@ -139,16 +138,16 @@ def load() -> ctypes.CDLL | str:
     """The library, compiled where it is not yet; or the reason why there is none."""
     try:
         library = ctypes.CDLL(str(build.library(build.TARGETS["cuda"])))
-    except (build.BuildError, OSError) as error:
+        for name, arguments, result in (
+            ("siglip_sm90_block", (c_void_p, c_void_p), c_int32),
+            ("siglip_sm90_partials", (c_int32, c_int32), c_int64),
+            ("siglip_sm90_shared_bytes", (), c_int64),
+            ("siglip_sm90_error", (c_int32,), c_char_p),
+        ):
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, result
+    except (build.BuildError, OSError, AttributeError) as error:
         return str(error)
-    for name, arguments, result in (
-        ("siglip_sm90_block", (c_void_p, c_void_p), c_int32),
-        ("siglip_sm90_partials", (c_int32, c_int32), c_int64),
-        ("siglip_sm90_shared_bytes", (), c_int64),
-        ("siglip_sm90_error", (c_int32,), c_char_p),
-    ):
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, result
     return library
 
 
@@ -157,7 +156,3 @@ def _library() -> ctypes.CDLL:
     if isinstance(library, str):
         raise RuntimeError(library)
     return library
-
-
-def _address(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()

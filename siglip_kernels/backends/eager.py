@@ -123,7 +123,8 @@ class _Masses:
         assert pairs.image_masses is not None
         assert pairs.text_masses is not None
         self.f = torch.where(positive, pairs.image_masses[:, None] + pairs.text_masses, 1.0)
-        self.opposite = -a if pairs.multi_positive == "soft_targets" else None
+        # Of other pairs nothing: softplus and sigmoid of -inf are 0.
+        self.opposite = torch.where(positive, -a, -math.inf) if pairs.multi_positive == "soft_targets" else None
 
     def share_terms_(self, terms: Tensor) -> None:
         terms.mul_(self.f)

@@ -21,6 +21,7 @@ constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kWarps = kWarpgroup / 32;
 // Of 65,536 registers, 168 a thread at launch.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 + kConsumers));
 
 struct Bfloat16 {
   static constexpr bool kIsBfloat16 = true;
@@ -161,7 +162,8 @@ class Epilogue {
   Sums sums_;
 };
 
-__device__ __forceinline__ void produce(Shared& shared, const Block& block, const CUtensorMap& x, const CUtensorMap& y) {
+__device__ __forceinline__ void produce(Shared& shared, const Block& block, const CUtensorMap& x,
+                                        const CUtensorMap& y) {
   const Tiles tiles(block.rows, block.cols);
   const int steps = stages_of(block.features);
   Turn turn;
@@ -204,6 +206,8 @@ __device__ __forceinline__ void inner_products(Shared& shared, int consumer, int
   }
   if (arrives) barrier_arrive(&shared.turn[next_consumer(consumer)]);
   products_wait<0>();
+  products_end(acc[0]);
+  products_end(acc[1]);
   if (arrives) barrier_arrive(last);
 }
 

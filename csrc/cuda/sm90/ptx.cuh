@@ -16,7 +16,9 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrival
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
 // Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -95,6 +97,11 @@ __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_g
 template <int kPending>
 __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// No use of a result may be moved to before the wait, which does not name it.
+__device__ __forceinline__ void products_end(float (&acc)[64]) {
+  for (float& value : acc) asm volatile("" : "+f"(value)::"memory");
 }
 
 // Rows of 128 bytes, in the 128-byte swizzle that the copy engine writes; eight rows are 1024 bytes.

@@ -8,14 +8,10 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from siglip_kernels.backends.base import BlockKernel, Problem, even_blocks
+from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, Problem, even_blocks
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.pairs import PairSpec
 
-# dz of a block: 256 MiB, at which the blocks are large enough for full waves of tiles.
-DZ_BYTES = 256 * 2**20
-# Blocks are cut on multiples of the largest tile.
-TILE = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -50,7 +46,7 @@ class TritonBlockKernel(BlockKernel):
         return problem.dtype if problem.rounds_out else torch.float32
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return even_blocks(problem, self.dz_bytes // self.operand_dtype(problem).itemsize, TILE)
+        return even_blocks(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
         """[3 · tiles] float32: the sums of every tile, of the smallest tile that a ragged block may take."""
