@@ -126,8 +126,8 @@ def _sigmoid_block_kernel(
                     mass = tl.where(sign < 0, image_masses[:, None] + text_masses[None, :], 1.0)
                     if SOFT_TARGETS:
                         # mass · softplus(a) + (1 - mass) · softplus(-a)
-                        rest = tl.where(sign < 0, (1.0 - mass) * tl.maximum(-a, 0.0), 0.0)
-                        softplus = mass * tl.maximum(a, 0.0) + rest + _log1p(e)
+                        opposite = tl.maximum(tl.where(sign < 0, -a, 0.0), 0.0)
+                        softplus = mass * tl.maximum(a, 0.0) + (1.0 - mass) * opposite + _log1p(e)
                     else:
                         softplus = softplus * mass
                 sum_loss += _lane_sums(softplus * text_weights[None, :], BLOCK_M, QUARTER)
