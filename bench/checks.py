@@ -5,8 +5,6 @@ Each check takes a backend, a device and a dtype, and returns what is wrong, in 
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,20 +14,8 @@ import torch
 
 from bench import accuracy
 from siglip_kernels import sigmoid_loss
-from siglip_kernels.backends.base import ENOUGH_PAIRS
 from siglip_kernels.loss import Backend
-from siglip_kernels.testing import (
-    COLUMNS,
-    LIMITS,
-    PAIRS,
-    REGIMES,
-    Case,
-    Grads,
-    Inputs,
-    differentiate,
-    judge,
-    make_inputs,
-)
+from siglip_kernels.testing import COLUMNS, LIMITS, PAIRS, Grads, Inputs, differentiate, make_inputs
 
 # 1000 and 3000 are multiples of no tile; 768 is SigLIP's width.
 SHAPE = (1000, 3000, 768)
@@ -98,29 +84,6 @@ def no_synchronisation(
             wrong.append(f"{name}: {str(error).splitlines()[0]}")
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return wrong
-
-
-def random_shapes(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    kinds: Sequence[str] = tuple(PAIRS),
-    most: tuple[int, int, int] = (3000, 3000, 1300),
-    seconds: float = 5.0,
-) -> list[str]:
-    """M, N, D up to ``most``, regimes and kinds of pairs at random, within the fixed limits of float64, for so long."""
-    draw, ends, wrong = random.Random(0), time.perf_counter() + seconds, list[str]()
-    while time.perf_counter() < ends and len(wrong) < 10:
-        M, N, D = (draw.randint(1, limit) for limit in most)
-        if M * N < ENOUGH_PAIRS:
-            continue
-        case = Case(dtype, (M, N, D), draw.choice(tuple(REGIMES)), draw.choice(kinds))
-        verdict = judge(partial(sigmoid_loss, backend=cast(Backend, backend)), case, device)
-        admissible = verdict.limits
-        wrong += [
-            f"{case}: {n} {e:.2e} > {admissible[n]:.2e}" for n, e in verdict.errors.items() if not e <= admissible[n]
-        ]
     return wrong
 
 

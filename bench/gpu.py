@@ -45,7 +45,6 @@ class Session:
     names: list[str] | None  # of contenders
     ends: float  # by time.perf_counter
     results: Results
-    random_seconds: float  # of random shapes, for each backend and dtype
     failed: list[str] = field(default_factory=list)
 
     @property
@@ -73,7 +72,7 @@ def check(session: Session) -> None:
         call = Call(1000, 1000, 768, dtype, device)
         if not is_asked_for(backend, call, session.names) or backends.unprepared(backend, call):
             continue
-        for title, run in _checks(backend, device, dtype, plan, session.random_seconds):
+        for title, run in _checks(backend, device, dtype, plan):
             wrong = run()
             session.results.checks.append({"check": title, "backend": backend, "dtype": str(dtype)[6:], "wrong": wrong})
             print(f"{backend:8} {str(dtype)[6:]:9} {title}: {'; '.join(wrong) or 'ok'}", flush=True)
@@ -81,7 +80,7 @@ def check(session: Session) -> None:
 
 
 def _checks(
-    backend: str, device: torch.device, dtype: torch.dtype, plan: Plan, random_seconds: float
+    backend: str, device: torch.device, dtype: torch.dtype, plan: Plan
 ) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
     only_plain = backends.only_plain(backend, Call(*plan.checked[-1], dtype, device))
@@ -95,8 +94,6 @@ def _checks(
 
     yield "gradients against float64", gradients
     yield "20 repeats give the same bits", partial(checks.repeats, backend, device, dtype, plan.checked[1])
-    most: Any = tuple(map(max, *plan.checked))
-    yield "random shapes", partial(checks.random_shapes, backend, device, dtype, pairs, most, random_seconds)
     yield "many pairs", partial(checks.many_pairs, backend, device, dtype, plan.many_pairs)
     if device.type == "cuda":
         yield "CUDA graph replays", partial(checks.graph_replay, backend, device, dtype)
@@ -167,7 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help='e.g. ours eager; what is not proven yet, in full: "ours (cuda)"',
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing new is begun")
-    parser.add_argument("--random", type=float, default=5.0, metavar="SECONDS", help="of random shapes, each dtype")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -176,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     ends = time.perf_counter() + 60 * options.minutes
     results = Results(report.environment(device))
-    session = Session(device, problems.plan(device), options.out, options.contenders, ends, results, options.random)
+    session = Session(device, problems.plan(device), options.out, options.contenders, ends, results)
     session.step("gradient checks", partial(check, session))
     if not session.failed:
         session.step("ceilings", partial(measure_ceilings, session))
