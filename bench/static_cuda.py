@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
+from bench.static_report import nvidia_tool, sass_opcodes
 from siglip_kernels import build
 from siglip_kernels.backends import cuda
 
@@ -55,35 +53,26 @@ class Kernel:
 
 def kernels() -> list[Kernel]:
     """Every kernel of the library, compiled where it is not yet; BuildError where it cannot be."""
-    library = build.library(build.TARGETS["cuda"])
+    library = str(build.library(build.TARGETS["cuda"]))
     loaded = cuda.load()
     assert not isinstance(loaded, str), loaded
-    usage = _by_kernel(_cuobjdump("-res-usage", library), r"Function (\S+):")
-    code = _by_kernel(_cuobjdump("-sass", library), r"Function : (\S+)")
+    usage = _by_kernel(nvidia_tool("cuobjdump", "-res-usage", library), r"Function (\S+):")
+    code = _by_kernel(nvidia_tool("cuobjdump", "-sass", library), r"Function : (\S+)")
     return [_kernel(name, usage[name], code[name], loaded.siglip_sm90_shared_bytes()) for name in code]
 
 
 def _kernel(name: str, usage: str, code: str, dynamic_shared: int) -> Kernel:
     match = NAME.search(name)
     assert match is not None, name
-    # "  /*0a10*/  @!P0 HGMMA.64x128x16.F32 ..." without the predicate.
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE)
     registers, stack = (int(value) for value in re.findall(r"(?:REG|STACK):(\d+)", usage))
-    return Kernel(match[1], match[2] == "1", OUTPUTS[int(match[3])], registers, stack, dynamic_shared, Counter(opcodes))
+    return Kernel(
+        match[1], match[2] == "1", OUTPUTS[int(match[3])], registers, stack, dynamic_shared, Counter(sass_opcodes(code))
+    )
 
 
 def _by_kernel(text: str, heading: str) -> dict[str, str]:
     _, *parts = re.split(heading, text)
     return dict(zip(parts[::2], parts[1::2], strict=True))
-
-
-def _cuobjdump(option: str, library: Path) -> str:
-    program = shutil.which("cuobjdump")
-    if program is None:
-        import triton
-
-        program = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    return subprocess.run([program, option, str(library)], check=True, capture_output=True, text=True).stdout
 
 
 def main() -> int:

@@ -167,16 +167,11 @@ def _type(variant: configs.Variant, name: str) -> str:
 
 
 def _nvidia_resources(compiled: Any, variant: configs.Variant) -> Resources:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = _output(str(tools / "cuobjdump"), "-res-usage", cubin.name)
-        sass = _output(str(tools / "nvdisasm"), "-c", cubin.name)
-    # "  /*0a10*/  @!P0 HGMMA.64x128x16.F32 ..." without the predicate.
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.MULTILINE)
+        usage = nvidia_tool("cuobjdump", "-res-usage", cubin.name)
+        opcodes = sass_opcodes(nvidia_tool("nvdisasm", "-c", cubin.name))
     return Resources(
         registers=_integer(r"REG:(\d+)", usage),
         spills=sum(opcode in ("LDL", "STL") for opcode in opcodes),
@@ -200,8 +195,17 @@ def _amd_resources(compiled: Any, variant: configs.Variant) -> Resources:
     )
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def nvidia_tool(name: str, *arguments: str) -> str:
+    """What one of the disassemblers that come with Triton prints."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(program), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def sass_opcodes(sass: str) -> list[str]:
+    """Of "  /*0a10*/  @!P0 HGMMA.64x128x16.F32 ...", HGMMA: without the predicate."""
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.MULTILINE)
 
 
 def _integer(pattern: str, text: str) -> int:

@@ -12,17 +12,16 @@ holds an image several times. Which of its pairs are positive is said in two way
 
 The learning rate of each loss, labels and batch is the one of ``Design.rates`` that reads the most of the validation
 images, which are taken from the training images (mean of three seeds where the bias is varied, one elsewhere, none of
-them among the results'); the smallest batch, whose steps take the longest, has that of the
-next by the square-root rule. The test images are read once a run, in the end. Softmax starts at t = 1/0.07, sigmoid at
-t = 10 and, by pair, b = −10, as published; by class at the log odds of a positive, −log 9. The bias alone is varied
-under the learning rate of that start. Equal examples leave a large batch few steps: one batch is also given the steps,
-and the learning rate, of a smaller.
+them among the results'); the smallest batch, whose steps take the longest, has that of the next by the square-root
+rule. The test images are read once a run, in the end. Softmax starts at t = 1/0.07, sigmoid at t = 10 and, by pair,
+b = −10, as published; by class at the log odds of a positive, −log 9. The bias alone is varied under the learning rate
+of that start. Equal examples leave a large batch few steps: one batch is also given the steps, and the learning rate,
+of a smaller.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import math
 import time
@@ -37,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import report
+from bench import load_module, report
 from bench.progress import Progress
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_digits.py"
@@ -180,12 +179,7 @@ def choose(outcomes: Sequence[Outcome], design: Design) -> Rates:
 @functools.cache
 def example() -> ModuleType:
     """``examples/train_digits.py``, which needs scikit-learn."""
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(SCRIPT)
 
 
 @functools.cache

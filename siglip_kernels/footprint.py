@@ -160,7 +160,7 @@ def _operands(loop: BlockLoop, kernel: BlockKernel) -> int:
         # Of one side, a block's copy is made while that of the block before is still there.
         further = max(R if R < problem.M else 0, C if C < problem.N else 0)
         return (R + C + further) * problem.D * loop.operand.itemsize
-    if kernel.name == "triton" and problem.D % 16:
+    if kernel.aligns and problem.D % 16:
         return (R + C) * -(-problem.D // 16) * 16 * loop.operand.itemsize
     return 0
 

@@ -104,7 +104,12 @@ class PairSpec:
         """False only where no pair of an [M, N] matrix can be positive."""
         if self.has_ids and not self.ignore_ids:
             return True
-        return self.positive_offset is not None and -M < self.positive_offset < N
+        return self.offset_within(M, N) < N
+
+    def offset_within(self, M: int, N: int) -> int:
+        """The offset; N, which no pair of an [M, N] matrix has, where it makes none positive."""
+        offset = self.positive_offset
+        return offset if offset is not None and -M < offset < N else N
 
     def positive_mask(self, M: int, N: int, device: torch.device | None = None) -> Tensor:
         """[M, N] bool: the labels, materialised; on ``device`` where no ids say where."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -90,13 +88,3 @@ def slices(sizes: Sequence[int]) -> list[slice]:
     """Where each rank's part lies in the joined batch."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [slice(end - n, end) for end, n in zip(ends, sizes, strict=True)]
-
-
-def load_module(path: Path) -> ModuleType:
-    """A file as a module of its own."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import siglip_kernels
+from bench import load_module
 from siglip_kernels import SigLipLoss, distributed, ring, schedule, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.distributed import Exchange
 from siglip_kernels.testing import make_inputs, relative_l2
-from tests.ranks import Ranks, load_module, slices
+from tests.ranks import Ranks, slices
 
 WORLDS = (2, 3, 4, 8)
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import contenders
+from bench import contenders, load_module
 from bench.timing import MIB, peak_bytes
 from siglip_kernels import backends, doctor, footprint, sigmoid_loss
 from siglip_kernels.__main__ import main
@@ -30,7 +30,7 @@ from siglip_kernels.backends.eager import EagerBlockKernel, Workspace
 from siglip_kernels.backends.triton import TritonBlockKernel
 from siglip_kernels.distributed import Exchange
 from siglip_kernels.footprint import COPIES, Job
-from tests.ranks import Ranks, load_module
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

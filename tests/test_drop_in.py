@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import load_module
 from siglip_kernels import SigLipLoss
 from siglip_kernels.testing import Inputs, differentiate, make_inputs, relative_l2
-from tests.ranks import load_module
 
 NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
 OUTPUTS = ("loss", *NAMES)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ranks import load_module
+from bench import load_module
 
 pytest.importorskip("sklearn")
 

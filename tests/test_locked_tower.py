@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
+from bench import load_module
 from siglip_kernels.backends.eager import EagerBlockKernel
-from tests.ranks import load_module
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

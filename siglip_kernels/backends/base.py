@@ -42,6 +42,7 @@ class BlockKernel(abc.ABC):
     """Forms dz and the partial sums of one block of the logits; ``schedule.py`` does the rest."""
 
     name: str
+    aligns: bool = False  # features whose rows are not aligned are copied, by products.aligned
     unproven: str = ""  # what it has not shown yet, if anything: then only its name reaches it
 
     def automatic(self, problem: Problem) -> bool:

@@ -124,8 +124,7 @@ class CpuBlockKernel(BlockKernel):
             scale.data_ptr(),
             bias.data_ptr(),
             address(dz_scale),
-            # No row reaches column i + c.
-            c if pairs.positive_offset is None else max(-r, min(c, pairs.positive_offset)),
+            pairs.offset_within(r, c),
             address(pairs.image_ids),
             address(pairs.text_ids),
             address(pairs.image_weights),

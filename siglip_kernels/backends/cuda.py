@@ -53,6 +53,7 @@ class CudaBlockKernel(BlockKernel):
     """TMA and WGMMA, the epilogue of one warpgroup under the products of the other."""
 
     name = "cuda"
+    aligns = True
     unproven = "not yet proven on a GPU"
 
     def why_not(self, problem: Problem) -> list[str]:
@@ -119,7 +120,7 @@ class CudaBlockKernel(BlockKernel):
             r,
             c,
             x.shape[1],
-            c if pairs.positive_offset is None else max(-r, min(c, pairs.positive_offset)),
+            pairs.offset_within(r, c),
             loss_only,
             DTYPES[x.dtype],
             x.device.index,

@@ -19,6 +19,7 @@ class TritonBlockKernel(BlockKernel):
     """One launch a block: of the logits nothing reaches memory but dz and three sums a tile."""
 
     name = "triton"
+    aligns = True
 
     def __init__(self, dz_bytes: int = DZ_BYTES) -> None:
         self.dz_bytes = dz_bytes

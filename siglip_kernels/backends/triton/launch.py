@@ -32,8 +32,7 @@ def launch_block(
 ) -> None:
     x, y = aligned(x), aligned(y)
     (M, D), N = x.shape, y.shape[0]
-    has_positives = pairs.may_have_positives(M, N)
-    labels, masses = _labels(pairs, has_positives), pairs.multi_positive or "none"
+    labels, masses = _labels(pairs, M, N), pairs.multi_positive or "none"
     config = configs.choose(arch, M, N, D, x.dtype, configs.is_general(labels, masses, stats is not None))
     use_tma = configs.family(arch) in configs.TMA
     programs = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
@@ -62,7 +61,7 @@ def launch_block(
             x.stride(0),
             y.stride(0),
             0 if dz is None else dz.stride(0),
-            pairs.positive_offset or 0 if has_positives else N,
+            pairs.offset_within(M, N),
             LABELS=configs.LABELS[labels],
             HAS_WEIGHTS=pairs.has_weights,
             SOFT_TARGETS=masses == "soft_targets",
@@ -83,10 +82,10 @@ def launch_block(
         stats.copy_(merged([stats_partials.T.to(stats.dtype)], stats.device, stats.dtype))
 
 
-def _labels(pairs: PairSpec, has_positives: bool) -> str:
+def _labels(pairs: PairSpec, M: int, N: int) -> str:
     if pairs.ignore_ids:
         return "ignore"
-    return "ids" if pairs.has_ids else "offset" if has_positives else "none"
+    return "ids" if pairs.has_ids else "offset" if pairs.may_have_positives(M, N) else "none"
 
 
 def _operand(t: Tensor, use_tma: bool, rows: int, cols: int) -> Tensor | TensorDescriptor:
