@@ -173,9 +173,10 @@ class _SigmoidLoss(torch.autograd.Function):
                 call[i] = t
             dy = _call(*call, *Wanted(False, True, False, False), grad)[3]
             y_gain = torch.ones_like(gain)  # the upstream gradient is in dy, each rank's own
+        overwrite = _is_last_backward(dx)
         return (
-            scaled(dx, gain, ctx.dtype) if ctx.wanted.dx else None,
-            scaled(dy, y_gain, ctx.dtype) if ctx.wanted.dy else None,
+            scaled(dx, gain, ctx.dtype, overwrite) if ctx.wanted.dx else None,
+            scaled(dy, y_gain, ctx.dtype, overwrite) if ctx.wanted.dy else None,
             _shaped(dscale, *ctx.scale) if ctx.wanted.dscale else None,
             _shaped(dbias, *ctx.bias) if ctx.wanted.dbias else None,
             None,
@@ -216,18 +217,35 @@ def loss_and_grads(
     _, dscale, dbias, gain = scalars.unbind()
     return (
         loss,
-        scaled(dx, gain, x_dtype),
-        scaled(dy, gain, y_dtype),
+        scaled(dx, gain, x_dtype, overwrite=True),
+        scaled(dy, gain, y_dtype, overwrite=True),
         _shaped(dscale, *_like(scale)),
         None if bias is None else _shaped(dbias, *_like(bias)),
         totals if stats else None,
     )
 
 
-def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gain * accumulator`` in ``dtype``, rounded once and without a temporary of the accumulator's dtype."""
-    if accumulator.dtype is dtype or torch.compiler.is_compiling():
+def _is_last_backward(saved: Tensor) -> bool:
+    """Whether nobody will read what forward saved again, asked inside a backward: the graph is not kept.
+
+    A captured backward may be replayed.
+    """
+    is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    if torch.compiler.is_compiling() or is_kept is None or is_kept():
+        return False
+    return not (saved.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype, overwrite: bool) -> Tensor:
+    """``gain * accumulator`` in ``dtype``, rounded once and without a temporary of the accumulator's dtype.
+
+    ``overwrite``: the accumulator is not needed any more, and becomes the result where it has its dtype.
+    """
+    if torch.compiler.is_compiling():
         return (accumulator * gain).to(dtype)
+    if accumulator.dtype is dtype:
+        # Detached, it is a tensor that nobody else holds: autograd takes it as the gradient where it would copy another.
+        return accumulator.mul_(gain).detach() if overwrite else accumulator * gain
     out = accumulator.new_empty(accumulator.shape, dtype=dtype)
     # The CPU rounds by way of a temporary after all: 2 MiB at a time.
     rows = max(1, 2**19 // max(1, out.shape[1]) if out.device.type == "cpu" else len(out))

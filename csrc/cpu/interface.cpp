@@ -79,8 +79,9 @@ constexpr int64_t kTileRows = 24, kTileColumns = 4 * avx512::kPanel;
 constexpr int64_t kPackedAtOnce = 256;  // of y's features, by a task
 // Panels of the right-hand matrix in a product's task.
 constexpr int64_t kProductPanels = 3;
-// Rows of a result below which packing its operands costs more than it saves, where float32 need not be packed.
-constexpr int64_t kFewRows = 128;
+// Rows of a result up to which packing its operands costs more than it saves: of logits, as many as a row has words, and no
+// more than these; of gradients, where float32 need not be packed.
+constexpr int64_t kFewLogitRows = 1024, kFewRows = 128;
 
 template <class Operand>
 void block_of(const Block& block, const void* x_data, const void* y_data, int64_t features, uint32_t* packed,
@@ -88,10 +89,12 @@ void block_of(const Block& block, const void* x_data, const void* y_data, int64_
   using namespace avx512;
   const auto* x = static_cast<const typename Operand::Element*>(x_data);
   const auto* y = static_cast<const typename Operand::Element*>(y_data);
-  const int64_t rows_each = block.rows * block.cols < 256 * 256 ? 6 : kTileRows;  // work for every thread
+  const bool as_they_are = block.rows <= std::min(kFewLogitRows, words<Operand>(features));
+  const int64_t rows_each = as_they_are || block.rows * block.cols < 256 * 256 ? 6 : kTileRows;  // work for every thread
   const int64_t panel_words = words<Operand>(features) * kPanel, row_tasks = ceil_div(block.rows, rows_each);
   const int64_t pieces = ceil_div(features, kPackedAtOnce);
-  for_each_task(pool, panels(block.cols) * pieces, panels(block.cols) * panel_words * kPackedWord, [&](int64_t task) {
+  const int64_t packs = as_they_are ? 0 : panels(block.cols);
+  for_each_task(pool, packs * pieces, packs * panel_words * kPackedWord, [&](int64_t task) {
     const int64_t p = task / pieces;
     const Range of_k = part(task % pieces, kPackedAtOnce, features);
     pack_transposed_panel<Operand>(y + of_k.begin, features, of_k.size(), part(p, kPanel, block.cols),
@@ -103,10 +106,12 @@ void block_of(const Block& block, const void* x_data, const void* y_data, int64_
     alignas(64) float tile[kTileRows * kTileColumns];
     const Range rows = part(task % row_tasks, rows_each, block.rows);
     const Range cols = part(task / row_tasks, kTileColumns, block.cols);
-    const Left left = row_major(x + rows.begin * features, features);
-    for (int64_t j = cols.begin; j < cols.end; j += kPanel)
-      multiply<Operand>(left, {packed + j / kPanel * panel_words}, features, tile + (j - cols.begin), kTileColumns,
-                        rows.size(), std::min(kPanel, cols.end - j), false);
+    const auto* const left = x + rows.begin * features;
+    if (as_they_are)
+      multiply_rows<Operand>(left, y + cols.begin * features, features, tile, kTileColumns, rows.size(), cols.size());
+    for (int64_t j = cols.begin; j < cols.end && !as_they_are; j += kPanel)
+      multiply<Operand>(row_major(left, features), {packed + j / kPanel * panel_words}, features,
+                        tile + (j - cols.begin), kTileColumns, rows.size(), std::min(kPanel, cols.end - j), false);
     epilogue(block, tile, kTileColumns, rows, cols, sums);
   });
 }

@@ -1,4 +1,5 @@
-// 6 × 64 results in 24 registers; of the other 8, four hold the right-hand words and one the left-hand word.
+// 24 registers of sums; of the other 8, four hold the right-hand words and one the left-hand ones. Packed, they are 6 × 64
+// results; of rows as they are, the 16 partial sums of 6 × 4.
 // Measured on a Zen 4 core: bfloat16 220 GFLOP/s, where oneDNN reaches 190 to 200.
 
 #include "product.h"
@@ -19,6 +20,8 @@ constexpr int64_t kWords = 128;
 [[gnu::always_inline]] inline __m512 multiply_add(Float32, __m512i left, __m512i right, __m512 sum) {
   return _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum);
 }
+
+__mmask32 first(int64_t count) { return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0; }
 
 template <class Operand, int kCount>
 void tile(const char* a, const Left& layout, const uint32_t* b, int64_t b_stride, int64_t whole_words, bool half_word,
@@ -56,7 +59,46 @@ template <class Operand>
 constexpr decltype(&tile<Operand, 1>) kTiles[kRows] = {tile<Operand, 1>, tile<Operand, 2>, tile<Operand, 3>,
                                                        tile<Operand, 4>, tile<Operand, 5>, tile<Operand, 6>};
 
-__mmask32 first(int64_t count) { return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0; }
+
+// The four vectors' sums.
+__m128 sums_of(const __m512 (&v)[kVectors]) {
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+
+// Of rows of `bytes` bytes, one after the other.
+template <class Operand, int kCount>
+void row_tile(const char* a, const char* b, int64_t bytes, float* out, int64_t out_stride, int64_t columns) {
+  const char* column[kVectors];
+  for (int j = 0; j < kVectors; ++j) column[j] = b + (j < columns ? j : columns - 1) * bytes;
+  __m512 sum[kCount][kVectors];
+  for (auto& row : sum)
+    for (__m512& vector : row) vector = _mm512_setzero_ps();
+
+  const auto step = [&](int64_t at, auto words_at) {
+    __m512i right[kVectors];
+    for (int j = 0; j < kVectors; ++j) right[j] = words_at(column[j] + at);
+    for (int i = 0; i < kCount; ++i) {
+      const __m512i left = words_at(a + i * bytes + at);
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = multiply_add(Operand(), left, right[j], sum[i][j]);
+    }
+  };
+  int64_t at = 0;
+  for (; at + 64 <= bytes; at += 64) step(at, [](const char* from) { return _mm512_loadu_si512(from); });
+  const __mmask32 rest = first((bytes - at) / 2);
+  if (rest) step(at, [&](const char* from) { return _mm512_maskz_loadu_epi16(rest, from); });
+
+  const __mmask8 mask = first(columns) & 0xf;
+  for (int i = 0; i < kCount; ++i) _mm_mask_storeu_ps(out + i * out_stride, mask, sums_of(sum[i]));
+}
+
+template <class Operand>
+constexpr decltype(&row_tile<Operand, 1>) kRowTiles[kRows] = {row_tile<Operand, 1>, row_tile<Operand, 2>,
+                                                              row_tile<Operand, 3>, row_tile<Operand, 4>,
+                                                              row_tile<Operand, 5>, row_tile<Operand, 6>};
 
 // 16 × 16 words: in step s, the blocks of s × s either side of the diagonal change places.
 void transpose(__m512i (&row)[16]) {
@@ -133,10 +175,24 @@ void multiply(const Left& a, const Right& b, int64_t k, float* out, int64_t out_
   }
 }
 
+template <class Operand>
+void multiply_rows(const typename Operand::Element* a, const typename Operand::Element* b, int64_t k, float* out,
+                   int64_t out_stride, int64_t rows, int64_t columns) {
+  const int64_t bytes = k * sizeof(*a);
+  for (int64_t i = 0; i < rows; i += kRows) {
+    const auto row_tile = kRowTiles<Operand>[(rows - i < kRows ? rows - i : kRows) - 1];
+    for (int64_t j = 0; j < columns; j += kVectors)
+      row_tile(reinterpret_cast<const char*>(a + i * k), reinterpret_cast<const char*>(b + j * k), bytes,
+               out + i * out_stride + j, out_stride, columns - j);
+  }
+}
+
 #define SIGLIP_INSTANTIATE(Operand)                                                                             \
   template void pack_panel<Operand>(const Operand::Element*, int64_t, int64_t, Range, uint32_t*);               \
   template void pack_transposed_panel<Operand>(const Operand::Element*, int64_t, int64_t, Range, uint32_t*);    \
-  template void multiply<Operand>(const Left&, const Right&, int64_t, float*, int64_t, int64_t, int64_t, bool);
+  template void multiply<Operand>(const Left&, const Right&, int64_t, float*, int64_t, int64_t, int64_t, bool); \
+  template void multiply_rows<Operand>(const Operand::Element*, const Operand::Element*, int64_t, float*, int64_t, \
+                                       int64_t, int64_t);
 SIGLIP_INSTANTIATE(Bfloat16)
 SIGLIP_INSTANTIATE(Float32)
 

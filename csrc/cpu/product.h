@@ -59,4 +59,9 @@ template <class Operand>
 void multiply(const Left& a, const Right& b, int64_t k, float* out, int64_t out_stride, int64_t rows, int64_t columns,
               bool accumulate);
 
+// out [rows, columns] = a·bᵀ of row-major a [rows, k] and b [columns, k], nothing packed.
+template <class Operand>
+void multiply_rows(const typename Operand::Element* a, const typename Operand::Element* b, int64_t k, float* out,
+                   int64_t out_stride, int64_t rows, int64_t columns);
+
 }  // namespace siglip::avx512

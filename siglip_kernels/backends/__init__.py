@@ -20,8 +20,9 @@ NAMES = ("auto", *BACKENDS)
 def choose(name: str, problem: Problem) -> BlockKernel:
     """The block kernel that runs ``problem``; ValueError with every reason where the named one cannot."""
     if name == "auto":
-        kernels = (k for k in BACKENDS.values() if k.automatic(problem) and not k.why_not(problem))
-        return next(k for k in kernels if not k.prepare())
+        for kernel in BACKENDS.values():
+            if kernel.automatic(problem) and not kernel.why_not(problem) and not kernel.prepare():
+                return kernel
     reasons = unprepared(name, problem)
     if reasons:
         raise ValueError(f"backend={name!r} cannot run this call: " + "; ".join(reasons))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -26,8 +25,8 @@ PANEL = 64  # kPanel of csrc/cpu/product.h
 
 
 class Workspace(NamedTuple):
-    u: Tensor  # [R·C] inner products, in the logits' dtype; empty where dz has room for them, or a tile does
-    packed: Tensor  # int32: panels of our own products' operands
+    u: Tensor | None  # [R·C] inner products, in the logits' dtype; None where dz has room for them, or a tile does
+    packed: Tensor | None  # int32: panels of our own products' operands
 
 
 class CpuBlockKernel(BlockKernel):
@@ -95,12 +94,10 @@ class CpuBlockKernel(BlockKernel):
     def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
         dtype = self.operand_dtype(problem)
         products = self._products(dtype)
+        if products == "ours":
+            return Workspace(None, torch.empty(_packed_words(R, C, problem.D, dtype), dtype=torch.int32))
         in_dz = problem.needs_dz and products == "torch"
-        words = _packed_words(R, C, problem.D, dtype) if products == "ours" else 0
-        return Workspace(
-            torch.empty(0 if in_dz or products == "ours" else R * C, dtype=_logits_dtype(dtype)),
-            torch.empty(words, dtype=torch.int32),
-        )
+        return Workspace(None if in_dz else torch.empty(R * C, dtype=_logits_dtype(dtype)), None)
 
     def block(
         self,
@@ -142,10 +139,11 @@ class CpuBlockKernel(BlockKernel):
             block.stats = address(stats)
         products = self._products(x.dtype)
         if products == "ours":
-            packed = workspace.packed.data_ptr()
+            packed = address(workspace.packed)
             native.block(ctypes.byref(block), x.data_ptr(), y.data_ptr(), D, packed, native.pool)
             return
-        u = dz if dz is not None and products == "torch" else workspace.u[: r * c].view(r, c)
+        u = dz if workspace.u is None else workspace.u[: r * c].view(r, c)
+        assert u is not None
         multiply = native.matmul_ if products == "mkl" else matmul_
         multiply(u, x, y.T)
         level = native.level if self._level is None else LEVELS.index(self._level)
@@ -165,7 +163,7 @@ class CpuBlockKernel(BlockKernel):
                 a.data_ptr(),
                 a.stride(1 if transposed else 0),
                 b.data_ptr(),
-                workspace.packed.data_ptr(),
+                address(workspace.packed),
                 m,
                 n,
                 k,
@@ -189,6 +187,6 @@ def _packed_words(R: int, C: int, D: int, dtype: torch.dtype) -> int:
     """Of the largest pack: y transposed, y with nothing beside it, x with dzᵀ beside it."""
 
     def words(k: int, n: int) -> int:
-        return math.ceil(k * dtype.itemsize / 4) * math.ceil(n / PANEL) * PANEL
+        return -(-k * dtype.itemsize // 4) * -(-n // PANEL) * PANEL
 
     return max(words(D, C), words(C, D), words(R, D) + words(R, C))
