@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ def block_rates(kernel: BlockKernel, problem: Problem, device: torch.device, sec
     sums = torch.empty(3, dtype=schedule.sum_dtype(device), device=device)
     pairs = PairSpec().prepared(x, y, torch.float32)
     block = partial(kernel.block, x, y, scale, bias, sums=sums, dz_scale=None)
-    with_dz, without = (kernel.workspace(replace(call, needs_dz=needs), R, C) for needs in (True, False))
+    with_dz, without = (kernel.workspace(call._replace(needs_dz=needs), R, C) for needs in (True, False))
     elsewhere = PairSpec(positive_offset=None).prepared(x, y, torch.float32)
     steps: dict[Any, Callable[[], Any]] = {
         "x·yᵀ": partial(torch.mm, x, y.T, out=z),

@@ -244,7 +244,7 @@ def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype, overwrite: boo
     if torch.compiler.is_compiling():
         return (accumulator * gain).to(dtype)
     if accumulator.dtype is dtype:
-        # Detached, it is a tensor that nobody else holds: autograd takes it as the gradient where it would copy another.
+        # Detached, it is a tensor that nobody else holds: autograd takes it for .grad, where it would copy another.
         return accumulator.mul_(gain).detach() if overwrite else accumulator * gain
     out = accumulator.new_empty(accumulator.shape, dtype=dtype)
     # The CPU rounds by way of a temporary after all: 2 MiB at a time.
@@ -260,5 +260,5 @@ def _like(t: Tensor) -> tuple[torch.dtype, torch.Size]:
 
 def _shaped(value: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     """A copy of the scalar, so that no gradient is a view of another."""
-    copy = value.to(dtype, copy=True)
+    copy = value.clone() if value.dtype is dtype else value.to(dtype)
     return copy.reshape(shape) if shape else copy

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from siglip_kernels.backends.base import BlockKernel, Problem
+from siglip_kernels.backends.base import BlockKernel, Gradients, Problem
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.stats import SIZE, merged
 
@@ -97,7 +97,7 @@ class BlockLoop:
         self.dz_scale: Tensor | None = None
         self.dx = self.empty(problem.M if wanted.dx else 0)
         self.dx_begun = False  # whether dx holds something to add to
-        self.sums: list[Tensor] = []  # [blocks, 4] for each call of ``add``, the last column unused
+        self.sums: list[Tensor] = []  # [4] for each call of ``add``, the last of them unused
         self.stats: list[Tensor] = []  # [blocks, 8] for each, where wanted
 
     def empty(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -124,6 +124,7 @@ class BlockLoop:
 
         needs_dz, workspace = self.problem.needs_dz, self.workspace
         sums = torch.empty(len(blocks), 4, dtype=sum_dtype(y.device), device=y.device)
+        rows_of_sums = sums.unbind()
         pairs = pairs.prepared(self.x, y, self.dtype)
         stats = self._room_for_stats(len(blocks)) if self.wanted.stats else None
 
@@ -134,26 +135,27 @@ class BlockLoop:
             shape = x_block.shape[0], y_block.shape[0]
             whole = self.dz.shape == shape
             dz = (self.dz if whole else self.dz[: shape[0], : shape[1]]) if needs_dz else None
-            self.kernel.block(
+            gradients = Gradients(
+                _rows(self.dx, r) if self.wanted.dx else None,
+                self.dx_begun or c.start > 0,
+                None if dy is None else _rows(dy, c),
+                dy_begun or r.start > rows.start,
+            )
+            self.kernel.step(
                 x_block,
                 y_block,
                 self.scale,
                 self.bias,
                 pairs.block(r, c),
-                sums=sums[index],
+                gradients,
+                sums=rows_of_sums[index],
                 dz=dz,
                 dz_scale=self.dz_scale,
                 workspace=workspace,
                 loss_only=not (needs_dz or self.wanted.any),
                 stats=None if stats is None else stats[index],
             )
-            if dz is not None and self.wanted.dx:
-                begun = self.dx_begun or c.start > 0
-                self.kernel.matmul_(_rows(self.dx, r), dz, y_block, accumulate=begun, workspace=workspace)
-            if dz is not None and dy is not None:
-                begun = dy_begun or r.start > rows.start
-                self.kernel.matmul_(_rows(dy, c), dz.T, x_block, accumulate=begun, workspace=workspace)
-        self.sums.append(sums)
+        self.sums.append(sums.sum(0) if len(blocks) > 1 else rows_of_sums[0])
 
     def unscaled(self) -> Tensor:
         """[] t over the scale of dz: times dz y, it gives dx but for the denominator."""
@@ -165,7 +167,7 @@ class BlockLoop:
         totals[3] = self.unscaled()
         scalars = torch.div(totals, denominator, out=self.x.new_empty(4, dtype=self.dtype))
         stats = merged(self.stats, self.x.device, sum_dtype(self.x.device)) if self.wanted.stats else None
-        return Result(scalars[0].clone(), scalars, self.dx, dy, stats)
+        return Result(torch.select_copy(scalars, 0, 0), scalars, self.dx, dy, stats)
 
     def _room_for_stats(self, blocks: int) -> Tensor:
         """[blocks, 8]"""
@@ -176,8 +178,7 @@ class BlockLoop:
         """[4] loss, Σ dz·u, Σ dz and room for the gain."""
         if not self.sums:
             return self.x.new_zeros(4, dtype=sum_dtype(self.x.device))
-        sums = self.sums[0] if len(self.sums) == 1 else torch.cat(self.sums)
-        return sums[0] if len(sums) == 1 else sums.sum(0)
+        return self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum(0)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

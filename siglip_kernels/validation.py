@@ -71,7 +71,9 @@ def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
     if y.device != x.device:
         raise ValueError(f"text_features are on {y.device}, image_features on {x.device}; expected one device")
-    x, y = _autocast(x), _autocast(y)
+    autocast = _autocast_dtype(x.device.type)
+    if autocast is not None:
+        x, y = (t if t.dtype is torch.float64 else t.to(autocast) for t in (x, y))
     if y.dtype is not x.dtype:
         raise TypeError(f"text_features are {y.dtype}, image_features {x.dtype}; expected one dtype")
     if y.shape[1] != x.shape[1]:
@@ -79,12 +81,10 @@ def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def _autocast(t: Tensor) -> Tensor:
-    device_type = t.device.type
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """None outside autocast."""
     available = torch.amp.is_autocast_available(device_type)  # not for "meta"
-    if t.dtype is torch.float64 or not available or not torch.is_autocast_enabled(device_type):
-        return t
-    return t.to(torch.get_autocast_dtype(device_type))
+    return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
 
 
 def _scalar(name: str, value: Any, x: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _tensor(name: str, t: Any, kind: str) -> None:
 
 
 def _plain(name: str, t: Tensor) -> None:
-    if hasattr(t, "full_tensor"):
+    if type(t) is not Tensor and hasattr(t, "full_tensor"):
         raise TypeError(
             f"{name} must be a plain tensor of this process, got a DTensor; a parameter that FSDP2 shards is plain "
             "inside the forward of its module"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from siglip_kernels import backends, build, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends import cpu
-from siglip_kernels.backends.base import Problem
+from siglip_kernels.backends.base import Gradients, Problem
 from siglip_kernels.backends.cpu import CpuBlockKernel
 from siglip_kernels.backends.cpu_native import LEVELS, Native, load
 from siglip_kernels.pairs import PairSpec
@@ -239,25 +239,30 @@ def test_rounding_is_torchs(native: Native, level: str, function: int, dtype: to
     assert same.all(), (x[~same][:3], got[~same][:3], right[~same][:3])
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (7, 65, 3), (64, 64, 64), (67, 200, 1801), (130, 33, 255)])
-@pytest.mark.parametrize("level", ["avx512_bf16", "amx"], indirect=True)
-def test_bfloat16_products(level: str, m: int, n: int, k: int, transposed: bool, accumulate: bool) -> None:
-    """Into float32, never rounded to bfloat16 on the way, from a padded dz and into rows of a larger result."""
-    kernel = CpuBlockKernel(level)
-    padded = torch.randn(k if transposed else m, (m if transposed else k) + 13).bfloat16()
-    a = padded[:, : m if transposed else k]
-    a = a.T if transposed else a
-    b, out = torch.randn(k, n).bfloat16(), torch.randn(m + 2, n)
-    before = out.clone()
-    R = max(m, k)
-    workspace = kernel.workspace(plain_call(torch.bfloat16, D=n), R, R)
-    kernel.matmul_(out[1:-1], a, b, accumulate=accumulate, workspace=workspace)
-    exact = a.double() @ b.double() + (before[1:-1].double() if accumulate else 0)
-    assert relative_l2(out[1:-1], exact) < 1e-6
-    assert torch.equal(out[0], before[0])
-    assert torch.equal(out[-1], before[-1])
+# The last but one packs its texts (in several pieces), the others need not.
+STEPS = [(1, 1, 1), (7, 3, 65), (64, 64, 64), (67, 200, 1801), (1100, 70, 1040), (130, 255, 33)]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(("r", "c", "D"), STEPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_step(level: str, dtype: torch.dtype, r: int, c: int, D: int, begun: bool) -> None:
+    """A block and its gradients: never rounded on the way, from a padded dz and into rows of a larger result."""
+    kernel, problem = CpuBlockKernel(level), plain_call(dtype, B=2048, D=D)
+    x, y, scale, bias = make_inputs(r, c, D, kernel.operand_dtype(problem))
+    dz = torch.empty(r, c + 13, dtype=x.dtype)[:, :c]
+    dx, dy = (torch.randn(n + 2, D, dtype=torch.promote_types(x.dtype, torch.float32)) for n in (r, c))
+    before = dx.clone(), dy.clone()
+    sums, workspace = torch.empty(3, dtype=torch.float64), kernel.workspace(problem, r, c)
+    scalars = scale.detach().to(dx.dtype), bias.detach().to(dx.dtype)
+    gradients = Gradients(dx[1:-1], begun, dy[1:-1], begun)
+    kernel.step(x, y, *scalars, PairSpec(), gradients, sums=sums, dz=dz, dz_scale=None, workspace=workspace)
+    logits = scalars[0].double() * (x.double() @ y.double().T) + scalars[1].double()
+    exact = logits.sigmoid() - torch.eye(r, c, dtype=torch.float64)
+    assert relative_l2(dz, exact) < {torch.float64: 1e-13, torch.float32: 2e-6}.get(x.dtype, 3e-3)
+    for got, start, product in ((dx, before[0], dz.double() @ y.double()), (dy, before[1], dz.double().T @ x.double())):
+        assert relative_l2(got[1:-1], product + begun * start[1:-1].double()) < 1e-6
+        assert torch.equal(got[:: len(got) - 1], start[:: len(got) - 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -267,7 +272,7 @@ def test_workspace_is_bounded(level: str, dtype: torch.dtype) -> None:
     R, C = kernel.block_shape(problem)
     operand = kernel.operand_dtype(problem).itemsize
     widened = (R + C) * problem.D * operand if kernel.operand_dtype(problem) != dtype else 0
-    buffers = sum(t.numel() * t.element_size() for t in kernel.workspace(problem, R, C))
+    buffers = sum(t.numel() * t.element_size() for t in kernel.workspace(problem, R, C) if t is not None)
     assert buffers + R * C * operand + widened <= 64 * MIB
     assert kernel.block_shape(plain_call(dtype, B=1 << 20)) == (R, C)
 

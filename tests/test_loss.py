@@ -440,6 +440,21 @@ def test_backward_twice() -> None:
         loss.backward()
 
 
+def test_the_last_backward_turns_the_accumulators_into_the_gradients() -> None:
+    """No copy, unless the graph is kept: then backward may come again."""
+    inputs = make_inputs(7, 5, 4, torch.float32)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    loss = loss_fn(*leaves)
+    kept = [t.data_ptr() for t in loss.grad_fn.saved_tensors[1:3]]
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    loss.backward()
+    assert [grad.data_ptr() for grad in first[:2]] != kept
+    assert [leaf.grad.data_ptr() for leaf in leaves[:2]] == kept
+    for leaf, grad, right in zip(leaves, first, loss_and_grads(*inputs)[1:], strict=True):
+        assert torch.equal(leaf.grad, right)
+        assert torch.equal(grad, right)
+
+
 @pytest.mark.parametrize("upstream", [-3.7, 0.0, 2.0**16])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 def test_upstream_gradient(upstream: float, dtype: torch.dtype) -> None:

@@ -152,17 +152,23 @@ void product_of(const Product& product, ParallelFor pool) {
 
 void siglip_block(const Block* block, const void* x, const void* y, int64_t features, uint32_t* packed,
                   ParallelFor pool) {
-  if (block->operand == Dtype::kBfloat16)
+  const int64_t rows = block->rows, cols = block->cols, stride = block->dz_stride;
+  const Dtype operand = block->operand;
+  if (operand == Dtype::kBfloat16)
     block_of<avx512::Bfloat16>(*block, x, y, features, packed, pool);
   else
     block_of<avx512::Float32>(*block, x, y, features, packed, pool);
+  if (block->dx)
+    multiply({block->dx, block->dz, stride, y, packed, rows, features, cols, operand, false, block->dx_begun}, pool);
+  if (block->dy)
+    multiply({block->dy, block->dz, stride, x, packed, cols, features, rows, operand, true, block->dy_begun}, pool);
 }
 
-void siglip_product(const Product* product, ParallelFor pool) {
-  if (product->operand == Dtype::kBfloat16)
-    product_of<avx512::Bfloat16>(*product, pool);
+void multiply(const Product& product, ParallelFor pool) {
+  if (product.operand == Dtype::kBfloat16)
+    product_of<avx512::Bfloat16>(product, pool);
   else
-    product_of<avx512::Float32>(*product, pool);
+    product_of<avx512::Float32>(product, pool);
 }
 
 #endif

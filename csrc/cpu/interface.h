@@ -20,12 +20,13 @@ SIGLIP_EXPORT void siglip_epilogue(const Block* block, const void* u, int64_t u_
 
 #if defined(__x86_64__)
 // The same from features x [rows, features], y [cols, features], contiguous, bfloat16 (level avx512_bf16) or float32
-// (level avx512); the inner products never leave the cache. packed: room for y's panels.
+// (level avx512), with the gradients; the inner products never leave the cache. packed: room for y's panels, and for those
+// of the gradients' products.
 SIGLIP_EXPORT void siglip_block(const Block* block, const void* x, const void* y, int64_t features, uint32_t* packed,
                                 ParallelFor pool);
 
-// Of the same operands.
-SIGLIP_EXPORT void siglip_product(const Product* product, ParallelFor pool);
+// Of the same operands; a gradient's, for tests.
+void multiply(const Product& product, ParallelFor pool);
 #endif
 
 // For tests: one of the vector functions of a level.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.backends.cpu import CpuBlockKernel
 from siglip_kernels.backends.cuda import CudaBlockKernel
@@ -41,4 +39,4 @@ def why_not(name: str, problem: Problem) -> list[str]:
 
 def only_plain(name: str, problem: Problem) -> bool:
     """Whether the named backend, where it runs ``problem``, does so only as long as it is plain."""
-    return bool(why_not(name, replace(problem, plain=False)))
+    return bool(why_not(name, problem._replace(plain=False)))

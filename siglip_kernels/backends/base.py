@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ DZ_BYTES = 256 * 2**20
 TILE = 128
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a call asks for, as far as choosing and sizing a block kernel needs it."""
 
     M: int  # images
@@ -36,6 +34,15 @@ class Problem:
     def rounds_out(self) -> bool:
         """Whether the rounding of a half-precision dz averages out; of a few pairs it may show whole in a gradient."""
         return self.M * self.N >= ENOUGH_PAIRS
+
+
+class Gradients(NamedTuple):
+    """Where a block's part of them goes, in place of what is there or, once begun, added to it; None: not wanted."""
+
+    dx: Tensor | None  # [r, D] accumulator's dtype, rows contiguous: dz @ y
+    dx_begun: bool
+    dy: Tensor | None  # [c, D] the same: dzᵀ @ x
+    dy_begun: bool
 
 
 class BlockKernel(abc.ABC):
@@ -88,6 +95,27 @@ class BlockKernel(abc.ABC):
         stats: Tensor | None = None,  # [8] the dtype of sums, out, as stats.py has it; None: not wanted
     ) -> None:
         """Write ``sums``, ``dz`` and ``stats`` of the block; read nothing back to the host."""
+
+    def step(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        pairs: PairSpec,
+        gradients: Gradients,
+        *,
+        dz: Tensor | None,
+        workspace: Any,
+        **out: Any,
+    ) -> None:
+        """``block``, whose arguments these are, and its part of the gradients."""
+        self.block(x, y, scale, bias, pairs, dz=dz, workspace=workspace, **out)
+        dx, dx_begun, dy, dy_begun = gradients
+        if dz is not None and dx is not None:
+            self.matmul_(dx, dz, y, accumulate=dx_begun, workspace=workspace)
+        if dz is not None and dy is not None:
+            self.matmul_(dy, dz.T, x, accumulate=dy_begun, workspace=workspace)
 
     def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, workspace: Any) -> None:
         """A gradient's product: ``out = a @ b``, or ``out += a @ b``; a is dz or its transpose, b features."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from siglip_kernels import build
-from siglip_kernels.backends.base import BlockKernel, Problem
-from siglip_kernels.backends.cpu_native import DTYPES, LEVELS, Block, Native, Product, address, load
+from siglip_kernels.backends.base import BlockKernel, Gradients, Problem
+from siglip_kernels.backends.cpu_native import DTYPES, LEVELS, Block, Native, address, load
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.products import matmul_
 
@@ -114,64 +114,87 @@ class CpuBlockKernel(BlockKernel):
         loss_only: bool = False,
         stats: Tensor | None = None,
     ) -> None:
-        native, (r, D), c = self._native, x.shape, y.shape[0]
-        block = Block(
-            r,
-            c,
-            scale.data_ptr(),
-            bias.data_ptr(),
-            address(dz_scale),
-            pairs.offset_within(r, c),
-            address(pairs.image_ids),
-            address(pairs.text_ids),
-            address(pairs.image_weights),
-            address(pairs.text_weights),
-            address(dz),
-            0 if dz is None else dz.stride(0),
-            sums.data_ptr(),
-            DTYPES[scale.dtype],
-            DTYPES[x.dtype],
-            loss_only,
-        )
-        if pairs.ignore_ids or pairs.multi_positive is not None or stats is not None:
-            block.ignore_ids, block.soft_targets = pairs.ignore_ids, pairs.multi_positive == "soft_targets"
-            block.image_masses, block.text_masses = address(pairs.image_masses), address(pairs.text_masses)
-            block.stats = address(stats)
-        products = self._products(x.dtype)
+        described = _described(x, y, scale, bias, pairs, sums, dz, dz_scale, loss_only, stats)
+        native, products = self._native, self._products(x.dtype)
         if products == "ours":
-            packed = address(workspace.packed)
-            native.block(ctypes.byref(block), x.data_ptr(), y.data_ptr(), D, packed, native.pool)
+            self._run(described, x, y, workspace)
             return
+        r, c = x.shape[0], y.shape[0]
         u = dz if workspace.u is None else workspace.u[: r * c].view(r, c)
         assert u is not None
         multiply = native.matmul_ if products == "mkl" else matmul_
         multiply(u, x, y.T)
         level = native.level if self._level is None else LEVELS.index(self._level)
-        native.epilogue(ctypes.byref(block), u.data_ptr(), u.stride(0), level, native.pool)
+        native.epilogue(ctypes.byref(described), u.data_ptr(), u.stride(0), level, native.pool)
+
+    def step(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        pairs: PairSpec,
+        gradients: Gradients,
+        *,
+        workspace: Workspace,
+        **out: Any,
+    ) -> None:
+        if self._products(x.dtype) != "ours":
+            super().step(x, y, scale, bias, pairs, gradients, workspace=workspace, **out)
+            return
+        described = _described(x, y, scale, bias, pairs, **out)
+        dx, described.dx_begun, dy, described.dy_begun = gradients
+        described.dx, described.dy = address(dx), address(dy)
+        self._run(described, x, y, workspace)
+
+    def _run(self, block: Block, x: Tensor, y: Tensor, workspace: Workspace) -> None:
+        """By our own products."""
+        native = self._native
+        pointers = x.data_ptr(), y.data_ptr(), x.shape[1], address(workspace.packed)
+        native.block(ctypes.byref(block), *pointers, native.pool)
 
     def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, workspace: Workspace) -> None:
-        products = self._products(a.dtype)
-        if products == "torch":
-            matmul_(out, a, b, accumulate=accumulate)
-        elif products == "mkl":
-            self._native.matmul_(out, a, b, accumulate=accumulate)
-        else:
-            (m, k), n = a.shape, b.shape[1]
-            transposed = a.stride(0) == 1 and a.stride(1) != 1
-            product = Product(
-                out.data_ptr(),
-                a.data_ptr(),
-                a.stride(1 if transposed else 0),
-                b.data_ptr(),
-                address(workspace.packed),
-                m,
-                n,
-                k,
-                DTYPES[a.dtype],
-                transposed,
-                accumulate,
-            )
-            self._native.product(ctypes.byref(product), self._native.pool)
+        multiply = self._native.matmul_ if self._products(a.dtype) == "mkl" else matmul_
+        multiply(out, a, b, accumulate=accumulate)
+
+
+def _described(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pairs: PairSpec,
+    sums: Tensor,
+    dz: Tensor | None,
+    dz_scale: Tensor | None,
+    loss_only: bool = False,
+    stats: Tensor | None = None,
+) -> Block:
+    """What ``BlockKernel.block`` is asked for, as the library takes it."""
+    r, c = x.shape[0], y.shape[0]
+    block = Block(
+        r,
+        c,
+        scale.data_ptr(),
+        bias.data_ptr(),
+        address(dz_scale),
+        pairs.offset_within(r, c),
+        address(pairs.image_ids),
+        address(pairs.text_ids),
+        address(pairs.image_weights),
+        address(pairs.text_weights),
+        address(dz),
+        0 if dz is None else dz.stride(0),
+        sums.data_ptr(),
+        DTYPES[scale.dtype],
+        DTYPES[x.dtype],
+        loss_only,
+    )
+    if pairs.ignore_ids or pairs.multi_positive is not None or stats is not None:
+        block.ignore_ids, block.soft_targets = pairs.ignore_ids, pairs.multi_positive == "soft_targets"
+        block.image_masses, block.text_masses = address(pairs.image_masses), address(pairs.text_masses)
+        block.stats = address(stats)
+    return block
 
 
 def _even_cut(length: int, most: int) -> int:
@@ -185,8 +208,7 @@ def _logits_dtype(operand: torch.dtype) -> torch.dtype:
 
 def _packed_words(R: int, C: int, D: int, dtype: torch.dtype) -> int:
     """Of the largest pack: y transposed, y with nothing beside it, x with dzᵀ beside it."""
-
-    def words(k: int, n: int) -> int:
-        return -(-k * dtype.itemsize // 4) * -(-n // PANEL) * PANEL
-
-    return max(words(D, C), words(C, D), words(R, D) + words(R, C))
+    in_word = 4 // dtype.itemsize
+    r, c, d = -(-R // in_word), -(-C // in_word), -(-D // in_word)
+    C, D = -(-C // PANEL) * PANEL, -(-D // PANEL) * PANEL
+    return max(d * C, c * D, r * (D + C))

@@ -44,24 +44,10 @@ class Block(Structure):
         ("image_masses", c_void_p),
         ("text_masses", c_void_p),
         ("stats", c_void_p),
-    )
-
-
-class Product(Structure):
-    """Of csrc/cpu/block.h."""
-
-    _fields_ = (
-        ("out", c_void_p),
-        ("a", c_void_p),
-        ("a_stride", c_int64),
-        ("b", c_void_p),
-        ("packed", c_void_p),
-        ("m", c_int64),
-        ("n", c_int64),
-        ("k", c_int64),
-        ("operand", c_int32),
-        ("transpose", c_int32),
-        ("accumulate", c_int32),
+        ("dx", c_void_p),
+        ("dy", c_void_p),
+        ("dx_begun", c_int32),
+        ("dy_begun", c_int32),
     )
 
 
@@ -79,7 +65,6 @@ class Native:
         if hasattr(library, "siglip_block"):
             features = (c_void_p, c_void_p, c_int64)
             self.block = _function(library, "siglip_block", POINTER(Block), *features, c_void_p, c_void_p)
-            self.product = _function(library, "siglip_product", POINTER(Product), c_void_p)
         # MKL's, which torch exports on x86: symbols, not API.
         self.gemm = {
             dtype: _function(libtorch, name, *_GEMM)

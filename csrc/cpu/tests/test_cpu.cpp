@@ -260,11 +260,37 @@ void test_block(const Case& c, int64_t features) {
   inputs.block.dz = dz.data();
   inputs.block.dz_stride = c.cols;
   inputs.block.operand = Operand::kDtype;
-  std::vector<uint32_t> packed(packed_words<Operand>(features, c.cols));
+  auto dx = uniform<float>(c.rows * features, -1, 1), dy = uniform<float>(c.cols * features, -1, 1);
+  const auto dx_before = dx;
+  inputs.block.dx = dx.data();
+  inputs.block.dx_begun = true;
+  inputs.block.dy = dy.data();
+  std::vector<uint32_t> packed(std::max({packed_words<Operand>(features, c.cols), packed_words<Operand>(c.cols, features),
+                                         packed_words<Operand>(c.rows, features) +
+                                             packed_words<Operand>(c.rows, c.cols)}));
   siglip_block(&inputs.block, x.data(), y.data(), features, packed.data(), two_threads);
   inputs.expect(right, 3e-6, "sums of a block");
   for (size_t i = 0; i < dz.size(); ++i)
     expect_close(Operand::wide(dz[i]), right.dz[i], Operand::kRounding * std::abs(right.dz[i]) + 1e-5, "dz", i);
+  const auto sum = [&](double begun, int64_t terms, auto&& term) {
+    for (int64_t t = 0; t < terms; ++t) begun += term(t);
+    return begun;
+  };
+  for (int64_t i = 0; i < c.rows; ++i)
+    for (int64_t f = 0; f < features; ++f) {
+      const int64_t at = i * features + f;
+      const double expected = sum(dx_before[at], c.cols, [&](int64_t j) {
+        return Operand::wide(dz[i * c.cols + j]) * Operand::wide(y[j * features + f]);
+      });
+      expect_close(dx[at], expected, 1e-6 * (double(c.cols) + 1), "dx", at);
+    }
+  for (int64_t j = 0; j < c.cols; ++j)
+    for (int64_t f = 0; f < features; ++f) {
+      const double expected = sum(0, c.rows, [&](int64_t i) {
+        return Operand::wide(dz[i * c.cols + j]) * Operand::wide(x[i * features + f]);
+      });
+      expect_close(dy[j * features + f], expected, 1e-6 * (double(c.rows) + 1), "dy", j * features + f);
+    }
 }
 
 template <class Operand>
@@ -276,7 +302,7 @@ void test_product(int64_t m, int64_t n, int64_t k, bool transpose, bool accumula
   std::vector<uint32_t> packed(packed_words<Operand>(k, n) + (transpose ? packed_words<Operand>(k, m) : 0));
   const Product product{out.data(), a.data(), stride, b.data(), packed.data(), m, n, k, Operand::kDtype, transpose,
                         accumulate};
-  siglip_product(&product, two_threads);
+  multiply(product, two_threads);
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       double right = accumulate ? before[i * n + j] : 0;
@@ -290,6 +316,7 @@ template <class Operand>
 void test_operand() {
   for (const Case& c : all_cases())
     for (int64_t features : {1, 31, 64, 1603}) test_block<Operand>(c, features);
+  test_block<Operand>({330, 70, Labels::kDiagonal}, 301);  // rows enough for y to be packed, features for two pieces
   for (bool transpose : {false, true})
     for (bool accumulate : {false, true})
       for (auto [m, n, k] : {std::array{1, 1, 1}, {13, 70, 31}, {65, 64, 1601}})
