@@ -6,7 +6,8 @@ and backward, above the inputs and with those gradients that are there by then:
 eager            max((5 + 3·(W - 1))·b² + (2·W - 1)·b·D, b² + 3·b·D, 4·b·D); on CUDA 4 and 2 in place of 5 and 3
 torch.compile    max(W·b² + 2·W·b·D, 4·b·D)
 ours             max(accumulators + dz + workspace + copies of operands + what the exchange holds,
-                 accumulators + gradients), each in its own dtype; of one dtype, the accumulators become the gradients
+                 accumulators + gradients), each in its own dtype; of one dtype, the accumulators become the gradients;
+                 on the CPU a piece of 2 MiB is added where they are rounded
 
 eager is open_clip's SigLipLoss ("bidir", "shift"). At its peak there are logits, labels, their product, logsigmoid and,
 on the CPU alone, logsigmoid's buffer; autograd keeps labels, product and buffer of every block, its texts and the
@@ -31,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from siglip_kernels import backends
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.backends.triton import DTYPES as TRITON_DTYPES
+from siglip_kernels.ops import CPU_PIECE
 from siglip_kernels.ring import Lane, SumsRing, Texts, TextsRing, World
 from siglip_kernels.schedule import BlockLoop, Wanted
 
@@ -150,8 +152,11 @@ def ours(job: Job, kernel: BlockKernel, gather: bool = False) -> int:
             world = World(*lanes, [b] * W, [True] * W, loop.dtype, scale)
             held += [TextsRing(world, Texts(x, None, None)), SumsRing(world, loop)]
     accumulators = 2 * b * D * loop.dtype.itemsize
-    gradients = 0 if loop.dtype is job.dtype else job.features
-    return max(made.bytes() + _operands(loop, kernel), accumulators + gradients)
+    backward = accumulators
+    if loop.dtype is not job.dtype:
+        piece = CPU_PIECE if job.device.type == "cpu" else 0
+        backward += job.features + min(piece, b * D) * loop.dtype.itemsize
+    return max(made.bytes() + _operands(loop, kernel), backward)
 
 
 def _operands(loop: BlockLoop, kernel: BlockKernel) -> int:

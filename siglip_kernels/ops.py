@@ -38,6 +38,7 @@ _TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_u
 _library.define(f"exchange({_ARGUMENTS}, Tensor(a!) order) -> {_RETURNS}", tags=tuple(_TAGS))
 ORDER = torch.zeros((), device="cpu")
 GROUP_NAMES = 13  # their place among the arguments after x
+CPU_PIECE = 2**19  # elements of a gradient that are rounded at once
 
 
 def _sigmoid_loss(
@@ -247,8 +248,8 @@ def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype, overwrite: boo
         # Detached, it is a tensor that nobody else holds: autograd takes it for .grad, where it would copy another.
         return accumulator.mul_(gain).detach() if overwrite else accumulator * gain
     out = accumulator.new_empty(accumulator.shape, dtype=dtype)
-    # The CPU rounds by way of a temporary after all: 2 MiB at a time.
-    rows = max(1, 2**19 // max(1, out.shape[1]) if out.device.type == "cpu" else len(out))
+    # The CPU rounds by way of a temporary after all: a piece at a time.
+    rows = max(1, CPU_PIECE // max(1, out.shape[1]) if out.device.type == "cpu" else len(out))
     for piece, rounded in zip(accumulator.split(rows), out.split(rows), strict=True):
         torch.mul(piece, gain, out=rounded)
     return out
