@@ -6,6 +6,8 @@
 
 #include <immintrin.h>
 
+#include <utility>
+
 namespace siglip::avx512 {
 namespace {
 
@@ -13,6 +15,17 @@ constexpr int kVectors = kPanel / 16;
 constexpr int kRows = 6;
 // Of a pass over k, whose sums start from 0: one sum of 768 terms errs by more than the library's.
 constexpr int64_t kWords = 128;
+
+// body(0) … body(kCount - 1), unrolled before the compiler decides what stays in registers: sums that a loop indexes live
+// on the stack, and go there and back once a pass.
+template <class Body, int... kIndex>
+[[gnu::always_inline]] inline void repeat(std::integer_sequence<int, kIndex...>, Body&& body) {
+  (body(kIndex), ...);
+}
+template <int kCount, class Body>
+[[gnu::always_inline]] inline void repeat(Body&& body) {
+  repeat(std::make_integer_sequence<int, kCount>(), body);
+}
 
 [[gnu::always_inline]] inline __m512 multiply_add(Bfloat16, __m512i left, __m512i right, __m512 sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
@@ -24,35 +37,34 @@ constexpr int64_t kWords = 128;
 __mmask32 first(int64_t count) { return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0; }
 
 template <class Operand, int kCount>
-void tile(const char* a, const Left& layout, const uint32_t* b, int64_t b_stride, int64_t whole_words, bool half_word,
+[[gnu::flatten]] void tile(const char* a, const Left& layout, const uint32_t* b, int64_t b_stride, int64_t whole_words, bool half_word,
           float* out, int64_t out_stride, int64_t columns, bool accumulate) {
-  __mmask16 mask[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t lanes = columns - 16 * v;
-    mask[v] = lanes >= 16 ? 0xffff : lanes > 0 ? (1u << lanes) - 1 : 0;
-  }
   __m512 sum[kCount][kVectors];
-  for (auto& row : sum)
-    for (__m512& vector : row) vector = _mm512_setzero_ps();
+  repeat<kCount>([&](int i) { repeat<kVectors>([&](int v) { sum[i][v] = _mm512_setzero_ps(); }); });
 
   const auto step = [&](auto word_at) {
     __m512i right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = _mm512_loadu_si512(b + 16 * v);
-    for (int i = 0; i < kCount; ++i) {
+    repeat<kVectors>([&](int v) { right[v] = _mm512_loadu_si512(b + 16 * v); });
+    repeat<kCount>([&](int i) {
       const __m512i left = _mm512_set1_epi32(word_at(a + i * layout.row_bytes));
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add(Operand(), left, right[v], sum[i][v]);
-    }
+      repeat<kVectors>([&](int v) { sum[i][v] = multiply_add(Operand(), left, right[v], sum[i][v]); });
+    });
   };
   for (int64_t w = 0; w < whole_words; ++w, a += layout.word_bytes, b += b_stride)
     step([](const char* at) { return _mm_cvtsi128_si32(_mm_loadu_si32(at)); });
   if (half_word) step([](const char* at) { return _mm_extract_epi16(_mm_loadu_si16(at), 0); });
 
-  for (int i = 0; i < kCount; ++i)
-    for (int v = 0; v < kVectors; ++v) {
+  repeat<kCount>([&](int i) {
+    repeat<kVectors>([&](int v) {
       float* const to = out + i * out_stride + 16 * v;
-      if (accumulate) sum[i][v] = _mm512_add_ps(sum[i][v], _mm512_maskz_loadu_ps(mask[v], to));
-      _mm512_mask_storeu_ps(to, mask[v], sum[i][v]);
-    }
+      const __mmask16 mask = first(columns - 16 * v);
+      if (accumulate) sum[i][v] = _mm512_add_ps(sum[i][v], _mm512_maskz_loadu_ps(mask, to));
+      if (columns >= kPanel)  // masked stores are slow
+        _mm512_storeu_ps(to, sum[i][v]);
+      else
+        _mm512_mask_storeu_ps(to, mask, sum[i][v]);
+    });
+  });
 }
 
 template <class Operand>
@@ -71,20 +83,19 @@ __m128 sums_of(const __m512 (&v)[kVectors]) {
 
 // Of rows of `bytes` bytes, one after the other.
 template <class Operand, int kCount>
-void row_tile(const char* a, const char* b, int64_t bytes, float* out, int64_t out_stride, int64_t columns) {
+[[gnu::flatten]] void row_tile(const char* a, const char* b, int64_t bytes, float* out, int64_t out_stride, int64_t columns) {
   const char* column[kVectors];
   for (int j = 0; j < kVectors; ++j) column[j] = b + (j < columns ? j : columns - 1) * bytes;
   __m512 sum[kCount][kVectors];
-  for (auto& row : sum)
-    for (__m512& vector : row) vector = _mm512_setzero_ps();
+  repeat<kCount>([&](int i) { repeat<kVectors>([&](int v) { sum[i][v] = _mm512_setzero_ps(); }); });
 
   const auto step = [&](int64_t at, auto words_at) {
     __m512i right[kVectors];
-    for (int j = 0; j < kVectors; ++j) right[j] = words_at(column[j] + at);
-    for (int i = 0; i < kCount; ++i) {
+    repeat<kVectors>([&](int j) { right[j] = words_at(column[j] + at); });
+    repeat<kCount>([&](int i) {
       const __m512i left = words_at(a + i * bytes + at);
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = multiply_add(Operand(), left, right[j], sum[i][j]);
-    }
+      repeat<kVectors>([&](int j) { sum[i][j] = multiply_add(Operand(), left, right[j], sum[i][j]); });
+    });
   };
   int64_t at = 0;
   for (; at + 64 <= bytes; at += 64) step(at, [](const char* from) { return _mm512_loadu_si512(from); });
@@ -92,7 +103,7 @@ void row_tile(const char* a, const char* b, int64_t bytes, float* out, int64_t o
   if (rest) step(at, [&](const char* from) { return _mm512_maskz_loadu_epi16(rest, from); });
 
   const __mmask8 mask = first(columns) & 0xf;
-  for (int i = 0; i < kCount; ++i) _mm_mask_storeu_ps(out + i * out_stride, mask, sums_of(sum[i]));
+  repeat<kCount>([&](int i) { _mm_mask_storeu_ps(out + i * out_stride, mask, sums_of(sum[i])); });
 }
 
 template <class Operand>
