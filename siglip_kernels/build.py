@@ -69,7 +69,7 @@ _X86 = (
     Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=avx512", *_AVX512)),
     Source("cpu/product.cpp", (*_AVX512, "-mavx512bf16")),
 )
-_ANYWHERE = (
+CPU_ANYWHERE = (
     Source("cpu/interface.cpp"),
     Source("cpu/machine.cpp"),
     Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=portable",)),
@@ -82,7 +82,7 @@ _SM90_HEADERS = (
 TARGETS = {  # by the backend's name
     "cpu": Target(
         "cpu",
-        _ANYWHERE + (_X86 if platform.machine().lower() in ("x86_64", "amd64") else ()),
+        CPU_ANYWHERE + (_X86 if platform.machine().lower() in ("x86_64", "amd64") else ()),
         headers=tuple(f"cpu/{name}.h" for name in _CPU_HEADERS),
         flags=("-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"),
     ),

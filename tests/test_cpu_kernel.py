@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,26 @@ def starts(compiler: str, flags: list[str], folder: Path) -> bool:
     return compiled.returncode == 0 and subprocess.run([folder / "trivial"], capture_output=True).returncode == 0
 
 
+def cpp_tests(compiler: str, sources: Sequence[build.Source], folder: Path, *flags: str) -> Path:
+    """The program of the C++ tests, beside those ``sources`` of the library."""
+    common = [*build.TARGETS["cpu"].flags, "-O1", "-g1", *flags, "-c"]
+    units = [*sources, build.Source("cpu/tests/test_cpu.cpp")]
+    objects = [str(folder / f"{index}.o") for index in range(len(units))]
+    running = [
+        subprocess.Popen([compiler, *common, *unit.flags, str(build.CSRC / unit.path), "-o", built])
+        for unit, built in zip(units, objects, strict=True)
+    ]
+    assert [process.wait() for process in running] == [0] * len(running)
+    subprocess.run([compiler, *flags, *objects, "-o", str(folder / "test")], check=True)
+    return folder / "test"
+
+
+def assert_ok(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("ok")
+
+
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_cpp(sanitizer: str, tmp_path: Path) -> None:
     """The C++ tests, under the sanitizers."""
@@ -323,17 +344,12 @@ def test_cpp(sanitizer: str, tmp_path: Path) -> None:
     checks = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
     if not starts(compiler, checks, tmp_path):
         pytest.skip(f"no {sanitizer} sanitizer here")
-    target = build.TARGETS["cpu"]
-    common = [*target.flags, "-O1", "-g", *checks, "-c"]
-    units = [*target.sources, build.Source("cpu/tests/test_cpu.cpp")]
-    objects = [str(tmp_path / f"{index}.o") for index in range(len(units))]
-    running = [
-        subprocess.Popen([compiler, *common, *unit.flags, str(build.CSRC / unit.path), "-o", built])
-        for unit, built in zip(units, objects, strict=True)
-    ]
-    assert [process.wait() for process in running] == [0] * len(running)
-    program = str(tmp_path / "test")
-    subprocess.run([compiler, *checks, *objects, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("ok")
+    assert_ok(cpp_tests(compiler, build.TARGETS["cpu"].sources, tmp_path, *checks))
+
+
+def test_cpp_on_arm(tmp_path: Path) -> None:
+    """The same on an emulated 64-bit Arm, which takes the portable path."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
+    assert_ok(emulator, cpp_tests(compiler, build.CPU_ANYWHERE, tmp_path, "-static", "-pthread"))
