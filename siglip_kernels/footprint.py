@@ -48,7 +48,7 @@ class Copies(NamedTuple):
 
 
 # On the CPU the peak, in whole copies, is the median over the rows of bench/results/amd-epyc-avx512-2-threads (commit
-# 5e675c5) with every gradient and B ≥ 4096.
+# c539c1e) with every gradient and B ≥ 4096.
 COPIES = {
     "eager": {"cpu": Copies(5, 3, 1), "cuda": Copies(4, 2, 1)},
     "torch.compile": {"cpu": Copies(1, 1, 2), "cuda": Copies(1, 1, 2)},
