@@ -142,9 +142,9 @@ def test_reasons() -> None:
         "features are on cpu, expected a CUDA device",
     ]
     assert "ignore_ids, multi_positive and return_stats are not in this kernel yet" in kernel.why_not(
-        replace(ON_GPU, plain=False)
+        ON_GPU._replace(plain=False)
     )
-    few = kernel.why_not(replace(ON_GPU, M=16, N=16))
+    few = kernel.why_not(ON_GPU._replace(M=16, N=16))
     assert few[0] == "M·N = 256 pairs, too few for a dz in torch.bfloat16"
     if not torch.cuda.is_available():
         assert "no CUDA device" in few
@@ -156,7 +156,7 @@ def test_only_its_name_reaches_it(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     kernel = backends.BACKENDS["cuda"]
     monkeypatch.setattr(kernel, "why_not", lambda problem: [])
     monkeypatch.setattr(kernel, "prepare", list)
-    on_cpu = replace(ON_GPU, device=torch.device("cpu"))
+    on_cpu = ON_GPU._replace(device=torch.device("cpu"))
     assert backends.choose("auto", on_cpu).name != "cuda"
     assert backends.choose("cuda", on_cpu) is kernel
     __main__.info()
@@ -164,7 +164,7 @@ def test_only_its_name_reaches_it(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_blocks_fill_the_device() -> None:
-    R, C = CudaBlockKernel().block_shape(replace(ON_GPU, M=65_536, N=65_536))
+    R, C = CudaBlockKernel().block_shape(ON_GPU._replace(M=65_536, N=65_536))
     assert R % base.TILE == C % base.TILE == 0
     assert R * C * 2 <= base.DZ_BYTES
 

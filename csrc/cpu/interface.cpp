@@ -79,9 +79,9 @@ constexpr int64_t kTileRows = 24, kTileColumns = 4 * avx512::kPanel;
 constexpr int64_t kPackedAtOnce = 256;  // of y's features, by a task
 // Panels of the right-hand matrix in a product's task.
 constexpr int64_t kProductPanels = 3;
-// Rows of a result up to which packing its operands costs more than it saves: of logits, as many as a row has words, and no
-// more than these; of gradients, where float32 need not be packed.
-constexpr int64_t kFewLogitRows = 1024, kFewRows = 128;
+// Rows of a result up to which packing its operands costs more than it saves: of logits, as many as a row has words,
+// and no more than these, unless the row is wide for the caches; of gradients, where float32 need not be packed.
+constexpr int64_t kFewLogitRows = 1024, kWideRow = 8192, kFewRows = 128;
 
 template <class Operand>
 void block_of(const Block& block, const void* x_data, const void* y_data, int64_t features, uint32_t* packed,
@@ -89,8 +89,10 @@ void block_of(const Block& block, const void* x_data, const void* y_data, int64_
   using namespace avx512;
   const auto* x = static_cast<const typename Operand::Element*>(x_data);
   const auto* y = static_cast<const typename Operand::Element*>(y_data);
-  const bool as_they_are = block.rows <= std::min(kFewLogitRows, words<Operand>(features));
-  const int64_t rows_each = as_they_are || block.rows * block.cols < 256 * 256 ? 6 : kTileRows;  // work for every thread
+  const int64_t wide = words<Operand>(features);
+  const bool as_they_are = block.rows <= std::min(kFewLogitRows, wide) && wide <= kWideRow;
+  // Work for every thread.
+  const int64_t rows_each = as_they_are || block.rows * block.cols < 256 * 256 ? 6 : kTileRows;
   const int64_t panel_words = words<Operand>(features) * kPanel, row_tasks = ceil_div(block.rows, rows_each);
   const int64_t pieces = ceil_div(features, kPackedAtOnce);
   const int64_t packs = as_they_are ? 0 : panels(block.cols);
@@ -158,9 +160,9 @@ void siglip_block(const Block* block, const void* x, const void* y, int64_t feat
     block_of<avx512::Bfloat16>(*block, x, y, features, packed, pool);
   else
     block_of<avx512::Float32>(*block, x, y, features, packed, pool);
-  if (block->dx)
+  if (block->dz && block->dx)
     multiply({block->dx, block->dz, stride, y, packed, rows, features, cols, operand, false, block->dx_begun}, pool);
-  if (block->dy)
+  if (block->dz && block->dy)
     multiply({block->dy, block->dz, stride, x, packed, cols, features, rows, operand, true, block->dy_begun}, pool);
 }
 

@@ -20,8 +20,8 @@ SIGLIP_EXPORT void siglip_epilogue(const Block* block, const void* u, int64_t u_
 
 #if defined(__x86_64__)
 // The same from features x [rows, features], y [cols, features], contiguous, bfloat16 (level avx512_bf16) or float32
-// (level avx512), with the gradients; the inner products never leave the cache. packed: room for y's panels, and for those
-// of the gradients' products.
+// (level avx512), with the gradients; the inner products never leave the cache. packed: room for y's panels, and for
+// those of the gradients' products.
 SIGLIP_EXPORT void siglip_block(const Block* block, const void* x, const void* y, int64_t features, uint32_t* packed,
                                 ParallelFor pool);
 

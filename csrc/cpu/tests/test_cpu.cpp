@@ -265,9 +265,9 @@ void test_block(const Case& c, int64_t features) {
   inputs.block.dx = dx.data();
   inputs.block.dx_begun = true;
   inputs.block.dy = dy.data();
-  std::vector<uint32_t> packed(std::max({packed_words<Operand>(features, c.cols), packed_words<Operand>(c.cols, features),
-                                         packed_words<Operand>(c.rows, features) +
-                                             packed_words<Operand>(c.rows, c.cols)}));
+  const int64_t for_dy = packed_words<Operand>(c.rows, features) + packed_words<Operand>(c.rows, c.cols);
+  std::vector<uint32_t> packed(
+      std::max({packed_words<Operand>(features, c.cols), packed_words<Operand>(c.cols, features), for_dy}));
   siglip_block(&inputs.block, x.data(), y.data(), features, packed.data(), two_threads);
   inputs.expect(right, 3e-6, "sums of a block");
   for (size_t i = 0; i < dz.size(); ++i)
