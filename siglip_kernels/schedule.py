@@ -147,7 +147,7 @@ class BlockLoop:
                 self.scale,
                 self.bias,
                 pairs.block(r, c),
-                gradients,
+                gradients=gradients,
                 sums=rows_of_sums[index],
                 dz=dz,
                 dz_scale=self.dz_scale,

@@ -257,7 +257,8 @@ def test_step(level: str, dtype: torch.dtype, r: int, c: int, D: int, begun: boo
     sums, workspace = torch.empty(3, dtype=torch.float64), kernel.workspace(problem, r, c)
     scalars = scale.detach().to(dx.dtype), bias.detach().to(dx.dtype)
     gradients = Gradients(dx[1:-1], begun, dy[1:-1], begun)
-    kernel.step(x, y, *scalars, PairSpec(), gradients, sums=sums, dz=dz, dz_scale=None, workspace=workspace)
+    out: Any = {"sums": sums, "dz": dz, "dz_scale": None}
+    kernel.step(x, y, *scalars, PairSpec(), gradients=gradients, workspace=workspace, **out)
     logits = scalars[0].double() * (x.double() @ y.double().T) + scalars[1].double()
     exact = logits.sigmoid() - torch.eye(r, c, dtype=torch.float64)
     assert relative_l2(dz, exact) < {torch.float64: 1e-13, torch.float32: 2e-6}.get(x.dtype, 3e-3)

@@ -100,17 +100,14 @@ class BlockKernel(abc.ABC):
         self,
         x: Tensor,
         y: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        pairs: PairSpec,
+        *logits: Any,
         gradients: Gradients,
-        *,
         dz: Tensor | None,
         workspace: Any,
         **out: Any,
     ) -> None:
-        """``block``, whose arguments these are, and its part of the gradients."""
-        self.block(x, y, scale, bias, pairs, dz=dz, workspace=workspace, **out)
+        """``block``, whose arguments the others are, and its part of the gradients."""
+        self.block(x, y, *logits, dz=dz, workspace=workspace, **out)
         dx, dx_begun, dy, dy_begun = gradients
         if dz is not None and dx is not None:
             self.matmul_(dx, dz, y, accumulate=dx_begun, workspace=workspace)

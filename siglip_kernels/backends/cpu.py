@@ -127,22 +127,11 @@ class CpuBlockKernel(BlockKernel):
         level = native.level if self._level is None else LEVELS.index(self._level)
         native.epilogue(ctypes.byref(described), u.data_ptr(), u.stride(0), level, native.pool)
 
-    def step(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        pairs: PairSpec,
-        gradients: Gradients,
-        *,
-        workspace: Workspace,
-        **out: Any,
-    ) -> None:
+    def step(self, x: Tensor, y: Tensor, *logits: Any, gradients: Gradients, workspace: Workspace, **out: Any) -> None:
         if self._products(x.dtype) != "ours":
-            super().step(x, y, scale, bias, pairs, gradients, workspace=workspace, **out)
+            super().step(x, y, *logits, gradients=gradients, workspace=workspace, **out)
             return
-        described = _described(x, y, scale, bias, pairs, **out)
+        described = _described(x, y, *logits, **out)
         dx, described.dx_begun, dy, described.dy_begun = gradients
         described.dx, described.dy = address(dx), address(dy)
         self._run(described, x, y, workspace)
