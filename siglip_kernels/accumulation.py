@@ -128,6 +128,8 @@ def _encoded(output: Any) -> Encoded:
     if isinstance(output, tuple | list) and len(output) in (3, 4):
         named = dict(zip(Encoded._fields, output, strict=False))
     given: Any = type(output).__name__
+    if isinstance(output, tuple | list):
+        given += f" of {len(output)}: ({', '.join(type(value).__name__ for value in output)})"
     if isinstance(named, Mapping):
         found = {name: named[name] for name in Encoded._fields if name in named}
         given = {name: type(value).__name__ for name, value in found.items()}

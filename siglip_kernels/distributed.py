@@ -66,13 +66,14 @@ class Exchange:
 class Route(NamedTuple):
     """An Exchange as the operator takes it."""
 
-    group_names: tuple[str, ...] = ()  # none: one process; two: the group across nodes, the group within the node
+    groups: str = ""  # their names, by line. None: one process; two: the group across nodes, the group within the node
     algorithm: str = "ring"
     text_gradient_dtype: torch.dtype | None = None
     same_upstream: bool = True
 
-    def groups(self) -> list[ProcessGroup]:
-        return [dist.distributed_c10d._resolve_process_group(name) for name in self.group_names]  # type: ignore[arg-type]
+    def process_groups(self) -> list[ProcessGroup]:
+        names = self.groups.splitlines()
+        return [dist.distributed_c10d._resolve_process_group(name) for name in names]  # type: ignore[arg-type]
 
 
 ONE_PROCESS = Route()
@@ -81,7 +82,7 @@ ONE_PROCESS = Route()
 def route(process_group: Any) -> Route:
     """Of the argument ``process_group``: a group, a mesh or an Exchange."""
     exchange = process_group if isinstance(process_group, Exchange) else Exchange(process_group)
-    names = tuple(group.group_name for group in _groups(exchange.process_group))
+    names = "\n".join(group.group_name for group in _groups(exchange.process_group))
     return Route(names, exchange.algorithm, exchange.text_gradient_dtype, exchange.same_upstream)
 
 
@@ -94,7 +95,7 @@ def checked(arguments: dict[str, Any]) -> tuple[Any, ...]:
     if process_group is None:
         return *validation.checked(**arguments), *ONE_PROCESS
     taken = route(process_group)
-    with contextlib.nullcontext() if torch.compiler.is_compiling() else refusing(taken.groups()):
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else refusing(taken.process_groups()):
         return *validation.checked(**arguments), *taken
 
 
@@ -109,7 +110,8 @@ def place(groups: Sequence[ProcessGroup]) -> tuple[int, int]:
 
 def _groups(given: Any) -> list[ProcessGroup]:
     if not dist.is_available() or not dist.is_initialized():
-        raise ValueError("process_group is given, but torch.distributed.init_process_group was not called")
+        asked = "the default process group is asked for" if given is None else "process_group is given"
+        raise ValueError(f"{asked}, but torch.distributed.init_process_group was not called")
     if given is None:
         given = dist.group.WORLD
     if isinstance(given, dist.DeviceMesh):
@@ -134,7 +136,7 @@ def run(
     upstream: Tensor | None,  # []: given in backward, where the text gradients are formed unless same_upstream
 ) -> Result:
     """``schedule.run`` over the group. Reads what the other ranks say back to the host, and nothing else."""
-    groups = taken.groups()
+    groups = taken.process_groups()
     dtype = schedule.accumulator_dtype(x.dtype)
     travelling = taken.text_gradient_dtype or dtype
     ranks = agree(
@@ -185,7 +187,7 @@ def run(
 def _own_texts(y: Tensor, pairs: PairSpec, dtype: torch.dtype, weighted: bool) -> tuple[PairSpec, Texts]:
     """Ids and weights of one dtype everywhere; weights on every rank or on none."""
     ids = [None if t is None else t.to(torch.int64).contiguous() for t in (pairs.image_ids, pairs.text_ids)]
-    weights = y.new_ones(len(y)) if weighted and pairs.text_weights is None else pairs.text_weights
+    weights = y.new_ones(len(y), dtype=dtype) if weighted and pairs.text_weights is None else pairs.text_weights
     weights = None if weights is None else weights.to(dtype).contiguous()
     return replace(pairs, image_ids=ids[0]), Texts(y.contiguous(), ids[1], weights, pairs.text_masses)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from siglip_kernels.agreement import refusing
@@ -57,7 +58,7 @@ class SigLipLoss(nn.Module):
         self.chunk_size = chunk_size
         self.process_group = process_group
         if process_group is not None and (rank, world_size) == (0, 1):
-            self.rank, self.world_size = place(route(self._exchange()).groups())
+            self.rank, self.world_size = place(route(self._exchange()).process_groups())
 
     def forward(
         self,
@@ -72,8 +73,12 @@ class SigLipLoss(nn.Module):
         Shapes, dtypes and errors are as for :func:`siglip_kernels.sigmoid_loss`; logit_scale is already exponentiated.
         """
         exchange = self._exchange()
+        if self.world_size > 1 and not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                f"world_size = {self.world_size} was given, but torch.distributed.init_process_group was not called"
+            )
         if exchange is not None and not torch.compiler.is_compiling():
-            groups = route(exchange).groups()
+            groups = route(exchange).process_groups()
             with refusing(groups):
                 self._check_place(*place(groups))
         loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, process_group=exchange)

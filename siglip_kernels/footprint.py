@@ -138,7 +138,7 @@ def ours(job: Job, kernel: BlockKernel, gather: bool = False) -> int:
     """Of sigmoid_loss with every gradient, batches of one size, neither ids nor weights; ``gather``: over one group."""
     b, D, W = job.batch, job.D, job.ranks
     x = torch.empty(b, D, dtype=job.dtype, device="meta")
-    scale = bias = torch.empty((), device="meta")
+    scale = bias = torch.empty((), dtype=torch.float32, device="meta")
     held: list[Any] = []
     with _Allocations(x, scale) as made:
         loop = BlockLoop(kernel, job.problem(b * W if gather else b), x, scale, bias, Wanted())

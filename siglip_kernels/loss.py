@@ -20,6 +20,7 @@ size. The M×N logits exist only tile by tile, and the gradients are formed in t
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -167,6 +168,10 @@ class SigmoidLoss(nn.Module):
         init_logit_bias: b at the start; the parameter ``logit_bias`` [] float32. None: no bias.
         parameter_shape: of both: (), or (1,), for FSDP2 takes no parameter of shape ().
         reduction, backend: as for :func:`sigmoid_loss`.
+        device: of both parameters; None: torch's default device, "meta" in a deferred initialisation.
+
+    The parameters are float32 whatever the default dtype is; after ``.half()`` or ``.bfloat16()`` exp is still formed
+    in float32. A checkpoint of shape () loads into (1,), and the other way round.
     """
 
     logit_bias: nn.Parameter | None
@@ -179,6 +184,7 @@ class SigmoidLoss(nn.Module):
         parameter_shape: tuple[int, ...] = (),
         reduction: Reduction = "batchmean",
         backend: Backend = "auto",
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         one_of("reduction", reduction, REDUCTIONS)
@@ -186,16 +192,35 @@ class SigmoidLoss(nn.Module):
         if not init_logit_scale > 0:
             raise ValueError(f"init_logit_scale must be above 0, its logarithm is learned; got {init_logit_scale!r}")
         one_of("parameter_shape", parameter_shape, ((), (1,)))
-        self.logit_scale = nn.Parameter(torch.full(parameter_shape, math.log(init_logit_scale)))
-        bias = None if init_logit_bias is None else nn.Parameter(torch.full(parameter_shape, float(init_logit_bias)))
-        self.logit_bias = bias
+        self.init_logit_scale = float(init_logit_scale)
+        self.init_logit_bias = None if init_logit_bias is None else float(init_logit_bias)
+        empty = partial(torch.empty, parameter_shape, dtype=torch.float32, device=device)
+        self.logit_scale = nn.Parameter(empty())
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(empty())
+        self.reset_parameters()
         self.reduction: Reduction = reduction
         self.backend: Backend = backend
+
+    def reset_parameters(self) -> None:
+        """Scale and bias as at the start: what a deferred initialisation calls after ``to_empty``, as FSDP does."""
+        nn.init.constant_(self.logit_scale, math.log(self.init_logit_scale))
+        if self.logit_bias is not None and self.init_logit_bias is not None:
+            nn.init.constant_(self.logit_bias, self.init_logit_bias)
 
     def forward(self, image_features: Tensor, text_features: Tensor, **pairs: Any) -> Any:
         """What :func:`sigmoid_loss` returns; ``pairs`` are its labels, weights and so on, by keyword."""
         arguments = {"reduction": self.reduction, "backend": self.backend, **pairs}
-        return sigmoid_loss(image_features, text_features, self.logit_scale.exp(), self.logit_bias, **arguments)
+        # In half precision exp would round the scale to eight or eleven bits.
+        exact = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32))
+        return sigmoid_loss(image_features, text_features, exact.exp(), self.logit_bias, **arguments)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """A checkpoint's scalars in this module's shape, be they [] or [1]."""
+        for name, parameter in self.named_parameters(recurse=False):
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and saved.shape != parameter.shape and saved.shape in ((), (1,)):
+                state_dict[prefix + name] = saved.reshape(parameter.shape)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}, backend={self.backend!r}"

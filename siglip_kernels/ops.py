@@ -1,20 +1,29 @@
 """The operator and its derivative: the only file that knows torch.library and autograd.
 
-One opaque operator forms the loss and the wanted gradients together. The autograd Function over it returns the loss and
-keeps the accumulators; backward only scales them by the upstream gradient.
+One opaque operator forms the loss and the wanted gradients together. Its derivative is an autograd Function, which
+keeps the accumulators of the gradients; backward only scales them by the upstream gradient. Whoever meets the operator,
+in a traced or exported graph too, can differentiate its loss, once.
+
+Where no one is there to see a difference, the call goes round the dispatcher: straight to what is behind the operator.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from siglip_kernels import backends, distributed, schedule
 from siglip_kernels.agreement import refusing
 from siglip_kernels.backends.base import Problem
+from siglip_kernels.dispatch import check_memory, has_memory, has_no_mode, is_ordinary, is_traced_before_dispatch
 from siglip_kernels.distributed import Route
 from siglip_kernels.pairs import PairSpec, diagonal
 from siglip_kernels.schedule import Wanted
@@ -26,7 +35,7 @@ _ARGUMENTS = (
     " Tensor? image_ids, Tensor? text_ids, Tensor? image_weights, Tensor? text_weights,"
     " bool ignore_ids, str? multi_positive, str anchors,"
     " str reduction, str backend,"
-    " str[] group_names, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
+    " str groups, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
     " bool dx, bool dy, bool dscale, bool dbias, bool stats, Tensor? upstream"
 )
 _RETURNS = "(Tensor loss, Tensor scalars, Tensor dx, Tensor dy, Tensor stats)"
@@ -36,8 +45,17 @@ _library.define(f"sigmoid_loss({_ARGUMENTS}) -> {_RETURNS}", tags=(torch.Tag.pt2
 # exchange, merges two, or runs them in another order than the program's, which is that of the other ranks.
 _TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)]
 _library.define(f"exchange({_ARGUMENTS}, Tensor(a!) order) -> {_RETURNS}", tags=tuple(_TAGS))
-ORDER = torch.zeros((), device="cpu")
-GROUP_NAMES = 13  # their place among the arguments after x
+# Hands a gradient on in a compiled backward, which so keeps an argument that requires grad: by one AOTAutograd knows that
+# a second derivative is asked for, and refuses it.
+_library.define("first_derivative(Tensor gradient, Tensor argument) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+ORDER = torch.zeros((), dtype=torch.float32, device="cpu")
+GROUPS = 14  # their place among the arguments
+FLAGS = slice(18, 23)  # the places of dx to stats
+# Of the tensors among the arguments, by place: what the public function calls them.
+TENSORS = {
+    **dict(enumerate(("image_features", "text_features", "logit_scale", "logit_bias"))),
+    **dict(enumerate(("image_ids", "text_ids", "image_weights", "text_weights"), start=5)),
+}
 CPU_PIECE = 2**19  # elements of a gradient that are rounded at once
 
 
@@ -56,7 +74,7 @@ def _sigmoid_loss(
     anchors: str,
     reduction: str,
     backend: str,
-    group_names: list[str],
+    groups: str,
     algorithm: str,
     text_gradient_dtype: torch.dtype | None,
     same_upstream: bool,
@@ -67,6 +85,7 @@ def _sigmoid_loss(
     stats: bool,
     upstream: Tensor | None,
 ) -> _Outputs:
+    """What is behind the operator, for ordinary tensors."""
     if image_ids is None and image_weights is None and text_weights is None:
         pairs = diagonal(positive_offset)
     else:
@@ -75,32 +94,42 @@ def _sigmoid_loss(
     wanted = Wanted(dx, dy, dscale, dbias, stats)
     plain = not (ignore_ids or multi_positive or stats)
     problem = Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, wanted.dz, plain)
-    if not group_names:
+    if not groups:
         kernel = backends.choose(backend, problem)
     else:
-        route = Route(tuple(group_names), algorithm, text_gradient_dtype, same_upstream)
-        with refusing(route.groups()):
+        route = Route(groups, algorithm, text_gradient_dtype, same_upstream)
+        with refusing(route.process_groups()):
             kernel = backends.choose(backend, problem)
     # The products inside choose their own precision; autocast must not touch them.
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         call = kernel, x, y, scale, bias, pairs, reduction, wanted
-        result = distributed.run(*call, route, upstream) if group_names else schedule.run(*call)
+        result = distributed.run(*call, route, upstream) if groups else schedule.run(*call)
     return result.loss, result.scalars, result.dx, result.dy, result.stats
 
 
 def _operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same with empty stats where none are wanted, for an operator returns tensors."""
+    """The same for what the dispatcher hands on; stats are empty where none are wanted, for it returns tensors."""
+    if not _all(has_memory, (x, *arguments)):
+        raise TypeError("sigmoid_loss got a tensor without memory of its own, which the tensor's class did not unwrap")
     loss, scalars, dx, dy, stats = _sigmoid_loss(x, *arguments)
     return loss, scalars, dx, dy, _stats_of(x, 0) if stats is None else stats
 
 
+def _all(is_right: Callable[[Tensor], bool], call: tuple[Any, ...]) -> bool:
+    """Whether every tensor among the arguments is; ValueError where the memory of one is not there."""
+    for place, name in TENSORS.items():
+        t = call[place]
+        if t is None:
+            continue
+        if not is_right(t):
+            return False
+        check_memory(name, t)
+    return True
+
+
 def _stats_of(x: Tensor, size: int) -> Tensor:
     return x.new_empty((size,), dtype=schedule.sum_dtype(x.device))
-
-
-_library.impl("sigmoid_loss", _operator, "CompositeExplicitAutograd")
-_library.impl("exchange", lambda *arguments: _operator(*arguments[:-1]), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("siglip_kernels::sigmoid_loss", lib=_library)
@@ -122,86 +151,93 @@ def _exchange_fake(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Te
     return _sigmoid_loss_fake(x, y, *args[:-1])
 
 
-def _call(x: Tensor, *rest: Any) -> _Outputs:
-    """The operator; or, where nobody is there to see a difference, what is behind it: the dispatcher takes 15 µs."""
-    if torch.compiler.is_compiling() and rest[GROUP_NAMES]:
-        return torch.ops.siglip_kernels.exchange(x, *rest, ORDER)
-    if type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return torch.ops.siglip_kernels.sigmoid_loss(x, *rest)
-    return _sigmoid_loss(x, *rest)
-
-
 class _SigmoidLoss(torch.autograd.Function):
-    """Differentiable in x, y, scale and bias. ``rest``: as the operator's up to ``dx``, in one: each argument costs.
+    """(loss, stats), differentiable in x, y, scale and bias; stats as they come.
 
-    The loss, or (loss, stats) where those are wanted.
+    ``rest``: as the operator's up to ``dx``, in one: each argument costs. ``run``: the operator, or what is behind it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, rest: tuple[Any, ...], wanted: Wanted
-    ) -> Any:
-        loss, scalars, dx, dy, stats = _call(x, y, scale, bias, *rest, *wanted, None)
-        outputs: Any = loss
-        if wanted.stats:
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        rest: tuple[Any, ...],
+        wanted: Wanted,
+        run: Callable[..., _Outputs],
+    ) -> tuple[Tensor, Tensor | None]:
+        loss, scalars, dx, dy, stats = run(x, y, scale, bias, *rest, *wanted, None)
+        if stats is not None:
             ctx.mark_non_differentiable(stats)
-            outputs = loss, stats
-        ctx.wanted = wanted
+        ctx.wanted, ctx.run = wanted, run
         ctx.dtype, ctx.scale, ctx.bias = x.dtype, _like(scale), None if bias is None else _like(bias)
+        call = x, y, scale, bias, *rest
         same_upstream = rest[-1]
         if same_upstream or not wanted.dy:
-            ctx.save_for_backward(scalars, dx, dy)
-            return outputs
+            asked = zip((scale, bias, x, y), (wanted.dscale, wanted.dbias, wanted.dx, wanted.dy), strict=True)
+            argument = None if run is _sigmoid_loss else next(t for t, is_wanted in asked if is_wanted)
+            ctx.save_for_backward(scalars, dx, dy, argument)
+            return loss, stats
         # dy is still to be formed: backward calls again.
-        call = x, y, scale, bias, *rest
         ctx.tensors = [i for i, t in enumerate(call) if isinstance(t, Tensor)]
         ctx.others = [None if i in ctx.tensors else t for i, t in enumerate(call)]
-        ctx.save_for_backward(scalars, dx, dy, *(call[i] for i in ctx.tensors))
-        return outputs
+        ctx.save_for_backward(scalars, dx, dy, None, *(call[i] for i in ctx.tensors))
+        return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_of_stats: Any) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    def backward(ctx: Any, grad: Tensor, _of_stats: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
             raise RuntimeError(
                 "sigmoid_loss cannot be differentiated twice: call backward or torch.autograd.grad without create_graph"
             )
-        scalars, dx, dy, *tensors = ctx.saved_tensors
+        scalars, dx, dy, argument, *tensors = ctx.saved_tensors
+        if argument is not None:
+            grad = torch.ops.siglip_kernels.first_derivative(grad, argument)
         _, dscale, dbias, gain = (scalars * grad).unbind()
         y_gain = gain
         if tensors:
+            _refuse_transforms()
             call = [*ctx.others]
             for i, t in zip(ctx.tensors, tensors, strict=True):
                 call[i] = t
-            dy = _call(*call, *Wanted(False, True, False, False), grad)[3]
+            dy = ctx.run(*call, *Wanted(False, True, False, False), grad)[3]
             y_gain = torch.ones_like(gain)  # the upstream gradient is in dy, each rank's own
-        overwrite = _is_last_backward(dx)
+        in_place = ctx.run is _sigmoid_loss and has_no_mode() and is_ordinary(grad)
+        rounded = partial(scaled, overwrite=_is_last_backward(dx)) if in_place else _scaled_anywhere
         return (
-            scaled(dx, gain, ctx.dtype, overwrite) if ctx.wanted.dx else None,
-            scaled(dy, y_gain, ctx.dtype, overwrite) if ctx.wanted.dy else None,
+            rounded(dx, gain, ctx.dtype) if ctx.wanted.dx else None,
+            rounded(dy, y_gain, ctx.dtype) if ctx.wanted.dy else None,
             _shaped(dscale, *ctx.scale) if ctx.wanted.dscale else None,
             _shaped(dbias, *ctx.bias) if ctx.wanted.dbias else None,
+            None,
             None,
             None,
         )
 
 
-def differentiable(stats: bool, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    """The loss, with those gradients to come that autograd will ask for; ``rest`` as the operator's up to ``dx``.
+def differentiable(stats: bool, *call: Any) -> Any:
+    """The loss, with those gradients to come that autograd will ask for; ``call`` as the operator's up to ``dx``.
 
     With ``stats``: (loss, stats [8]).
     """
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError("sigmoid_loss does not run under torch.func transforms (vmap, grad, jvp, …)")
-    grad_mode = torch.is_grad_enabled()
-    wanted = Wanted(*(grad_mode and t is not None and t.requires_grad for t in (x, y, scale, bias)))
+    if not (has_no_mode() and _all(is_ordinary, call)):
+        _refuse_transforms(call)
+        run: Callable[..., Any] = _dispatched(call)
+        wanted = _NOTHING
+        # What is recorded above autograd must have the gradients in it, or they would be taken for constants.
+        if not torch.compiler.is_compiling() and is_traced_before_dispatch():
+            wanted = _asked_by_autograd(call)
+    else:
+        run, wanted = _sigmoid_loss, _asked_by_autograd(call)
     if stats:
         wanted = wanted._replace(stats=True)
-    if not wanted.any:
-        outputs = _call(x, y, scale, bias, *rest, *wanted, None)
-        return (outputs[0], outputs[4]) if stats else outputs[0]
-    if y is x:
-        y = y.view_as(y)  # one tensor as both arguments gets half its gradient under torch.compile (pytorch#183604)
-    return _SigmoidLoss.apply(x, y, scale, bias, rest, wanted)
+    if wanted.any:
+        outputs = _SigmoidLoss.apply(*call[:4], call[4:], wanted, run)
+        return outputs if stats else outputs[0]
+    loss, _, _, _, totals = run(*call, *wanted, None)
+    return (loss, totals) if stats else loss
 
 
 def loss_and_grads(
@@ -211,19 +247,100 @@ def loss_and_grads(
 
     No dbias without a bias, no stats where they are not wanted.
     """
+    _refuse_transforms()
     x, y, scale, bias, *rest = (t.detach() if isinstance(t, Tensor) else t for t in call)
     rest[-1] = True  # there is no upstream gradient that could differ
-    wanted = (True, True, True, bias is not None, stats)
-    loss, scalars, dx, dy, totals = _call(x, y, scale, bias, *rest, *wanted, None)
+    call = x, y, scale, bias, *rest
+    direct = has_no_mode() and _all(is_ordinary, call)
+    run: Callable[..., Any] = _sigmoid_loss if direct else _dispatched(call)
+    loss, scalars, dx, dy, totals = run(*call, True, True, True, bias is not None, stats, None)
     _, dscale, dbias, gain = scalars.unbind()
+    rounded = partial(scaled, overwrite=True) if direct else _scaled_anywhere
     return (
         loss,
-        scaled(dx, gain, x_dtype, overwrite=True),
-        scaled(dy, gain, y_dtype, overwrite=True),
+        rounded(dx, gain, x_dtype),
+        rounded(dy, gain, y_dtype),
         _shaped(dscale, *_like(scale)),
         None if bias is None else _shaped(dbias, *_like(bias)),
         totals if stats else None,
     )
+
+
+def _dispatched(call: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    """The operator for the call, as a compiler, a mode or a tensor's own class is to see it."""
+    if torch.compiler.is_compiling() and call[GROUPS]:
+        return lambda *arguments: torch.ops.siglip_kernels.exchange(*arguments, ORDER)
+    return torch.ops.siglip_kernels.sigmoid_loss
+
+
+_NOTHING = Wanted(False, False, False, False)
+
+
+def _asked_by_autograd(call: tuple[Any, ...]) -> Wanted:
+    if not torch.is_grad_enabled():
+        return _NOTHING
+    return Wanted(*(t is not None and t.requires_grad for t in call[:4]))
+
+
+def _derivative(operator: Any, keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    """The operator as autograd meets it: with the gradients that it will ask for, and a loss that has a derivative."""
+    order, call = arguments[FLAGS.stop + 1 :], arguments[: FLAGS.stop]
+    _refuse_transforms(call)
+    wanted = _asked_by_autograd(call)
+    if not wanted.any:
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+    x, y, scale, bias, *rest = call[: FLAGS.start]
+    if any(call[FLAGS][:-1]):
+        raise RuntimeError(
+            "sigmoid_loss is in a graph that was traced with its gradients, and cannot be differentiated twice: run "
+            "the graph under no_grad, or trace the loss alone"
+        )
+    if y is x:
+        y = y.view_as(y)  # one tensor as both arguments gets half its gradient under torch.compile (pytorch#183604)
+    wanted = wanted._replace(stats=call[FLAGS][-1])
+    loss, stats = _SigmoidLoss.apply(x, y, scale, bias, tuple(rest), wanted, lambda *again: operator(*again, *order))
+    # Of the gradients nothing was asked for.
+    none = x.new_empty((0, x.shape[1]), dtype=loss.dtype)
+    return loss, x.new_full((4,), math.nan, dtype=loss.dtype), none, none.clone(), stats
+
+
+def _refuse_transforms(call: tuple[Any, ...] = ()) -> None:
+    """RuntimeError under a transform of torch.func, NotImplementedError where an argument has a tangent."""
+    if torch.compiler.is_dynamo_compiling():  # the operator refuses, in the graph
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("sigmoid_loss does not run under torch.func transforms (vmap, grad, vjp, jvp, jacrev, …)")
+    if forward_ad._current_level < 0:
+        return
+    for t in call:
+        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                "sigmoid_loss has no forward-mode derivative: use backward or torch.autograd.grad"
+            )
+
+
+def _no_batching_rule(*_: Any) -> Any:
+    raise RuntimeError("sigmoid_loss does not run under torch.vmap")
+
+
+def _first_derivative(gradient: Tensor, argument: Tensor) -> Tensor:
+    return gradient.clone()
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as it is: under torch.compile, after a graph break, Dynamo would trace into it."""
+    disabled = torch._disable_dynamo(function)  # its first call imports Dynamo
+    return lambda *arguments: (disabled if "torch._dynamo" in sys.modules else function)(*arguments)
+
+
+_library.impl("sigmoid_loss", _untraced(_operator), "CompositeExplicitAutograd")
+_library.impl("exchange", _untraced(lambda *arguments: _operator(*arguments[:-1])), "CompositeExplicitAutograd")
+_library.impl("first_derivative", _first_derivative, "CompositeExplicitAutograd")
+torch.library.register_fake("siglip_kernels::first_derivative", _first_derivative, lib=_library)
+for _name in ("sigmoid_loss", "exchange"):
+    _overload = getattr(torch.ops.siglip_kernels, _name).default
+    _library.impl(_name, _untraced(partial(_derivative, _overload)), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"siglip_kernels::{_name}", _no_batching_rule, lib=_library)
 
 
 def _is_last_backward(saved: Tensor) -> bool:
@@ -232,7 +349,7 @@ def _is_last_backward(saved: Tensor) -> bool:
     A captured backward may be replayed.
     """
     is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    if torch.compiler.is_compiling() or is_kept is None or is_kept():
+    if is_kept is None or is_kept():
         return False
     return not (saved.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -242,8 +359,6 @@ def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype, overwrite: boo
 
     ``overwrite``: the accumulator is not needed any more, and becomes the result where it has its dtype.
     """
-    if torch.compiler.is_compiling():
-        return (accumulator * gain).to(dtype)
     if accumulator.dtype is dtype:
         # Detached, it is a tensor that nobody else holds: autograd takes it for .grad, where it would copy another.
         return accumulator.mul_(gain).detach() if overwrite else accumulator * gain
@@ -253,6 +368,11 @@ def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype, overwrite: boo
     for piece, rounded in zip(accumulator.split(rows), out.split(rows), strict=True):
         torch.mul(piece, gain, out=rounded)
     return out
+
+
+def _scaled_anywhere(accumulator: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same for any kind of tensor: a traced or a batched one is not written to."""
+    return (accumulator * gain).to(dtype)
 
 
 def _like(t: Tensor) -> tuple[torch.dtype, torch.Size]:

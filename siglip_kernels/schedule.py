@@ -217,7 +217,8 @@ def _dz_scale(largest_weights: Iterable[Tensor], device: torch.device) -> Tensor
     exponent = torch.full((), FLOAT16_DZ_EXPONENT, dtype=torch.int32, device=device)
     for weight in largest_weights:
         exponent = exponent - torch.frexp(weight).exponent
-    return torch.ldexp(torch.ones((), device=device), exponent.clamp(max=126))  # float32 ends at 2^127
+    # By its bits: torch.ldexp and pow go by way of the default dtype. float32 has exponents from -126 to 127.
+    return ((exponent.clamp(-126, 126) + 127) << 23).view(torch.float32)
 
 
 def denominator(reduction: str, images: float | Tensor, texts: float | Tensor) -> float | Tensor:

@@ -92,14 +92,16 @@ def make_inputs(
     """
     scale, bias, cosine, _ = REGIMES[regime]
     generator = torch.Generator(drawn_on).manual_seed(seed)
-    x = F.normalize(torch.randn(M, D, generator=generator, device=drawn_on), dim=1)
-    y = F.normalize(torch.randn(N, D, generator=generator, device=drawn_on), dim=1)
-    images = torch.arange(max(0, -positive_offset), min(M, N - positive_offset), device=drawn_on)
+    x = F.normalize(torch.randn(M, D, generator=generator, dtype=torch.float32, device=drawn_on), dim=1)
+    y = F.normalize(torch.randn(N, D, generator=generator, dtype=torch.float32, device=drawn_on), dim=1)
+    images = torch.arange(max(0, -positive_offset), min(M, N - positive_offset), dtype=torch.int64, device=drawn_on)
     texts = images + positive_offset
     across = y[texts] - (y[texts] * x[images]).sum(1, keepdim=True) * x[images]
     y[texts] = cosine * x[images] + math.sqrt(1 - cosine**2) * F.normalize(across, dim=1)
-    scalars = torch.tensor([scale, bias], dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-    return Inputs(x.to(device, dtype), y.to(device, dtype), *scalars.to(device).unbind())
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    scalars = torch.tensor([scale, bias], dtype=wide, device="cpu").to(device)
+    # Copies: a view at 4 bytes is not aligned as parameters are, and Triton would compile its kernels again.
+    return Inputs(x.to(device, dtype), y.to(device, dtype), *(scalar.clone() for scalar in scalars))
 
 
 class Grads(NamedTuple):
@@ -215,25 +217,34 @@ class Report:
         return "\n".join([*lines, *(f"FAILED {line}" for line in self.failures)])
 
 
+def _counted(length: int, device: torch.device) -> Tensor:
+    return torch.arange(length, dtype=torch.int64, device=device)
+
+
+def _weights(length: int, device: torch.device, period: int, unit: float) -> Tensor:
+    """1, 2, … over and over, 0 at the end of each period, in float32 times ``unit``."""
+    return (_counted(length, device) + 1).remainder(period).to(torch.float32) * unit
+
+
 # Labels, weights and reductions to try; each takes M, N and the device.
 PAIRS: dict[str, Callable[[int, int, torch.device], dict[str, Any]]] = {
     "diagonal": lambda M, N, device: {},
     "offset": lambda M, N, device: {"positive_offset": min(3, N - 1), "reduction": "mean"},
     "no positives": lambda M, N, device: {"positive_offset": None},
     "ids": lambda M, N, device: {
-        "image_ids": torch.arange(M, device=device) % 61,
-        "text_ids": torch.arange(N, device=device) % 67,
+        "image_ids": _counted(M, device) % 61,
+        "text_ids": _counted(N, device) % 67,
         "reduction": "sum",
     },
     "weights": lambda M, N, device: {
-        "image_weights": torch.arange(1, M + 1, device=device) % 4 * 0.5,
-        "text_weights": torch.arange(1, N + 1, device=device) % 3 * 1.5,
+        "image_weights": _weights(M, device, 4, 0.5),
+        "text_weights": _weights(N, device, 3, 1.5),
     },
     "ignore ids": lambda M, N, device: {
         "positive_offset": min(2, N - 1),
         "ignore_ids": True,
-        "image_ids": torch.arange(M, device=device) % 61,
-        "text_ids": torch.arange(N, device=device) % 67,
+        "image_ids": _counted(M, device) % 61,
+        "text_ids": _counted(N, device) % 67,
     },
     "multi-positive weights": lambda M, N, device: _multi_positive(M, N, device, "weights"),
     "soft targets": lambda M, N, device: _multi_positive(M, N, device, "soft_targets"),
@@ -245,10 +256,10 @@ def _multi_positive(M: int, N: int, device: torch.device, kind: str) -> dict[str
     return {
         "multi_positive": kind,
         "anchors": tuple(ANCHORS)[(M + N) % len(ANCHORS)],
-        "image_ids": torch.arange(M, device=device) % 7,
-        "text_ids": torch.arange(N, device=device) ** 2 % 5,
-        "image_weights": torch.arange(1, M + 1, device=device) % 4 * 0.5,
-        "text_weights": torch.arange(1, N + 1, device=device) % 3 * 1.5,
+        "image_ids": _counted(M, device) % 7,
+        "text_ids": _counted(N, device) ** 2 % 5,
+        "image_weights": _weights(M, device, 4, 0.5),
+        "text_weights": _weights(N, device, 3, 1.5),
         "reduction": "sum" if kind == "weights" else "mean",
     }
 

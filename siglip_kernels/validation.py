@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from numbers import Real
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels import backends
+from siglip_kernels.dispatch import check_memory, is_ordinary, is_traced
 from siglip_kernels.pairs import ANCHORS, MULTI_POSITIVE
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -40,6 +43,7 @@ def checked(
     M, N = x.shape[0], y.shape[0]
     if ignore_ids is not False or multi_positive is not None or anchors != "both" or return_stats is not False:
         _kinds(ignore_ids, multi_positive, anchors, return_stats, has_ids=image_ids is not None)
+    positive_offset = _offset(positive_offset)
     _labels(positive_offset, image_ids, text_ids, ignore_ids)
     return (
         x,
@@ -62,9 +66,7 @@ def checked(
 def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     """Both feature matrices, cast as autocast says."""
     for name, t in (("image_features", x), ("text_features", y)):
-        _tensor(name, t, "floating")
-        if t.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
+        _tensor(name, t, "a floating")
         if t.dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions [batch, D], got shape {tuple(t.shape)}")
         if t.dtype not in FEATURE_DTYPES:
@@ -72,13 +74,17 @@ def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     if y.device != x.device:
         raise ValueError(f"text_features are on {y.device}, image_features on {x.device}; expected one device")
     autocast = _autocast_dtype(x.device.type)
+    cast_x, cast_y = x, y
     if autocast is not None:
-        x, y = (t if t.dtype is torch.float64 else t.to(autocast) for t in (x, y))
-    if y.dtype is not x.dtype:
-        raise TypeError(f"text_features are {y.dtype}, image_features {x.dtype}; expected one dtype")
+        _readable("image_features", x)
+        _readable("text_features", y)
+        cast_x, cast_y = (t if t.dtype is torch.float64 else t.to(autocast) for t in (x, y))
+    if cast_y.dtype is not cast_x.dtype:
+        why = "" if autocast is None else ", for autocast leaves float64 as it is"
+        raise TypeError(f"text_features are {y.dtype}, image_features {x.dtype}; expected one dtype{why}")
     if y.shape[1] != x.shape[1]:
         raise ValueError(f"text_features have D = {y.shape[1]}, image_features D = {x.shape[1]}; expected the same D")
-    return x, y
+    return cast_x, cast_y
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -90,7 +96,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 def _scalar(name: str, value: Any, x: Tensor) -> Tensor:
     """A floating tensor of one element on the features' device."""
     if isinstance(value, Tensor):
-        _plain(name, value)
+        _dense(name, value)
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
         if value.numel() != 1:
@@ -99,7 +105,11 @@ def _scalar(name: str, value: Any, x: Tensor) -> Tensor:
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a float or a tensor of one element, got {type(value).__name__}")
-    return x.new_full((), float(value), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    if torch.compiler.is_compiling():
+        number: Any = value  # as an input of the graph; in new_full it would be a constant, and compile again
+        return x.new_ones((), dtype=dtype).mul(number)
+    return x.new_full((), float(value), dtype=dtype)
 
 
 def _kinds(ignore_ids: Any, multi_positive: Any, anchors: Any, return_stats: Any, has_ids: bool) -> None:
@@ -120,9 +130,17 @@ def _kinds(ignore_ids: Any, multi_positive: Any, anchors: Any, return_stats: Any
             raise ValueError(f"{name} = {asked!r} is given without image_ids and text_ids; expected both")
 
 
+def _offset(value: Any) -> Any:
+    """As Python's int, numpy's too; a compiler's symbol and None as they are."""
+    if value is None or (isinstance(value, int | torch.SymInt) and not isinstance(value, bool)):
+        return value
+    if not isinstance(value, bool | Tensor):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"positive_offset must be an int or None, got {type(value).__name__}")
+
+
 def _labels(positive_offset: Any, image_ids: Any, text_ids: Any, ignore_ids: bool) -> None:
-    if isinstance(positive_offset, bool) or not isinstance(positive_offset, int | torch.SymInt | None):
-        raise TypeError(f"positive_offset must be an int or None, got {type(positive_offset).__name__}")
     if (image_ids is None) != (text_ids is None):
         given, missing = ("text_ids", "image_ids") if image_ids is None else ("image_ids", "text_ids")
         raise ValueError(f"{given} is given without {missing}; expected both or neither")
@@ -135,7 +153,7 @@ def _labels(positive_offset: Any, image_ids: Any, text_ids: Any, ignore_ids: boo
 def _ids(name: str, ids: Any, length: int, letter: str, x: Tensor) -> Tensor | None:
     if ids is None:
         return None
-    _vector(name, ids, length, letter, x, "integer")
+    _vector(name, ids, length, letter, x, "an integer")
     if ids.dtype not in ID_DTYPES:
         raise TypeError(f"{name} must be an integer tensor, got {ids.dtype}")
     return ids
@@ -144,14 +162,16 @@ def _ids(name: str, ids: Any, length: int, letter: str, x: Tensor) -> Tensor | N
 def _weights(name: str, weights: Any, length: int, letter: str, x: Tensor) -> Tensor | None:
     if weights is None:
         return None
-    _vector(name, weights, length, letter, x, "real")
+    _vector(name, weights, length, letter, x, "a real")
     if weights.is_complex():
         raise TypeError(f"{name} must be a real tensor, got {weights.dtype}")
     if torch.is_grad_enabled() and weights.requires_grad:
         raise ValueError(f"{name} requires grad, but no gradient is formed for weights; expected a detached tensor")
-    # On another device, or while compiling, reading the answer would synchronise or break the graph.
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and bool((weights < 0).any()):
-        raise ValueError(f"{name} must be non-negative, got a minimum of {weights.min().item()}")
+    # On another device, or in a traced graph, reading the answer would synchronise or break the graph.
+    if weights.device.type == "cpu" and not is_traced(weights):
+        _readable(name, weights)
+        if bool((weights < 0).any()):
+            raise ValueError(f"{name} must be non-negative, got a minimum of {weights.min().item()}")
     return weights
 
 
@@ -164,16 +184,24 @@ def _vector(name: str, t: Any, length: int, letter: str, x: Tensor, kind: str) -
 
 def _tensor(name: str, t: Any, kind: str) -> None:
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a {kind} torch.Tensor, got {type(t).__name__}")
-    _plain(name, t)
+        raise TypeError(f"{name} must be {kind} torch.Tensor, got {type(t).__name__}")
+    _dense(name, t)
 
 
-def _plain(name: str, t: Tensor) -> None:
+def _dense(name: str, t: Tensor) -> None:
     if type(t) is not Tensor and hasattr(t, "full_tensor"):
         raise TypeError(
             f"{name} must be a plain tensor of this process, got a DTensor; a parameter that FSDP2 shards is plain "
             "inside the forward of its module"
         )
+    if t.layout is not torch.strided or t.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if t.is_nested else f'layout {t.layout}'}")
+
+
+def _readable(name: str, t: Tensor) -> None:
+    """What is read before the operator looks at its memory."""
+    if not torch.compiler.is_compiling() and is_ordinary(t):
+        check_memory(name, t)
 
 
 def _same_device(name: str, t: Tensor, x: Tensor) -> None:

@@ -327,7 +327,7 @@ def test_no_more_than_one_micro_batch_is_held() -> None:
     [
         ([], lambda batch: batch, ValueError, "micro_batches is empty"),
         ([1], lambda batch: torch.ones(3), TypeError, "encode must return .*, got Tensor"),
-        ([1], lambda batch: (torch.ones(2, 3), torch.ones(2, 3)), TypeError, "got tuple"),
+        ([1], lambda batch: (torch.ones(2, 3), torch.ones(2, 3)), TypeError, "got tuple of 2"),
         ([1], lambda batch: {"image_features": torch.ones(2, 3)}, TypeError, "got {'image_features': 'Tensor'}"),
         ([1, 2], lambda batch: (torch.ones(2, 3), None, 1.0), TypeError, "'text_features': 'NoneType'"),
         ([1], lambda batch: (torch.ones(2, 3), torch.ones(2, 4), 1.0), ValueError, "text_features have D = 4"),

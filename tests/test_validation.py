@@ -104,7 +104,7 @@ def cases() -> list[Bad]:
         table += [
             Bad({**IDS, name: ids}, error, (name, *says))
             for ids, error, says in (
-                (list(range(rows)), TypeError, ("list", "integer torch.Tensor")),
+                (list(range(rows)), TypeError, ("list", "must be an integer torch.Tensor")),
                 (torch.arange(rows + 1), ValueError, (f"[{rows + 1}]", shape)),
                 (torch.zeros(rows, 1, dtype=torch.int64), ValueError, (f"[{rows}, 1]", shape)),
                 (torch.ones(rows), TypeError, ("torch.float32", "integer")),
@@ -193,9 +193,22 @@ def test_mixed_dtypes_under_autocast_are_judged_after_the_cast() -> None:
     arguments["image_features"] = arguments["image_features"].double()
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(TypeError, match=r"text_features.*bfloat16.*image_features.*float64"),
+        pytest.raises(
+            TypeError, match=r"text_features are torch.float32, image_features torch.float64; .* for autocast"
+        ),
     ):
         sigmoid_loss(**arguments)
+
+
+@pytest.mark.parametrize("offset", [np.int64(2), np.int8(2), np.array(2), np.uint32(2)])
+def test_an_offset_of_numpy(offset: Any) -> None:
+    assert torch.equal(sigmoid_loss(**good(), positive_offset=offset), sigmoid_loss(**good(), positive_offset=2))
+
+
+@pytest.mark.parametrize("offset", [np.float64(2), np.array([2]), np.array(2.0), np.bool_(True), [2]])
+def test_an_offset_that_is_no_integer_of_numpy(offset: Any) -> None:
+    with pytest.raises(TypeError, match=f"positive_offset must be an int or None, got {type(offset).__name__}"):
+        sigmoid_loss(**good(), positive_offset=offset)
 
 
 class Picky(EagerBlockKernel):

@@ -197,7 +197,7 @@ def _refuse_batch(M: int, N: int, process_group: Any) -> None:
     error = ValueError(f"pixel_values hold {M} images, input_ids {N} texts; with return_loss expected as many of both")
     if process_group is None:
         raise error
-    with refusing(route(process_group).groups()):
+    with refusing(route(process_group).process_groups()):
         raise error
 
 
