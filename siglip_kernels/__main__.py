@@ -8,14 +8,14 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
 
 import siglip_kernels
-from siglip_kernels import backends, build, doctor, testing
+from siglip_kernels import backends, build, console, doctor, testing
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.loss import Backend, sigmoid_loss
 
@@ -35,9 +35,21 @@ def describe(device: torch.device) -> str:
     return f"{platform.machine()} {instructions}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Reasons against a plain call of the backend."""
-    return backends.why_not(backend, Problem(M=1024, N=1024, D=768, dtype=dtype, device=device))
+def plain_calls(device: torch.device) -> dict[torch.dtype, Problem]:
+    """A call of each dtype that any backend should run."""
+    return {dtype: Problem(M=1024, N=1024, D=768, dtype=dtype, device=device) for dtype in testing.DTYPES}
+
+
+def why_not(backend: str, device: torch.device) -> list[str]:
+    """The reasons against a call in the dtype that suits the backend best, as known without compiling."""
+    reasons = fewest(backends.why_not(backend, call) for call in plain_calls(device).values())
+    is_built = backend in build.TARGETS and build.is_built(build.TARGETS[backend])
+    return reasons or (backends.BACKENDS[backend].prepare() if is_built else [])
+
+
+def fewest(reasons: Iterable[list[str]]) -> list[str]:
+    """Of one backend's in several dtypes, those in the dtype that suits it best."""
+    return min(reasons, key=lambda found: len(found))
 
 
 def info() -> int:
@@ -46,7 +58,7 @@ def info() -> int:
     for device in devices():
         print(f"\n{device}: {describe(device)}")
         for backend in backends.NAMES[1:]:
-            reasons = why_not(backend, device, torch.float32)
+            reasons = why_not(backend, device)
             pending = backend in build.TARGETS and not build.is_built(build.TARGETS[backend])
             unproven = backends.BACKENDS[backend].unproven
             available = "available" + (", not built yet: it will be on first use" if pending else "")
@@ -57,6 +69,7 @@ def info() -> int:
 
 def build_ahead() -> int:
     """Compile every target, those that failed before too; 1 when any fails."""
+    build.remove_leftovers()
     failed = 0
     for name, target in build.TARGETS.items():
         cached = build.is_built(target)
@@ -78,11 +91,12 @@ def check(only: str | None, only_device: torch.device | None, quick: bool) -> in
     checked, failed = 0, 0
     for device in devices() if only_device is None else [only_device]:
         for backend in backends.NAMES[1:] if only is None else [only]:
-            plain = {dtype: Problem(1024, 1024, 768, dtype, device) for dtype in testing.DTYPES}
-            possible = [dtype for dtype in plain if not backends.unprepared(backend, plain[dtype])]
+            plain = plain_calls(device)
+            reasons = {dtype: backends.unprepared(backend, call) for dtype, call in plain.items()}
+            possible = [dtype for dtype in plain if not reasons[dtype]]
             title = f"{backend} on {device} ({describe(device)})"
             if not possible:
-                print(f"{title}: not run: {'; '.join(backends.unprepared(backend, plain[torch.float32]))}")
+                print(f"{title}: not run: {'; '.join(fewest(reasons.values()))}")
                 continue
             loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
             call = plain[possible[0]]
@@ -96,17 +110,18 @@ def check(only: str | None, only_device: torch.device | None, quick: bool) -> in
             print(f"{title}: {'ok' if report.ok else 'FAILED'}\n{report}\n")
             checked += 1
             failed += not report.ok
-    print(f"{checked} backends checked, {failed} failed")
+    print(f"{checked} backend{'s' * (checked != 1)} checked, {failed} failed")
     return int(failed > 0 or checked == 0)
 
 
-def _device_here(name: str) -> torch.device:
-    """The device of that name; argparse prints the error where there is none."""
+def device_here(name: str) -> torch.device:
+    """The device of that name, if it holds values and gives them back; else argparse prints the error."""
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
+        torch.zeros(1, dtype=torch.float32, device=name).item()
+        return torch.device(name)
+    except Exception as error:  # of a kind of its own for many devices
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
+        raise argparse.ArgumentTypeError(f"no device {name!r} here: {reason}") from error
 
 
 def _progress(case: testing.Case | None) -> None:
@@ -122,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("build", help="compile ahead, for images and clusters; tries again what failed before")
     check_parser = commands.add_parser("check", help="gradient check against float64")
     check_parser.add_argument("--backend", choices=backends.NAMES[1:], help="only this one")
-    check_parser.add_argument("--device", type=_device_here, help="only this one (default: every kind at hand)")
+    check_parser.add_argument("--device", type=device_here, help="only this one (default: every kind at hand)")
     check_parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
     doctor_parser = commands.add_parser("doctor", help="what eager and ours would take, and the batch that would fit")
     doctor.add_arguments(doctor_parser)
@@ -135,4 +150,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

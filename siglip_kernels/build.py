@@ -1,30 +1,32 @@
 """Compiles csrc/ into shared libraries on first use: once per content, with ninja, never on import.
 
-A library lies in ``<cache>/<name>-<content>-<compiler>/``. ``<cache>`` is below the user's cache folder, or below the
-temporary folder where that cannot be written. ``<content>`` hashes what ninja is told to run, every source and header,
-torch's version and the platform; ``<compiler>`` the compiler's path and version. Without a compiler, a library that any
-compiler built from the same content serves, as in an image that was built ahead. A failure is remembered in the folder
-where the library would be.
+A library is ``<cache>/<name>-<content>-<compiler>/<name>.<digest>.so``. ``<cache>`` is below the user's cache folder,
+or below the temporary folder where the first cannot be written to, or nothing loads from it. ``<content>`` hashes what
+ninja is told to run, every source and header, torch's version and the platform; ``<compiler>`` the compiler's command
+and version; ``<digest>`` the library itself: one that was cut short counts as absent. Without a compiler, a library
+that any compiler built from the same content serves, as in an image that was built ahead. A failure is remembered in
+the folder where the library would be.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import sysconfig
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from siglip_kernels import cache
 
 # Inside the package in a wheel, beside it in a source tree.
 _INSIDE = Path(__file__).parent / "csrc"
@@ -35,10 +37,16 @@ COMPILERS = {
     "cxx": (("c++", "g++", "clang++"), ("-fPIC",)),
     "nvcc": (("nvcc", "/usr/local/cuda/bin/nvcc"), ("-Xcompiler", "-fPIC")),
 }
+# What comes before those: a user's own commands, as conda and CUDA's installers set them.
+OWN_COMPILERS = {"cxx": ("$CXX",), "nvcc": ("$CUDACXX", "$NVCC", "$CUDA_HOME/bin/nvcc", "$CUDA_PATH/bin/nvcc")}
 
 
 class BuildError(RuntimeError):
     """Why there is no library: the compiler's own first errors, or what is missing here."""
+
+
+class InterruptedBuildError(BuildError):
+    """By a signal: that says nothing of the next build."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,13 @@ TARGETS = {  # by the backend's name
 }
 
 # What this process knows already: the library, or the reason why there is none.
-_outcomes: dict[Target, Path | str] = {}
+_outcomes: dict[Target, ctypes.CDLL | str] = {}
+# Those that the next ``load`` compiles even where what was built does not load.
+_forgotten: set[Target] = set()
 
 
-def library(target: Target) -> Path:
-    """The shared library, compiled now where no cache holds it. BuildError, always the same, where there is none."""
+def load(target: Target) -> ctypes.CDLL:
+    """The shared library, compiled now if no cache holds one that loads. BuildError, always the same, without one."""
     outcome = _known(target)
     if outcome is None:
         try:
@@ -113,20 +123,27 @@ def library(target: Target) -> Path:
         except (BuildError, OSError) as error:
             outcome = str(error)
     _outcomes[target] = outcome
+    _forgotten.discard(target)
     if isinstance(outcome, str):
         raise BuildError(outcome)
     return outcome
 
 
+def library(target: Target) -> Path:
+    """The file of ``load``."""
+    return Path(load(target)._name)
+
+
 def why_not(target: Target) -> list[str]:
-    """Why there is no library, as far as it is known without compiling; empty where ``library`` may succeed."""
+    """Why there is no library, as far as it is known without compiling; empty where ``load`` may succeed."""
     outcome = _known(target)
     return [outcome] if isinstance(outcome, str) else []
 
 
 def is_built(target: Target) -> bool:
-    """Whether ``library`` returns without compiling."""
-    return isinstance(_known(target), Path)
+    """Whether ``load`` succeeds without compiling."""
+    outcome = _known(target)
+    return outcome is not None and not isinstance(outcome, str)
 
 
 def has_compiler(target: Target) -> bool:
@@ -137,76 +154,126 @@ def has_compiler(target: Target) -> bool:
 
 
 def forget_failure(target: Target) -> None:
-    """Let the next ``library`` compile what failed before."""
+    """Let the next ``load`` compile what failed before, or did not load."""
     if isinstance(_outcomes.get(target), str):
         del _outcomes[target]
+    _forgotten.add(target)
     with suppress(BuildError):
-        for folder in _folders(target, _compiler(target)[1]):
+        for folder in _folders(target, _compiler(target)[1], []):
             with suppress(OSError):
                 (folder / "failed.txt").unlink()
 
 
-def _known(target: Target) -> Path | str | None:
+def remove_leftovers() -> None:
+    """Remove what builds left that were killed."""
+    for root in _caches([]):
+        cache.remove_leftovers(root, TIMEOUT)
+
+
+def _known(target: Target) -> ctypes.CDLL | str | None:
     """The library, or why there is none; None where only compiling can tell."""
-    try:
-        return _outcomes.get(target) or _find(target)
-    except BuildError as error:
-        return str(error)
+    outcome = _outcomes.get(target)
+    if outcome is None:
+        try:
+            outcome = _find(target)
+        except (BuildError, OSError) as error:
+            return str(error)
+        if outcome is not None:
+            _outcomes[target] = outcome
+    return outcome
 
 
-def _find(target: Target) -> Path | None:
+def _find(target: Target) -> ctypes.CDLL | None:
     """The library in a cache; None where it is still to be built. BuildError where that failed before, or cannot be."""
     if os.name != "posix":
         raise BuildError("native code is compiled on Linux and macOS only")
+    refusals: list[str] = []
     try:
-        folders = list(_folders(target, _compiler(target)[1]))
-    except BuildError:
-        built = [path for folder in _folders(target, "*") for path in folder.parent.glob(f"{folder.name}/*.so")]
-        if not built:
-            raise
-        return max(built, key=lambda path: path.stat().st_mtime)
-    libraries = [folder / f"{target.name}.so" for folder in folders]
-    found = next((path for path in libraries if os.path.isfile(path)), None)
-    if found is None:
-        for folder in folders:
-            with suppress(OSError):
-                reason = (folder / "failed.txt").read_text(encoding="utf-8")
-                raise BuildError(f"{reason} (remembered: python -m siglip_kernels build tries again)")
-        _ninja()
-    return found
+        folders = _folders(target, _compiler(target)[1], refusals)
+    except BuildError as error:
+        by_any = [folder for path in _folders(target, "*", []) for folder in path.parent.glob(path.name)]
+        found, reasons = _open(target, by_any)
+        if found is None:
+            raise BuildError("; ".join([str(error), *reasons])) from None
+        return found
+    may_build, failure = False, ""
+    for folder in folders:
+        found, reasons = _open(target, [folder])
+        if found is not None:
+            return found
+        reasons = reasons or cache.unusable(folder)
+        may_build |= not reasons
+        refusals += reasons
+        with suppress(OSError):
+            failure = failure or (folder / "failed.txt").read_text(encoding="utf-8", errors="replace")
+    if failure and target not in _forgotten:
+        raise BuildError(f"{failure} (remembered: python -m siglip_kernels build tries again)")
+    _ninja()
+    if not may_build:
+        raise BuildError("no folder to build in: " + "; ".join(refusals))
+    return None
 
 
-def _build(target: Target) -> Path:
-    """Compile in a private folder, then rename within the file system: no process sees half a library."""
-    program, key = _compiler(target)
-    refusals = []
-    for folder in _folders(target, key, make=True):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            private = tempfile.TemporaryDirectory(dir=folder, prefix="build-", ignore_cleanup_errors=True)
-        except OSError as error:
-            refusals.append(f"{folder.parent}: {error.strerror}")
-            continue
-        with private as name:
-            built, failed = Path(name, f"{target.name}.so"), Path(name, "failed.txt")
+def _open(target: Target, folders: Iterable[Path]) -> tuple[ctypes.CDLL | None, list[str]]:
+    """The library in one of the folders, loaded; and why those do not load that count as built."""
+    reasons = []
+    for folder in folders:
+        for path in cache.whole(folder, target.name):
             try:
-                _compile(target, program, Path(name))
-            except BuildError as error:
-                with suppress(OSError):
-                    failed.write_text(str(error), encoding="utf-8")
-                    os.replace(failed, folder / failed.name)
-                raise
-            # Whoever comes second takes the first one's.
-            if not os.path.isfile(folder / built.name):
-                os.replace(built, folder / built.name)
-        return folder / built.name
+                return ctypes.CDLL(str(path)), []
+            except OSError as error:
+                reasons.append(_words_of(error, folder.parent))
+    return None, [] if target in _forgotten else reasons
+
+
+def _build(target: Target) -> ctypes.CDLL:
+    """Compile in the first folder from which the library then loads."""
+    command, key = _compiler(target)
+    remove_leftovers()
+    refusals: list[str] = []
+    for folder in _folders(target, key, refusals, make=True):
+        found, reasons = _open(target, [folder])  # another process may have built it meanwhile
+        reasons = reasons or cache.unusable(folder)
+        if found is None and not reasons:
+            try:
+                found = ctypes.CDLL(str(_build_in(folder, target, command)))
+            except OSError as error:
+                reasons = [_words_of(error, folder.parent)]
+        if found is not None:
+            return found
+        refusals += reasons
     raise BuildError("no folder to build in: " + "; ".join(refusals))
 
 
-def _compile(target: Target, program: str, folder: Path) -> None:
+def _build_in(folder: Path, target: Target, command: list[str]) -> Path:
+    """The library, compiled in a private folder below ``folder``; OSError where that does not serve."""
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = folder / "failed.txt"
+    with cache.private(folder) as private:
+        try:
+            _compile(target, command, private)
+        except BuildError as error:
+            if not isinstance(error, InterruptedBuildError):
+                with suppress(OSError):
+                    (private / failed.name).write_text(str(error), encoding="utf-8")
+                    os.replace(private / failed.name, failed)
+            raise
+        with suppress(OSError):
+            failed.unlink()  # another process's
+        return cache.store(private / f"{target.name}.so", folder)
+
+
+def _words_of(error: OSError, path: Path) -> str:
+    """The system's words, with the path, which the loader's words begin with."""
+    words = error.strerror or str(error)
+    return words if str(path) in words else f"{path}: {words}"
+
+
+def _compile(target: Target, command: list[str], folder: Path) -> None:
     """Run ninja in ``folder``."""
-    places = f"compiler = {_words(program)}\nincludes = -I{_words(str(CSRC))}\ncsrc = {_dollars(str(CSRC))}\n"
+    places = f"compiler = {_words(*command)}\nincludes = -I{_words(str(CSRC))}\ncsrc = {_dollars(str(CSRC))}\n"
     (folder / "build.ninja").write_text(places + _rules(target), encoding="utf-8")
+    name = shlex.join([Path(command[0]).name, *command[1:]])
     with subprocess.Popen(
         [_ninja()],
         cwd=folder,
@@ -219,11 +286,16 @@ def _compile(target: Target, program: str, folder: Path) -> None:
         try:
             output, _ = ninja.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
+            raise BuildError(f"{name} took more than {TIMEOUT:g} s") from None
+        finally:
             # Not killed: ninja ends its compilers when it is asked to end.
             ninja.terminate()
-            raise BuildError(f"{Path(program).name} took more than {TIMEOUT:g} s") from None
+    if ninja.returncode < 0 or "interrupted by user" in output:
+        raise InterruptedBuildError(f"{name} was interrupted")
+    if re.search("No space left on device|Disk quota exceeded", output):
+        raise OSError(f"{name}: {_first_errors(output)}")  # another folder may have room
     if ninja.returncode:
-        raise BuildError(f"{Path(program).name}: {_first_errors(output)}")
+        raise BuildError(f"{name}: {_first_errors(output)}")
 
 
 def _rules(target: Target) -> str:
@@ -265,21 +337,42 @@ def _ninja() -> str:
     return program
 
 
-def _compiler(target: Target) -> tuple[str, str]:
-    """The program and its key."""
-    names = COMPILERS[target.compiler][0]
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        raise BuildError(f"no compiler: none of {', '.join(names)} is on the PATH")
-    try:
-        version = subprocess.run([program, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"no compiler: {error}") from error
-    return program, _digest(os.fsencode(program), version)
+def _compiler(target: Target) -> tuple[list[str], str]:
+    """The command and its key: the user's own, else the first usual one on the PATH."""
+    reasons = []
+    for command, otherwise in _commands(target.compiler):
+        try:
+            if command:
+                done = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=TIMEOUT)
+                return command, _digest(os.fsencode(shlex.join(command)), done.stdout)
+            reasons.append(otherwise)
+        except (OSError, subprocess.SubprocessError) as error:
+            reasons.append(str(error))
+    raise BuildError("no compiler: " + "; ".join(reasons))
 
 
-def _folders(target: Target, compiler_key: str, make: bool = False) -> Iterator[Path]:
-    """The target's folder in each cache, by preference."""
+def _commands(compiler: str) -> Iterator[tuple[list[str], str]]:
+    """What may be run, by preference; none and why where there is no such program."""
+    for name in OWN_COMPILERS[compiler]:
+        text = os.path.expandvars(name)
+        if text not in (name, ""):  # the variable is set
+            yield _command(text), f"{name} is {text!r}, which names no program"
+    names = COMPILERS[compiler][0]
+    yield next(filter(None, map(_command, names)), []), f"none of {', '.join(names)} is on the PATH"
+
+
+def _command(text: str) -> list[str]:
+    """A program's path, which may hold spaces, or a command's words, as ``ccache g++``; none where it is not there."""
+    with suppress(ValueError):  # a quotation without its end
+        for words in ([text], shlex.split(text)):
+            program = shutil.which(words[0]) if words else None
+            if program is not None:
+                return [os.path.abspath(program), *words[1:]]
+    return []
+
+
+def _folders(target: Target, compiler_key: str, refusals: list[str], make: bool = False) -> Iterator[Path]:
+    """The target's folder in each cache, by preference; ``refusals`` takes the reasons why there are no more."""
     parts = [_rules(target).encode(), repr((torch.__version__, sysconfig.get_platform(), platform.libc_ver())).encode()]
     try:
         for path in [*(source.path for source in target.sources), *target.headers]:
@@ -287,24 +380,22 @@ def _folders(target: Target, compiler_key: str, make: bool = False) -> Iterator[
     except OSError as error:
         raise BuildError(f"a source of {target.name!r} cannot be read: {error}") from error
     name = f"{target.name}-{_digest(*parts)}-{compiler_key}"
-    return (cache / name for cache in _caches(make))
+    return (root / name for root in _caches(refusals, make))
 
 
 def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    return cache.digest(b"".join(hashlib.sha256(part).digest() for part in parts))
 
 
-def _caches(make: bool) -> Iterator[Path]:
+def _caches(refusals: list[str], make: bool = False) -> Iterator[Path]:
     """The user's folder, then one below the temporary folder that only this user can write to: ``make`` makes that."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # A relative one is to be ignored, as the XDG standard says; a user without a home keeps the ~.
     if os.path.isabs(base):
         yield Path(base, "siglip_kernels")
-    with suppress(OSError):
-        shared = Path(tempfile.gettempdir(), f"siglip_kernels-{os.getuid()}")
-        if make:
-            with suppress(FileExistsError):
-                shared.mkdir(mode=0o700)
-        status = shared.lstat()
-        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
-            yield shared
+    else:
+        refusals.append(f"{base} is no absolute path")
+    try:
+        yield cache.below_temporary("siglip_kernels", make)
+    except OSError as error:
+        refusals.append(str(error))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import checks
+from tests.building import place  # noqa: F401
 from tests.ranks import Ranks
 
 HAS_CUDA = torch.cuda.is_available()

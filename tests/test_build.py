@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import hashlib
 import multiprocessing
 import os
-import shlex
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,78 +24,8 @@ import torch
 
 from siglip_kernels import backends, build
 from siglip_kernels.__main__ import main
-from siglip_kernels.backends.base import Problem
-from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.build import BuildError, Source, Target
-
-ROOT = Path(build.__file__).parents[1]
-SOURCE = '#include "common/step.h"\nextern "C" int value() { return STEP + EXTRA; }\n'
-TARGET = Target("tiny", (Source("cpu/tiny.cpp", ("-DEXTRA=2",)),), ("common/step.h",), ("-O1",))
-REAL = next(filter(None, map(shutil.which, build.COMPILERS["cxx"][0])), None)
-
-
-@dataclass
-class Place:
-    """A csrc/, a cache and a compiler that notes what it is asked to do."""
-
-    root: Path
-
-    def __post_init__(self) -> None:
-        # Spaces and dollars are what a user's path may hold.
-        self.csrc, self.cache, self.bin = self.root / "c $rc", self.root / "ca che", self.root / "bin"
-        for folder in (self.csrc / "cpu", self.csrc / "common", self.bin):
-            folder.mkdir(parents=True)
-        self.write("cpu/tiny.cpp", SOURCE)
-        self.write("common/step.h", "#define STEP 40\n")
-        self.compiler()
-
-    def write(self, path: str, text: str) -> None:
-        (self.csrc / path).write_text(text, encoding="utf-8")
-
-    def compiler(self, before: str = "") -> None:
-        """A c++ that notes its arguments, does ``before`` and goes on as the real one."""
-        program = self.bin / "c++"
-        program.write_text(
-            f'#!/bin/sh\necho "$*" >> {shlex.quote(str(self.root / "log"))}\n{before}\nexec {REAL} "$@"\n'
-        )
-        program.chmod(0o755)
-
-    @property
-    def log(self) -> list[str]:
-        """What the compiler was asked, oldest first."""
-        path = self.root / "log"
-        return path.read_text().splitlines() if path.exists() else []
-
-    @property
-    def compilations(self) -> int:
-        return sum(" -c " in line for line in self.log)
-
-    def files(self) -> set[str]:
-        """What the cache holds."""
-        return {path.name for path in self.cache.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    if REAL is None or not (shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))):
-        pytest.skip("needs a C++ compiler and ninja")
-    place = Place(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(place.cache))
-    monkeypatch.setenv("PATH", f"{place.bin}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(build, "CSRC", place.csrc)
-    monkeypatch.setattr(build, "_outcomes", {})
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    return place
-
-
-def new_process() -> None:
-    """Forget what a process remembers, but not what the cache does."""
-    build._outcomes.clear()
-
-
-def value(library: Path) -> int:
-    return int(ctypes.CDLL(str(library)).value())
+from tests.building import ROOT, SOURCE, TARGET, Compiled, Place, new_process, value
 
 
 def test_builds_and_leaves_nothing_else(place: Place) -> None:
@@ -104,8 +36,8 @@ def test_builds_and_leaves_nothing_else(place: Place) -> None:
     assert value(library) == 42
     assert build.is_built(TARGET)
     assert library.is_relative_to(place.cache / "siglip_kernels")
-    assert place.files() == {"tiny.so"}
-    assert [path.name for path in library.parent.iterdir()] == ["tiny.so"], "the private folder is left"
+    assert place.files() == {f"tiny.{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"}
+    assert list(library.parent.iterdir()) == [library], "the private folder is left"
     assert not any((place.root / "temporary").iterdir())
 
 
@@ -197,19 +129,9 @@ def test_two_processes_at_once(place: Place) -> None:
         child.join(60)
     assert [child.exitcode for child in children] == [0, 0]
     assert place.compilations == 2, "they did not overlap"
-    assert found == {(str(build.library(TARGET)), 42)}
-    assert place.files() == {"tiny.so"}
-
-
-def test_the_second_takes_the_first_ones(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_ = build._compile
-
-    def overtaken(target: Target, program: str, folder: Path) -> None:
-        compile_(target, program, folder)
-        (folder.parent / "tiny.so").write_text("the first one's")
-
-    monkeypatch.setattr(build, "_compile", overtaken)
-    assert build.library(TARGET).read_text() == "the first one's"
+    library = build.library(TARGET)
+    assert found == {(str(library), 42)}
+    assert place.files() == {library.name}
 
 
 def test_a_failure_is_told_once_and_remembered(place: Place) -> None:
@@ -271,64 +193,6 @@ def test_a_build_that_takes_too_long(place: Place, monkeypatch: pytest.MonkeyPat
         build.library(TARGET)
 
 
-def only(programs: list[str], place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A PATH with these programs alone."""
-    folder = place.root / "only"
-    folder.mkdir()
-    for program in programs:
-        found = shutil.which(program)
-        assert found is not None
-        (folder / program).symlink_to(found)
-    monkeypatch.setenv("PATH", str(folder))
-
-
-def test_no_compiler(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    only([], place, monkeypatch)
-    with pytest.raises(BuildError, match=r"no compiler: none of c\+\+, g\+\+, clang\+\+ is on the PATH"):
-        build.library(TARGET)
-    assert build.why_not(TARGET)
-    assert place.files() == set(), "a compiler may be installed later"
-
-
-def test_a_library_built_ahead_needs_no_compiler(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = build.library(TARGET)
-    new_process()
-    only([], place, monkeypatch)
-    assert build.library(TARGET) == library
-    assert build.why_not(TARGET) == []
-    new_process()
-    place.write("common/step.h", "#define STEP 50\n")
-    with pytest.raises(BuildError, match="no compiler"):
-        build.library(TARGET)
-
-
-def test_a_compiler_that_does_not_run(place: Place) -> None:
-    place.compiler("exit 3")
-    with pytest.raises(BuildError, match=r"no compiler: .*exit status 3"):
-        build.library(TARGET)
-
-
-def test_no_ninja(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = build.library(TARGET)
-    only(["c++"], place, monkeypatch)
-    monkeypatch.setitem(sys.modules, "ninja", None)
-    other = replace(TARGET, flags=("-O2",))
-    (reason,) = build.why_not(other)
-    assert "no ninja: " in reason
-    with pytest.raises(BuildError, match=r"no ninja: .*pip install ninja"):
-        build.library(other)
-    # What is built needs none. The compiler's path is another here.
-    monkeypatch.setenv("PATH", str(place.bin))
-    new_process()
-    assert build.library(TARGET) == library
-
-
-def test_ninja_of_the_python_module(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ninja")
-    only(["c++"], place, monkeypatch)
-    assert build.why_not(TARGET) == []
-
-
 def test_a_source_that_is_not_there(place: Place) -> None:
     with pytest.raises(BuildError, match=r"'tiny' cannot be read: .*absent\.h"):
         build.library(replace(TARGET, headers=("common/absent.h",)))
@@ -374,6 +238,41 @@ def test_a_temporary_folder_of_others_is_not_trusted(how: str, place: Place) -> 
         build.library(TARGET)
 
 
+@pytest.mark.parametrize(
+    ("cache", "temporary", "says"),
+    [
+        ("a file", "a file", [r"ca che", r"siglip_kernels-\d+ is open to others"]),
+        ("relative", "a file", [r"here is no absolute path", r"open to others"]),
+        ("no home", "none", [r"~/\.cache is no absolute path", "No usable temporary"]),
+        ("a file", "none", [r"ca che", "No usable temporary"]),
+    ],
+)
+def test_every_folder_that_does_not_serve_is_named(
+    cache: str, temporary: str, says: list[str], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_folder() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.chdir(place.root)
+    if cache == "a file":
+        place.cache.touch()
+    elif cache == "relative":
+        monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    if temporary == "a file":
+        (place.root / "temporary" / f"siglip_kernels-{os.getuid()}").touch()
+    else:
+        monkeypatch.setattr(tempfile, "gettempdir", no_folder)
+    expected = "no folder to build in: .*" + ".*; .*".join(says)
+    (reason,) = build.why_not(TARGET)
+    assert re.search(expected, reason), reason
+    with pytest.raises(BuildError, match=expected):
+        build.load(TARGET)
+    assert place.compilations == 0
+
+
 def test_the_command_builds_ahead(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -394,11 +293,6 @@ def test_the_command_builds_ahead(
         assert second.startswith("tiny: cached: ")
         assert place.compilations == 1 + times, "what failed is tried again"
         new_process()
-
-
-class Compiled(EagerBlockKernel):
-    def why_not(self, problem: Problem) -> list[str]:
-        return build.why_not(TARGET)
 
 
 def test_info_builds_nothing(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,8 @@ class BlockKernel(abc.ABC):
         sums: Tensor,  # float64 (float32 where the device has none), its first 3, out: the sums of the block's
         # w·softplus(-s·z), dz·<x_i, y_j> and dz. A pair that is left out adds nothing, as if s·z were inf; what masses
         # make of w, the term and dz is said in loss.py
-        dz: Tensor | None,  # [r, c] operand dtype, out: dz_scale · -s·w·σ(-s·z); rows may be padded. None: not wanted
+        dz: Tensor | None,  # [r, c] operand dtype, out: dz_scale · -s·w·σ(-s·z); None: not wanted. Its rows start on
+        # multiples of 16 elements, for TMA writes a row's last 16 bytes whole: up to seven elements beyond c
         dz_scale: Tensor | None,  # [] a power of two that keeps float16 from underflow; None: 1. Never part of sums
         workspace: Any,  # from ``workspace``
         loss_only: bool = False,  # no gradient is wanted at all: only sums[0] will be read

@@ -77,8 +77,8 @@ class CudaBlockKernel(BlockKernel):
         return reasons + build.why_not(build.TARGETS["cuda"])
 
     def prepare(self) -> list[str]:
-        library = load()
-        return [library] if isinstance(library, str) else []
+        reason = _why_not_run()
+        return [] if reason is None else [reason]
 
     def operand_dtype(self, problem: Problem) -> torch.dtype:
         return problem.dtype
@@ -138,8 +138,9 @@ class CudaBlockKernel(BlockKernel):
 def load() -> ctypes.CDLL | str:
     """The library, compiled where it is not yet; or the reason why there is none."""
     try:
-        library = ctypes.CDLL(str(build.library(build.TARGETS["cuda"])))
+        library = build.load(build.TARGETS["cuda"])
         for name, arguments, result in (
+            ("siglip_sm90_probe", (c_void_p,), c_int32),
             ("siglip_sm90_block", (c_void_p, c_void_p), c_int32),
             ("siglip_sm90_partials", (c_int32, c_int32), c_int64),
             ("siglip_sm90_shared_bytes", (), c_int64),
@@ -150,6 +151,19 @@ def load() -> ctypes.CDLL | str:
     except (build.BuildError, OSError, AttributeError) as error:
         return str(error)
     return library
+
+
+@functools.cache
+def _why_not_run() -> str | None:
+    """Why there is no library, or why the driver does not serve it, as one older than the nvcc here."""
+    library = load()
+    if isinstance(library, str):
+        return library
+    versions = (c_int32 * 2)()
+    error = library.siglip_sm90_probe(versions)
+    driver, own = (f"CUDA {version // 1000}.{version % 1000 // 10}" for version in versions)
+    words = f"the driver is for {driver}, the library of {own}: "
+    return words + library.siglip_sm90_error(error).decode() if error else None
 
 
 def _library() -> ctypes.CDLL:

@@ -11,7 +11,7 @@ enum class Dtype : int32_t { kBfloat16, kFloat16 };
 struct Block {
   const void* x;                // [rows, features], rows x_stride elements apart
   const void* y;                // [cols, features]
-  void* dz;                     // [rows, cols], or null
+  void* dz;                     // [rows, cols], or null; rows end on 16 bytes, which are written whole (ptx.cuh)
   float* partials;              // [3, kPartials · tiles]: loss, dz·u, dz; only the first row where loss_only
   const float* scale;           // one element, as bias and dz_scale
   const float* bias;

@@ -65,6 +65,16 @@ int32_t launch(const Block& block, cudaStream_t stream) {
 
 }  // namespace
 
+// Whether the driver serves this library, without a device or a context: the error, 0 for none. The CUDA versions, as
+// 13000 for 13.0, of the driver and of this library.
+SIGLIP_EXPORT int32_t siglip_sm90_probe(int32_t versions[2]) {
+  int devices;
+  cudaDriverGetVersion(&versions[0]);
+  cudaRuntimeGetVersion(&versions[1]);
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  return error == cudaSuccess && !find_encode() ? cudaErrorNotSupported : error;
+}
+
 // Launches on `stream`; the error, 0 for none.
 SIGLIP_EXPORT int32_t siglip_sm90_block(const Block* block, void* stream) {
   return launch(*block, static_cast<cudaStream_t>(stream));

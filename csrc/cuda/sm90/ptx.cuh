@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, int c
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
       : "memory");
 }
-// What lies out of range is not written.
+// What lies out of range is not written, save the rest of a row's last 16 bytes: up to seven elements.
 __device__ __forceinline__ void store_box(const CUtensorMap* map, int column, int row, const void* from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
                "r"(shared_address(from)), "r"(column), "r"(row)

@@ -174,6 +174,7 @@ def _sigmoid_block_kernel(
                     if dz_scale_ptr is not None:
                         g = g * tl.load(dz_scale_ptr)
                     if USE_TMA:
+                        # It writes a row's last 16 bytes whole, beyond N into the padding.
                         dz.store([start_m, start_n], g.to(dz.dtype))
                     else:
                         rows = dz + offs_m.to(tl.int64) * stride_dzm

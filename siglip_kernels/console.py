@@ -1,0 +1,114 @@
+"""Runs a command line whatever its streams are: readable text in any encoding, and an exit status that says enough."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import sys
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+# For encodings that lack them; Unicode itself says that … is ... and ² is 2.
+ASCII = {
+    "×": "x",
+    "·": "*",
+    "±": "+-",
+    "−": "-",
+    "–": "-",
+    "⁄": "/",
+    "≤": "<=",
+    "≥": ">=",
+    "→": "->",
+    "‖": "||",
+    "σ": "sigma",
+    "Σ": "sum",
+    "Π": "prod",
+    "μ": "u",
+}
+INTERRUPTED, NO_READER = 130, 141  # as a shell reports what SIGINT and SIGPIPE end
+
+
+class OutputError(Exception):
+    """Standard output cannot be written to, for the OSError given; no OSError itself, which argparse would swallow."""
+
+
+class Stream:
+    """A standard stream: what it cannot write is an OutputError, or ignored."""
+
+    def __init__(self, stream: Any, ignore: bool = False) -> None:
+        self._stream, self._ignore = stream, ignore
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except OSError as error:
+            if not self._ignore:
+                raise OutputError(error) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def run(main: Callable[[], int]) -> int:
+    """``main``'s exit status; 130 after Ctrl-C, 141 where the reader has gone, 1 where the output is lost otherwise."""
+    _open_streams()
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr, ignore=True)
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OutputError as error:
+        (cause,) = error.args
+        if isinstance(cause, BrokenPipeError):
+            return NO_READER
+        print(f"error: the output cannot be written: {cause.strerror}", file=sys.stderr)
+        return 1
+    finally:
+        sys.stdout, sys.stderr = streams
+        _give_up_unwritten()
+
+
+def _open_streams() -> None:
+    """Closed ones read and write nothing, so that no other file takes their number; the others can encode any text."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+    codecs.register_error("siglip_kernels.ascii", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="siglip_kernels.ascii")
+
+
+def _give_up_unwritten() -> None:
+    """The interpreter would try again at its end, and say so."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """The characters that cannot be encoded, by others that can."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = unicodedata.normalize("NFKD", error.object[error.start : error.end])
+    plain = "".join(ASCII.get(c, c) for c in text if not unicodedata.combining(c))
+    return plain.encode("ascii", "backslashreplace").decode(), error.end
