@@ -45,8 +45,8 @@ _library.define(f"sigmoid_loss({_ARGUMENTS}) -> {_RETURNS}", tags=(torch.Tag.pt2
 # exchange, merges two, or runs them in another order than the program's, which is that of the other ranks.
 _TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)]
 _library.define(f"exchange({_ARGUMENTS}, Tensor(a!) order) -> {_RETURNS}", tags=tuple(_TAGS))
-# Hands a gradient on in a compiled backward, which so keeps an argument that requires grad: by one AOTAutograd knows that
-# a second derivative is asked for, and refuses it.
+# Hands a gradient on in a compiled backward, which so keeps an argument that requires grad: by one AOTAutograd knows
+# that a second derivative is asked for, and refuses it.
 _library.define("first_derivative(Tensor gradient, Tensor argument) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 ORDER = torch.zeros((), dtype=torch.float32, device="cpu")
 GROUPS = 14  # their place among the arguments

@@ -23,7 +23,8 @@ from siglip_kernels.stats import SIZE, merged
 
 # |dz| is at most max(w). In float16 it travels times 2^14 / 2^⌈log2 max(w)⌉: 65504 holds it, and 2^-38 is not yet 0.
 FLOAT16_DZ_EXPONENT = 14
-# Rows of the dz buffer start on multiples of 16 elements, as TMA and the library's fastest products want.
+# Rows of the dz buffer start on multiples of 16 elements, as TMA and the library's fastest products want; TMA writes a
+# row's last 16 bytes whole, up to seven elements into this padding.
 DZ_ROW_MULTIPLE = 16
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import siglip_kernels
-from siglip_kernels import SigLipLoss, SigmoidLoss, accumulate, sigmoid_loss, sigmoid_loss_and_grads, testing
+from siglip_kernels import SigLipLoss, SigmoidLoss, accumulate, schedule, sigmoid_loss, sigmoid_loss_and_grads, testing
 from siglip_kernels.reference import sigmoid_loss_reference
 from siglip_kernels.testing import make_inputs
 
@@ -92,6 +92,19 @@ def test_the_same_bits(state: str, backend: str) -> None:
         for place, (value, expected) in enumerate(zip(got, right, strict=True)):
             assert value.dtype is expected.dtype, (dtype, kind, place)
             assert torch.equal(value.nan_to_num(), expected.nan_to_num()), (dtype, kind, place)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_scale_of_a_float16_dz(state: str) -> None:
+    """Native code reads it as float32: a float64 one was 0 there, a bfloat16 one nonsense."""
+    weights = (1.0, 0.75, 3.0, 2.0**-100, 2.0**100, 2.0**-140)
+    with STATES[state]():
+        found = [
+            schedule._dz_scale([torch.tensor(w, dtype=torch.float32, device="cpu")], torch.device("cpu"))
+            for w in weights
+        ]
+    assert {t.dtype for t in found} == {torch.float32}
+    assert [float(t) for t in found] == [2.0**13, 2.0**14, 2.0**12, 2.0**113, 2.0**-87, 2.0**126]
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
