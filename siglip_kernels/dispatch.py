@@ -36,8 +36,13 @@ def is_ordinary(t: Tensor) -> bool:
 
 
 def has_memory(t: Tensor) -> bool:
-    """Whether ``t`` is a dense tensor with memory of its own, of whatever class: no dispatch key says otherwise."""
+    """Whether ``t`` is a dense tensor with memory of its own on one of DEVICES: no dispatch key says otherwise."""
     return _keys_of(t).raw_repr() in _ordinary_keys(t.device.type)
+
+
+def may_be_read(t: Tensor) -> bool:
+    """Whether nothing is known against what the dispatcher has handed on, on any device."""
+    return t.device.type not in DEVICES or has_memory(t)
 
 
 def is_traced(*tensors: Tensor) -> bool:
@@ -61,6 +66,8 @@ def check_memory(name: str, t: Tensor) -> None:
 
     FSDP and others free the memory of tensors that live on; torch itself reads it all the same.
     """
+    if t.device.type not in DEVICES:
+        return
     held, end = t.untyped_storage().nbytes(), (t.storage_offset() + t.numel()) * t.itemsize
     if (held >= end and t.is_contiguous()) or not t.numel():
         return

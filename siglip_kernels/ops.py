@@ -23,7 +23,7 @@ from torch import Tensor
 from siglip_kernels import backends, distributed, schedule
 from siglip_kernels.agreement import refusing
 from siglip_kernels.backends.base import Problem
-from siglip_kernels.dispatch import check_memory, has_memory, has_no_mode, is_ordinary, is_traced_before_dispatch
+from siglip_kernels.dispatch import check_memory, has_no_mode, is_ordinary, is_traced_before_dispatch, may_be_read
 from siglip_kernels.distributed import Route
 from siglip_kernels.pairs import PairSpec, diagonal
 from siglip_kernels.schedule import Wanted
@@ -110,13 +110,13 @@ def _sigmoid_loss(
 
 def _operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same for what the dispatcher hands on; stats are empty where none are wanted, for it returns tensors."""
-    if not _all(has_memory, (x, *arguments)):
+    if not _every(may_be_read, (x, *arguments)):
         raise TypeError("sigmoid_loss got a tensor without memory of its own, which the tensor's class did not unwrap")
     loss, scalars, dx, dy, stats = _sigmoid_loss(x, *arguments)
     return loss, scalars, dx, dy, _stats_of(x, 0) if stats is None else stats
 
 
-def _all(is_right: Callable[[Tensor], bool], call: tuple[Any, ...]) -> bool:
+def _every(is_right: Callable[[Tensor], bool], call: tuple[Any, ...]) -> bool:
     """Whether every tensor among the arguments is; ValueError where the memory of one is not there."""
     for place, name in TENSORS.items():
         t = call[place]
@@ -222,7 +222,7 @@ def differentiable(stats: bool, *call: Any) -> Any:
 
     With ``stats``: (loss, stats [8]).
     """
-    if not (has_no_mode() and _all(is_ordinary, call)):
+    if not (has_no_mode() and _every(is_ordinary, call)):
         _refuse_transforms(call)
         run: Callable[..., Any] = _dispatched(call)
         wanted = _NOTHING
@@ -251,7 +251,7 @@ def loss_and_grads(
     x, y, scale, bias, *rest = (t.detach() if isinstance(t, Tensor) else t for t in call)
     rest[-1] = True  # there is no upstream gradient that could differ
     call = x, y, scale, bias, *rest
-    direct = has_no_mode() and _all(is_ordinary, call)
+    direct = has_no_mode() and _every(is_ordinary, call)
     run: Callable[..., Any] = _sigmoid_loss if direct else _dispatched(call)
     loss, scalars, dx, dy, totals = run(*call, True, True, True, bias is not None, stats, None)
     _, dscale, dbias, gain = scalars.unbind()

@@ -193,6 +193,9 @@ def test_what_is_ordinary() -> None:
         dispatch.check_memory("t", ordinary)
     for other in (torch._neg_view(t), t.to_sparse(), Wrapper(t), t.as_subclass(Named), t.to("meta")):
         assert not dispatch.is_ordinary(other)
+    # Nothing is known of a device that torch has no name for: its tensors go by the dispatcher, and are not refused.
+    assert dispatch.may_be_read(t.to("meta"))
+    assert not dispatch.may_be_read(torch._neg_view(t))
     with torch.inference_mode():
         assert dispatch.has_no_mode()
     with torch.autograd.forward_ad.dual_level():
