@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterable
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 # Whose tensors have memory that an address points to.
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+_CLASSES = (Tensor, nn.Parameter)
 _keys_of = torch._C._dispatch_keys
 _included = torch._C._dispatch_tls_local_include_set
 
@@ -30,19 +32,22 @@ def has_no_mode() -> bool:
     return _included().raw_repr() in _default_keys() and forward_ad._current_level < 0
 
 
-def is_ordinary(t: Tensor) -> bool:
-    """Whether ``t`` is a dense tensor with memory of its own, of torch's own class."""
-    return type(t) in (Tensor, nn.Parameter) and has_memory(t)
+def are_ordinary(tensors: Iterable[Tensor | None], device_type: str) -> bool:
+    """Whether all are dense tensors with memory of their own on ``device_type``, of torch's own class.
 
-
-def has_memory(t: Tensor) -> bool:
-    """Whether ``t`` is a dense tensor with memory of its own on one of DEVICES: no dispatch key says otherwise."""
-    return _keys_of(t).raw_repr() in _ordinary_keys(t.device.type)
+    No dispatch key says otherwise, as those of any other kind do. Never on a device that is not of DEVICES.
+    """
+    keys = _ordinary_keys(device_type)
+    for t in tensors:  # noqa: SIM110, a generator takes 1 µs more
+        if t is not None and not (type(t) in _CLASSES and _keys_of(t).raw_repr() in keys):
+            return False
+    return True
 
 
 def may_be_read(t: Tensor) -> bool:
-    """Whether nothing is known against what the dispatcher has handed on, on any device."""
-    return t.device.type not in DEVICES or has_memory(t)
+    """Whether nothing is known against what the dispatcher has handed on: of any class, on any device."""
+    device_type = t.device.type
+    return device_type not in DEVICES or _keys_of(t).raw_repr() in _ordinary_keys(device_type)
 
 
 def is_traced(*tensors: Tensor) -> bool:
@@ -61,20 +66,19 @@ def is_traced_before_dispatch() -> bool:
     return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
 
 
-def check_memory(name: str, t: Tensor) -> None:
-    """ValueError where the storage of an ordinary tensor, the argument ``name``, is smaller than what it spans.
+def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+    """ValueError for the name of a tensor on one of DEVICES whose storage is smaller than what it spans.
 
     FSDP and others free the memory of tensors that live on; torch itself reads it all the same.
     """
-    if t.device.type not in DEVICES:
-        return
-    held, end = t.untyped_storage().nbytes(), (t.storage_offset() + t.numel()) * t.itemsize
-    if (held >= end and t.is_contiguous()) or not t.numel():
-        return
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    end = (t.storage_offset() + last + 1) * t.itemsize
-    if held < end:
-        raise ValueError(f"{name} must be in memory, but its storage holds {held} bytes of the {end} that it spans")
+    for name, t in zip(names, tensors, strict=True):
+        if t is None or (t.untyped_storage().nbytes() >= t.nbytes and t.is_contiguous() and not t.storage_offset()):
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        end = (t.storage_offset() + last + 1) * t.itemsize if t.numel() else 0
+        held = t.untyped_storage().nbytes()
+        if held < end:
+            raise ValueError(f"{name} must be in memory, but its storage holds {held} bytes of the {end} that it spans")
 
 
 @functools.cache

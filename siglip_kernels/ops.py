@@ -23,7 +23,14 @@ from torch import Tensor
 from siglip_kernels import backends, distributed, schedule
 from siglip_kernels.agreement import refusing
 from siglip_kernels.backends.base import Problem
-from siglip_kernels.dispatch import check_memory, has_no_mode, is_ordinary, is_traced_before_dispatch, may_be_read
+from siglip_kernels.dispatch import (
+    DEVICES,
+    are_ordinary,
+    check_memory,
+    has_no_mode,
+    is_traced_before_dispatch,
+    may_be_read,
+)
 from siglip_kernels.distributed import Route
 from siglip_kernels.pairs import PairSpec, diagonal
 from siglip_kernels.schedule import Wanted
@@ -51,11 +58,12 @@ _library.define("first_derivative(Tensor gradient, Tensor argument) -> Tensor", 
 ORDER = torch.zeros((), dtype=torch.float32, device="cpu")
 GROUPS = 14  # their place among the arguments
 FLAGS = slice(18, 23)  # the places of dx to stats
-# Of the tensors among the arguments, by place: what the public function calls them.
-TENSORS = {
-    **dict(enumerate(("image_features", "text_features", "logit_scale", "logit_bias"))),
-    **dict(enumerate(("image_ids", "text_ids", "image_weights", "text_weights"), start=5)),
-}
+# Of the tensors among the arguments: what the public function calls them, and where they are.
+NAMES = (
+    *("image_features", "text_features", "logit_scale", "logit_bias"),
+    *("image_ids", "text_ids", "image_weights", "text_weights"),
+)
+DIFFERENTIABLE, LABELS = slice(0, 4), slice(5, 9)
 CPU_PIECE = 2**19  # elements of a gradient that are rounded at once
 
 
@@ -110,21 +118,23 @@ def _sigmoid_loss(
 
 def _operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same for what the dispatcher hands on; stats are empty where none are wanted, for it returns tensors."""
-    if not _every(may_be_read, (x, *arguments)):
+    tensors = (x, *arguments[:3], *arguments[4:8])
+    if not all(t is None or may_be_read(t) for t in tensors):
         raise TypeError("sigmoid_loss got a tensor without memory of its own, which the tensor's class did not unwrap")
+    if x.device.type in DEVICES:
+        check_memory(NAMES, tensors)
     loss, scalars, dx, dy, stats = _sigmoid_loss(x, *arguments)
     return loss, scalars, dx, dy, _stats_of(x, 0) if stats is None else stats
 
 
-def _every(is_right: Callable[[Tensor], bool], call: tuple[Any, ...]) -> bool:
-    """Whether every tensor among the arguments is; ValueError where the memory of one is not there."""
-    for place, name in TENSORS.items():
-        t = call[place]
-        if t is None:
-            continue
-        if not is_right(t):
-            return False
-        check_memory(name, t)
+def _is_direct(call: tuple[Any, ...]) -> bool:
+    """Whether nothing but the kernels has to see this call; ValueError where the memory of a tensor is not there."""
+    if not has_no_mode():
+        return False
+    tensors = call[DIFFERENTIABLE] + call[LABELS]
+    if not are_ordinary(tensors, call[0].device.type):
+        return False
+    check_memory(NAMES, tensors)
     return True
 
 
@@ -152,7 +162,7 @@ def _exchange_fake(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Te
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """(loss, stats), differentiable in x, y, scale and bias; stats as they come.
+    """The loss, differentiable in x, y, scale and bias; or (loss, stats) where those are wanted.
 
     ``rest``: as the operator's up to ``dx``, in one: each argument costs. ``run``: the operator, or what is behind it.
     """
@@ -167,27 +177,28 @@ class _SigmoidLoss(torch.autograd.Function):
         rest: tuple[Any, ...],
         wanted: Wanted,
         run: Callable[..., _Outputs],
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Any:
         loss, scalars, dx, dy, stats = run(x, y, scale, bias, *rest, *wanted, None)
-        if stats is not None:
+        outputs: Any = loss
+        if wanted.stats:
             ctx.mark_non_differentiable(stats)
+            outputs = loss, stats
         ctx.wanted, ctx.run = wanted, run
         ctx.dtype, ctx.scale, ctx.bias = x.dtype, _like(scale), None if bias is None else _like(bias)
-        call = x, y, scale, bias, *rest
         same_upstream = rest[-1]
         if same_upstream or not wanted.dy:
-            asked = zip((scale, bias, x, y), (wanted.dscale, wanted.dbias, wanted.dx, wanted.dy), strict=True)
-            argument = None if run is _sigmoid_loss else next(t for t, is_wanted in asked if is_wanted)
+            argument = None if run is _sigmoid_loss else _first_wanted((scale, bias, x, y), wanted)
             ctx.save_for_backward(scalars, dx, dy, argument)
-            return loss, stats
+            return outputs
         # dy is still to be formed: backward calls again.
+        call = x, y, scale, bias, *rest
         ctx.tensors = [i for i, t in enumerate(call) if isinstance(t, Tensor)]
         ctx.others = [None if i in ctx.tensors else t for i, t in enumerate(call)]
         ctx.save_for_backward(scalars, dx, dy, None, *(call[i] for i in ctx.tensors))
-        return loss, stats
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _of_stats: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_of_stats: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "sigmoid_loss cannot be differentiated twice: call backward or torch.autograd.grad without create_graph"
@@ -204,11 +215,11 @@ class _SigmoidLoss(torch.autograd.Function):
                 call[i] = t
             dy = ctx.run(*call, *Wanted(False, True, False, False), grad)[3]
             y_gain = torch.ones_like(gain)  # the upstream gradient is in dy, each rank's own
-        in_place = ctx.run is _sigmoid_loss and has_no_mode() and is_ordinary(grad)
-        rounded = partial(scaled, overwrite=_is_last_backward(dx)) if in_place else _scaled_anywhere
+        in_place = ctx.run is _sigmoid_loss and has_no_mode() and are_ordinary((grad,), grad.device.type)
+        rounded, overwrite = scaled if in_place else _scaled_anywhere, in_place and _is_last_backward(dx)
         return (
-            rounded(dx, gain, ctx.dtype) if ctx.wanted.dx else None,
-            rounded(dy, y_gain, ctx.dtype) if ctx.wanted.dy else None,
+            rounded(dx, gain, ctx.dtype, overwrite) if ctx.wanted.dx else None,
+            rounded(dy, y_gain, ctx.dtype, overwrite) if ctx.wanted.dy else None,
             _shaped(dscale, *ctx.scale) if ctx.wanted.dscale else None,
             _shaped(dbias, *ctx.bias) if ctx.wanted.dbias else None,
             None,
@@ -222,7 +233,7 @@ def differentiable(stats: bool, *call: Any) -> Any:
 
     With ``stats``: (loss, stats [8]).
     """
-    if not (has_no_mode() and _every(is_ordinary, call)):
+    if not _is_direct(call):
         _refuse_transforms(call)
         run: Callable[..., Any] = _dispatched(call)
         wanted = _NOTHING
@@ -234,8 +245,7 @@ def differentiable(stats: bool, *call: Any) -> Any:
     if stats:
         wanted = wanted._replace(stats=True)
     if wanted.any:
-        outputs = _SigmoidLoss.apply(*call[:4], call[4:], wanted, run)
-        return outputs if stats else outputs[0]
+        return _SigmoidLoss.apply(*call[:4], call[4:], wanted, run)
     loss, _, _, _, totals = run(*call, *wanted, None)
     return (loss, totals) if stats else loss
 
@@ -251,15 +261,15 @@ def loss_and_grads(
     x, y, scale, bias, *rest = (t.detach() if isinstance(t, Tensor) else t for t in call)
     rest[-1] = True  # there is no upstream gradient that could differ
     call = x, y, scale, bias, *rest
-    direct = has_no_mode() and _every(is_ordinary, call)
+    direct = _is_direct(call)
     run: Callable[..., Any] = _sigmoid_loss if direct else _dispatched(call)
     loss, scalars, dx, dy, totals = run(*call, True, True, True, bias is not None, stats, None)
     _, dscale, dbias, gain = scalars.unbind()
-    rounded = partial(scaled, overwrite=True) if direct else _scaled_anywhere
+    rounded = scaled if direct else _scaled_anywhere
     return (
         loss,
-        rounded(dx, gain, x_dtype),
-        rounded(dy, gain, y_dtype),
+        rounded(dx, gain, x_dtype, direct),
+        rounded(dy, gain, y_dtype, direct),
         _shaped(dscale, *_like(scale)),
         None if bias is None else _shaped(dbias, *_like(bias)),
         totals if stats else None,
@@ -279,7 +289,15 @@ _NOTHING = Wanted(False, False, False, False)
 def _asked_by_autograd(call: tuple[Any, ...]) -> Wanted:
     if not torch.is_grad_enabled():
         return _NOTHING
-    return Wanted(*(t is not None and t.requires_grad for t in call[:4]))
+    x, y, scale, bias = call[DIFFERENTIABLE]
+    dbias = bias is not None and bias.requires_grad
+    return Wanted(x.requires_grad, y.requires_grad, scale.requires_grad, dbias)
+
+
+def _first_wanted(arguments: tuple[Tensor | None, ...], wanted: Wanted) -> Tensor | None:
+    """The first of scale, bias, x and y whose gradient is."""
+    flags = wanted.dscale, wanted.dbias, wanted.dx, wanted.dy
+    return next(t for t, is_wanted in zip(arguments, flags, strict=True) if is_wanted)
 
 
 def _derivative(operator: Any, keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -298,7 +316,8 @@ def _derivative(operator: Any, keys: Any, *arguments: Any) -> tuple[Tensor, ...]
     if y is x:
         y = y.view_as(y)  # one tensor as both arguments gets half its gradient under torch.compile (pytorch#183604)
     wanted = wanted._replace(stats=call[FLAGS][-1])
-    loss, stats = _SigmoidLoss.apply(x, y, scale, bias, tuple(rest), wanted, lambda *again: operator(*again, *order))
+    outputs = _SigmoidLoss.apply(x, y, scale, bias, tuple(rest), wanted, lambda *again: operator(*again, *order))
+    loss, stats = outputs if wanted.stats else (outputs, _stats_of(x, 0))
     # Of the gradients nothing was asked for.
     none = x.new_empty((0, x.shape[1]), dtype=loss.dtype)
     return loss, x.new_full((4,), math.nan, dtype=loss.dtype), none, none.clone(), stats
@@ -370,7 +389,7 @@ def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype, overwrite: boo
     return out
 
 
-def _scaled_anywhere(accumulator: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled_anywhere(accumulator: Tensor, gain: Tensor, dtype: torch.dtype, _overwrite: bool) -> Tensor:
     """The same for any kind of tensor: a traced or a batched one is not written to."""
     return (accumulator * gain).to(dtype)
 

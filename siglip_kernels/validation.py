@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels import backends
-from siglip_kernels.dispatch import check_memory, is_ordinary, is_traced
+from siglip_kernels.dispatch import are_ordinary, check_memory, is_traced
 from siglip_kernels.pairs import ANCHORS, MULTI_POSITIVE
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -132,7 +132,7 @@ def _kinds(ignore_ids: Any, multi_positive: Any, anchors: Any, return_stats: Any
 
 def _offset(value: Any) -> Any:
     """As Python's int, numpy's too; a compiler's symbol and None as they are."""
-    if value is None or (isinstance(value, int | torch.SymInt) and not isinstance(value, bool)):
+    if value is None or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)):
         return value
     if not isinstance(value, bool | Tensor):
         with contextlib.suppress(TypeError):
@@ -200,8 +200,8 @@ def _dense(name: str, t: Tensor) -> None:
 
 def _readable(name: str, t: Tensor) -> None:
     """What is read before the operator looks at its memory."""
-    if not torch.compiler.is_compiling() and is_ordinary(t):
-        check_memory(name, t)
+    if not torch.compiler.is_compiling() and are_ordinary((t,), t.device.type):
+        check_memory([name], [t])
 
 
 def _same_device(name: str, t: Tensor, x: Tensor) -> None:

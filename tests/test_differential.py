@@ -19,8 +19,8 @@ def test_a_sample_of_random_calls() -> None:
 
 def _short_cut_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every tensor were ordinary: lazily negated ones are read as they lie."""
-    monkeypatch.setattr(ops, "is_ordinary", lambda t: True)
-    monkeypatch.setattr(ops, "check_memory", lambda name, t: None)
+    monkeypatch.setattr(ops, "are_ordinary", lambda tensors, device_type: True)
+    monkeypatch.setattr(ops, "check_memory", lambda names, tensors: None)
 
 
 def _blind_to_modes(monkeypatch: pytest.MonkeyPatch) -> None:
