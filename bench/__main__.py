@@ -1,6 +1,7 @@
 """``python -m bench``: gradient check, then ours beside the floor and the rivals; table, CSV, Markdown, plot.
 
-``python -m bench gpu``: all that is to be known of a GPU. ``python -m bench readme``: the README's tables.
+``python -m bench gpu``: all that is to be known of a GPU. ``python -m bench sweep``: which configuration to ship on it.
+``python -m bench readme``: the README's tables.
 ``python -m bench scaling``: what a model says of a cluster. ``python -m bench transformers``: whole models' steps.
 ``python -m bench study``: sigmoid against softmax over batch sizes.
 """
@@ -9,16 +10,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from bench import gpu, problems, readme, report, scaling_report, study_report, transformers_step
+from bench import gpu, problems, readme, report, scaling_report, study_report, sweep, transformers_step
 from bench.contenders import ours
-from bench.measure import measure, measure_alone
+from bench.measure import failures, measure, measure_alone
 from bench.problems import MEMORY_PROBLEM, Problem
 from bench.progress import Progress
+from bench.session import timed_device
+from siglip_kernels import console
 from siglip_kernels.__main__ import check
 
 COMMANDS = {
@@ -26,6 +30,7 @@ COMMANDS = {
     "readme": readme.main,
     "scaling": scaling_report.main,
     "study": study_report.main,
+    "sweep": sweep.main,
     "transformers": transformers_step.main,
 }
 
@@ -39,14 +44,17 @@ def gradients_are_right(chosen: Sequence[Problem], device: torch.device) -> bool
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=timed_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
     parser.add_argument("--batches", type=int, nargs="+", metavar="B", help="instead of the suite's")
     parser.add_argument("--dim", type=int, default=768, metavar="D", help="with --batches")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="with --batches")
     parser.add_argument("--modes", nargs="+", choices=tuple(problems.PRODUCTS), default=[problems.FULL])
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="e.g. ours eager torch.compile (default: all)")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of timing for each problem")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each problem")
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="after the check, until no problem is begun any more"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny problems, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for the results")
     return parser.parse_args(arguments)
@@ -57,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
     options = parse(arguments)
-    device = torch.device(options.device)
+    device = options.device
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -69,20 +77,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("the gradient check failed: nothing is timed")
         return 1
 
-    with_memory = not options.quick and not options.batches
-    progress = Progress(len(chosen) + with_memory)
+    alone = [] if options.quick or options.batches else [MEMORY_PROBLEM]
+    progress, ends = Progress(len(chosen) + len(alone)), time.perf_counter() + 60 * options.minutes
     results = report.Results(report.environment(device))
-    for problem in chosen:
-        results.rows += measure(problem, device, options.seconds, options.contenders, progress)
+    for problem in [*chosen, *alone]:
+        if time.perf_counter() > ends:
+            results.left_out.append(f"{problem}: no time left")
+        elif problem in alone:
+            results.rows += measure_alone(problem, device, options.contenders, progress)
+        else:
+            results.rows += measure(problem, device, options.seconds, options.contenders, progress)
         torch._dynamo.reset()
         report.write(results, options.out)  # an interruption loses nothing
-    if with_memory:
-        results.rows += measure_alone(MEMORY_PROBLEM, device, options.contenders, progress)
     paths = report.write(results, options.out) + report.plot(results, options.out)
     print("\n" + report.markdown(results))
     print("written: " + ", ".join(map(str, paths)))
-    return 0
+    failed = failures(results.rows)
+    for line in failed:
+        print(f"FAILED {line}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

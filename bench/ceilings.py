@@ -55,31 +55,66 @@ def copy_rate(device: torch.device, seconds: float) -> Rate:
     return _rate("copy", f"{size / MIB:,.0f} MiB", times, 2 * size)
 
 
-def block_rates(kernel: BlockKernel, problem: Problem, device: torch.device, seconds: float) -> list[Rate]:
-    """The library's three products at the shape of a block of ``problem``, and the block kernel beside them."""
+def block_rates(
+    kernels: Mapping[str, BlockKernel],  # by the name to show
+    problem: Problem,
+    device: torch.device,
+    seconds: float,
+    pairs: PairSpec | None = None,  # of the texts of B images; None: the diagonal, and two other forms beside it
+) -> list[Rate]:
+    """The library's three products at the shape of each kernel's block of ``problem``, the kernels beside them."""
     call = Call(problem.B, problem.B, problem.D, problem.dtype, device)
-    R, C = (min(size, problem.B) for size in kernel.block_shape(call))
-    x, y, scale, bias = make_inputs(R, C, problem.D, kernel.operand_dtype(call), device=device, drawn_on=device)
-    z = x @ y.T
-    dz = torch.sigmoid(z.float() * scale + bias).to(z.dtype)
-    out = torch.empty_like(z)
-    dx, dy = (torch.zeros(t.shape, device=device) for t in (x, y))
-    sums = torch.empty(3, dtype=schedule.sum_dtype(device), device=device)
-    pairs = PairSpec().prepared(x, y, torch.float32)
-    block = partial(kernel.block, x, y, scale, bias, sums=sums, dz_scale=None)
-    with_dz, without = (kernel.workspace(call._replace(needs_dz=needs), R, C) for needs in (True, False))
-    elsewhere = PairSpec(positive_offset=None).prepared(x, y, torch.float32)
-    steps: dict[Any, Callable[[], Any]] = {
-        "x·yᵀ": partial(torch.mm, x, y.T, out=z),
-        "dx += dz·y, float32": partial(matmul_, dx, dz, y, accumulate=True),
-        "dy += dzᵀ·x, float32": partial(matmul_, dy, dz.T, x, accumulate=True),
-        f"block ({kernel.name})": partial(block, pairs, dz=out, workspace=with_dz),
-        f"block ({kernel.name}), no positives": partial(block, elsewhere, dz=out, workspace=with_dz),
-        f"block ({kernel.name}), loss only": partial(block, pairs, dz=None, workspace=without, loss_only=True),
-    }
-    shape = f"{R} × {C} × {problem.D}"
+    steps: dict[tuple[str, str], Callable[[], Any]] = {}  # by name and shape
+    work: dict[tuple[str, str], int] = {}
+    data: dict[tuple[int, int, torch.dtype], _Block] = {}
+    for name, kernel in kernels.items():
+        R, C = (min(size, problem.B) for size in kernel.block_shape(call))
+        key = R, C, kernel.operand_dtype(call)
+        if key not in data:
+            data[key] = _Block(*key, problem.D, device)
+        block = data[key]
+        for title, step in {**block.products(), **block.forms(kernel, name, call, pairs)}.items():
+            steps[title, block.shape] = step
+            work[title, block.shape] = 2 * R * C * problem.D
     times = _timed(steps, device, seconds)
-    return [_rate(name, shape, times[name], 2 * R * C * problem.D) for name in steps]
+    return [_rate(*key, times[key], work[key]) for key in steps]
+
+
+class _Block:
+    """The operands and the outputs of one block, and what can be done with them."""
+
+    def __init__(self, R: int, C: int, dtype: torch.dtype, D: int, device: torch.device) -> None:
+        self.size, self.shape = (R, C), f"{R} × {C} × {D}"
+        self.x, self.y, self.scale, self.bias = make_inputs(R, C, D, dtype, device=device, drawn_on=device)
+        self.z = self.x @ self.y.T
+        self.dz = torch.sigmoid(self.z.float() * self.scale + self.bias).to(self.z.dtype)
+        self.out = torch.empty_like(self.z)
+        self.dx, self.dy = (torch.zeros(t.shape, device=device) for t in (self.x, self.y))
+        self.sums = torch.empty(3, dtype=schedule.sum_dtype(device), device=device)
+
+    def products(self) -> dict[str, Callable[[], Any]]:
+        return {
+            "x·yᵀ": partial(torch.mm, self.x, self.y.T, out=self.z),
+            "dx += dz·y, float32": partial(matmul_, self.dx, self.dz, self.y, accumulate=True),
+            "dy += dzᵀ·x, float32": partial(matmul_, self.dy, self.dz.T, self.x, accumulate=True),
+        }
+
+    def forms(self, kernel: BlockKernel, name: str, call: Call, pairs: PairSpec | None) -> dict[str, Callable[[], Any]]:
+        """The block kernel with dz; for the diagonal also without positives, and for the loss alone."""
+        block = partial(kernel.block, self.x, self.y, self.scale, self.bias, sums=self.sums, dz_scale=None)
+        with_dz, without = (kernel.workspace(call._replace(needs_dz=needs), *self.size) for needs in (True, False))
+
+        def prepared(pairs: PairSpec) -> PairSpec:
+            return pairs.prepared(self.x, self.y, torch.float32).block(*(slice(0, size) for size in self.size))
+
+        if pairs is not None:
+            return {f"block ({name})": partial(block, prepared(pairs), dz=self.out, workspace=with_dz)}
+        diagonal, elsewhere = prepared(PairSpec()), prepared(PairSpec(positive_offset=None))
+        return {
+            f"block ({name})": partial(block, diagonal, dz=self.out, workspace=with_dz),
+            f"block ({name}), no positives": partial(block, elsewhere, dz=self.out, workspace=with_dz),
+            f"block ({name}), loss only": partial(block, diagonal, dz=None, workspace=without, loss_only=True),
+        }
 
 
 def workspace_curve(problem: Problem, device: torch.device, seconds: float, mib: tuple[float, ...]) -> list[Bound]:

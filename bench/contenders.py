@@ -21,6 +21,8 @@ from siglip_kernels.testing import Inputs, make_inputs
 
 Loss = Callable[..., Tensor]
 GRAPHS_UP_TO = 4096  # a batch at which launches, not products, may take the time
+GRAPHED_SETS = 4  # of inputs, each with a capture of its own
+EAGER_UP_TO = 32_768  # a batch beyond which our eager backend would take the time of the others
 CHUNK = 1024  # images a chunk in open_clip's chunked form
 FLOOR_BYTES = 2**33  # of logits that the floor holds at once; larger problems go by panels of images
 
@@ -62,9 +64,12 @@ class Contender:
 def ours(problem: Problem, device: torch.device, names: Sequence[str] | None = None) -> list[str]:
     """The backends that are worth timing here: those that "auto" may take, and those that ``names`` has in full."""
     call = Call(problem.B, problem.B, problem.D, problem.dtype, device)
-    return [
+    found = [
         name for name in backends.BACKENDS if is_asked_for(name, call, names) and not backends.unprepared(name, call)
     ]
+    if problem.B > EAGER_UP_TO and len(found) > 1 and "ours (eager)" not in (names or ()):
+        found.remove("eager")
+    return found
 
 
 def is_asked_for(backend: str, call: Call, names: Sequence[str] | None) -> bool:
@@ -122,23 +127,24 @@ class Step:
 
     def __init__(self, loss: Loss, problem: Problem, sets: list[Inputs]) -> None:
         self.loss_fn, self.forward_only, self.sets = loss, problem.mode == FORWARD, sets
-        self.leaves, self.turn = sets[0], 0
+        self.leaves, self.turn, self.turns = sets[0], 0, len(sets)
         self.loss = torch.empty(0)
 
     def forget(self) -> None:
         """Drop the last run's results, of whichever step over these inputs, and turn to the next set."""
         self.loss = torch.empty(0)
         forget(self.sets)
-        self.turn = (self.turn + 1) % len(self.sets)
+        self.turn = (self.turn + 1) % self.turns
         self.leaves = self.sets[self.turn]
 
     def __call__(self) -> None:
-        if self.forward_only:
-            with torch.no_grad():
-                self.loss = self.loss_fn(*self.leaves)
-        else:
-            self.loss = self.loss_fn(*self.leaves)
-            self.loss.backward()
+        with torch.set_grad_enabled(not self.forward_only):
+            loss = self.loss_fn(*self.leaves)
+            if not self.forward_only:
+                loss.backward()
+        # Its graph must not be kept: it holds the leaves' AccumulateGrad nodes, which run on the stream that first met
+        # them, and a backward under capture that has to wait for that stream fails.
+        self.loss = loss.detach()
 
     @property
     def grad_bytes(self) -> int:
@@ -146,10 +152,11 @@ class Step:
 
 
 class Graphed(Step):
-    """The step captured as a CUDA graph for each set of inputs, its memory shared among them."""
+    """The step captured as a CUDA graph for each of a few sets of inputs, its memory shared among them."""
 
     def __init__(self, loss: Loss, problem: Problem, sets: list[Inputs]) -> None:
         super().__init__(loss, problem, sets)
+        self.turns = min(GRAPHED_SETS, len(sets))
         self.captured: list[tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor | None]]] = []
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -158,8 +165,8 @@ class Graphed(Step):
                 self.forget()
                 super().__call__()
         torch.cuda.current_stream().wait_stream(side)
-        self.turn, pool = len(sets) - 1, None
-        for _ in sets:
+        self.turn, pool = self.turns - 1, None
+        for _ in range(self.turns):
             self.forget()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -176,11 +183,18 @@ class Graphed(Step):
 
 
 class Floor:
-    """The products that the mode cannot do without, into outputs allocated once: x·yᵀ, then dzᵀ·x, then dz·y."""
+    """The products that the mode cannot do without, into outputs allocated before: x·yᵀ, then dzᵀ·x, then dz·y."""
 
     def __init__(self, problem: Problem, sets: list[Inputs]) -> None:
-        self.products, self.sets, self.turn = PRODUCTS[problem.mode], sets, 0
-        x, y, scale, bias = (t.detach() for t in sets[0])
+        self.products, self.sets, self.turn = PRODUCTS[problem.mode], sets, -1
+        self.forget()
+
+    def forget(self) -> None:
+        """Turn to the next set, and take the buffers where they were released."""
+        self.turn = (self.turn + 1) % len(self.sets)
+        if hasattr(self, "z"):
+            return
+        x, y, scale, bias = (t.detach() for t in self.sets[0])
         self.rows = max(1, min(len(x), FLOOR_BYTES // (len(y) * x.element_size())))
         self.z = x.new_empty(self.rows, len(y))
         # The dz of the negatives: on a GPU the speed of a product depends on the numbers in it.
@@ -190,8 +204,10 @@ class Floor:
         self.dx = torch.empty_like(x) if self.products > 2 else x
         self.dy = torch.empty_like(y) if self.products > 1 else y
 
-    def forget(self) -> None:
-        self.turn = (self.turn + 1) % len(self.sets)
+    def release(self) -> None:
+        """Give the buffers back, up to 17 GB: a rival may need the room."""
+        for name in ("z", "dz", "dx", "dy"):
+            self.__dict__.pop(name, None)
 
     @torch.no_grad()
     def __call__(self) -> None:

@@ -1,82 +1,74 @@
 """``python -m bench gpu``: everything that is to be known of a GPU, in one command of a few minutes.
 
-Gradient checks, the device's ceilings, ours beside the floor and the rivals, a batch of a million; in this order, and
-written after every step, so that an interruption loses nothing. Nothing is timed where a check fails.
+Kernels compiled ahead, gradient checks, the device's ceilings, ours beside the floor and the rivals, a batch of a
+million; what matters most first, and written after every step, so that an interruption loses nothing. A backend that
+fails a check in a dtype is not timed in it; everything else is.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from bench import ceilings, checks, problems, report
+from bench import ceilings, checks, compilation, precompile, problems, report
 from bench.contenders import is_asked_for, ours
-from bench.measure import measure, measure_alone
-from bench.problems import Plan
+from bench.measure import failures, measure, measure_alone
+from bench.problems import Plan, Problem
 from bench.progress import Progress
-from bench.report import Results, Row
+from bench.report import Row
+from bench.session import Session, add_arguments, begin
 from bench.timing import release
 from siglip_kernels import backends, sigmoid_loss, testing
 from siglip_kernels.backends.base import Problem as Call
+from siglip_kernels.backends.triton import architecture
 from siglip_kernels.loss import Backend
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OUT_OF_MEMORY = "n/a: OutOfMemoryError"
-RESERVE = 60.0  # seconds kept for the largest batch
-SECONDS = {"cuda": 1.5, "cpu": 0.2}  # of timing for each problem
+RESERVE = 120.0  # seconds kept for what comes after the comparison
+COMPILE_SECONDS = 120.0
 
 
-@dataclass
-class Session:
-    """One run of the command: what is asked for, what has been found."""
-
-    device: torch.device
-    plan: Plan
-    folder: Path
-    names: list[str] | None  # of contenders
-    ends: float  # by time.perf_counter
-    results: Results
-    failed: list[str] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        return SECONDS[self.device.type]
-
-    def step(self, title: str, run: Callable[[], None]) -> None:
-        """Run one step, keep what it found, and go on whatever happens: the device may not be there tomorrow."""
-        print(f"\n## {title}", flush=True)
-        begin = time.perf_counter()
-        try:
-            run()
-        except Exception as error:
-            self.failed.append(f"{title}: {type(error).__name__}: {error}")
-            print(self.failed[-1], file=sys.stderr)
-        release(self.device)
-        self.results.seconds[title] = round(time.perf_counter() - begin, 1)
-        report.write(self.results, self.folder)
+def compile_kernels(session: Session, plan: Plan, dtypes: Sequence[torch.dtype]) -> None:
+    """Step 1: Triton's kernels for all the steps to come, side by side; those of the first dtype first."""
+    if not _is_run("triton", dtypes[0], session):
+        print("no Triton kernel is asked for")
+        return
+    variants = precompile.by_plan(architecture(session.device), plan, dtypes)
+    begin = time.perf_counter()
+    session.failed += compilation.compile_ahead(variants, COMPILE_SECONDS)
+    seconds = time.perf_counter() - begin
+    print(f"{len(variants)} kernels in {seconds:.0f} s by {compilation.PROCESSES} processes")
+    compilation.note_late(session.late)
 
 
-def check(session: Session) -> None:
-    """Step 1: every backend of the device against float64, and what a table of cases does not see."""
-    device, plan = session.device, session.plan
-    for backend, dtype in itertools.product(backends.NAMES[1:], (torch.bfloat16, torch.float16, torch.float32)):
-        call = Call(1000, 1000, 768, dtype, device)
-        if not is_asked_for(backend, call, session.names) or backends.unprepared(backend, call):
-            continue
-        for title, run in _checks(backend, device, dtype, plan):
-            wrong = run()
-            session.results.checks.append({"check": title, "backend": backend, "dtype": str(dtype)[6:], "wrong": wrong})
-            print(f"{backend:8} {str(dtype)[6:]:9} {title}: {'; '.join(wrong) or 'ok'}", flush=True)
-            session.failed += [f"{backend} {dtype} {title}: {line}" for line in wrong]
+def check(session: Session, plan: Plan, dtypes: Sequence[torch.dtype]) -> None:
+    """Step 2, and for other dtypes 5: each backend against float64, and what a table of cases does not see."""
+    for dtype in dtypes:
+        for backend in backends.NAMES[1:]:
+            if not _is_run(backend, dtype, session):
+                continue
+            for title, run in _checks(backend, session.device, dtype, plan):
+                try:
+                    wrong = run()
+                except Exception as error:
+                    wrong = [f"{type(error).__name__}: {error}"]
+                name = str(dtype)[6:]
+                session.results.checks.append({"check": title, "backend": backend, "dtype": name, "wrong": wrong})
+                print(f"{backend:8} {name:9} {title}: {'; '.join(wrong) or 'ok'}", flush=True)
+                if wrong:
+                    session.reject(backend, dtype, [f"{backend} {dtype} {title}: {line}" for line in wrong])
+
+
+def _is_run(backend: str, dtype: torch.dtype, session: Session) -> bool:
+    call = Call(1000, 1000, 768, dtype, session.device)
+    return is_asked_for(backend, call, session.names) and not backends.unprepared(backend, call)
 
 
 def _checks(
@@ -95,43 +87,55 @@ def _checks(
     yield "gradients against float64", gradients
     yield "20 repeats give the same bits", partial(checks.repeats, backend, device, dtype, plan.checked[1])
     yield "many pairs", partial(checks.many_pairs, backend, device, dtype, plan.many_pairs)
+    if not only_plain:
+        yield "statistics of the logits", partial(checks.logit_stats, backend, device, dtype, pairs, plan.checked[1])
     if device.type == "cuda":
         yield "CUDA graph replays", partial(checks.graph_replay, backend, device, dtype)
         yield "no host synchronisation", partial(checks.no_synchronisation, backend, device, dtype, pairs)
 
 
-def measure_ceilings(session: Session) -> None:
-    """Step 2: memory, the library's products at the shapes of a block, the block kernel beside them, the workspace."""
-    device, plan, results = session.device, session.plan, session.results
+def measure_ceilings(session: Session, plan: Plan) -> None:
+    """Step 3: memory, the library's products at the shapes of a block, the block kernels beside them, the workspace."""
+    device, results = session.device, session.results
     results.rates.append(ceilings.copy_rate(device, session.seconds))
     for problem in plan.blocks:
-        for name in ours(problem, device, session.names):
-            results.rates += ceilings.block_rates(backends.BACKENDS[name], problem, device, session.seconds)
+        chosen = _timed(session, problem)
+        results.rates += ceilings.block_rates(
+            {name: backends.BACKENDS[name] for name in chosen}, problem, device, session.seconds
+        )
     print(report.records(results.rates))
-    if "triton" in ours(plan.blocks[0], device):
+    if "triton" in _timed(session, plan.blocks[0]):
         results.bounds += ceilings.workspace_curve(plan.blocks[0], device, session.seconds, plan.workspaces)
         print(report.records(results.bounds))
 
 
-def compare(session: Session) -> None:
-    """Step 3: a rival that once ran out of memory does not try a larger batch; a late problem is left out, in words."""
+def _timed(session: Session, problem: Problem) -> list[str]:
+    """The backends that no check has failed in the dtype of ``problem``."""
+    names = ours(problem, session.device, session.names)
+    return [name for name in names if (name, problem.dtype) not in session.rejected]
+
+
+def compare(session: Session, plan: Plan) -> None:
+    """Step 4: a rival that once ran out of memory does not try a larger batch; a late problem is left out, in words."""
     device, results = session.device, session.results
-    progress = Progress(len(session.plan.compared))
+    progress = Progress(len(plan.compared))
     full: dict[tuple[str, str, int], int] = {}  # (contender, mode, D): the batch that was too large
-    for problem in session.plan.compared:
+    for problem in plan.compared:
         if time.perf_counter() > session.ends - RESERVE:
             results.left_out.append(f"{problem}: no time left")
             continue
         too_large = {name: B for (name, *rest), B in full.items() if rest == [problem.mode, problem.D]}
         skipped = [name for name, B in too_large.items() if B < problem.B]
+        without = [*skipped, *session.left_out(problem)]
         try:
-            rows = measure(problem, device, session.seconds, session.names, progress, skipped)
-        except Exception as error:  # ours or the floor: the other problems may still run
+            rows = measure(problem, device, session.seconds, session.names, progress, without)
+        except Exception as error:  # the floor: the other problems may still run
             session.failed.append(f"{problem}: {type(error).__name__}: {error}")
             continue
         finally:
             torch._dynamo.reset()
             release(device)
+        session.failed += failures(rows)
         full |= {(r.contender, r.mode, r.D): r.B for r in rows if r.note.startswith(OUT_OF_MEMORY)}
         rows += [Row.blank(problem, name, f"n/a: out of memory at B = {too_large[name]:,}") for name in skipped]
         results.rows += rows
@@ -139,14 +143,17 @@ def compare(session: Session) -> None:
         print(report.table(rows), flush=True)
 
 
-def measure_largest(session: Session) -> None:
-    """Step 4: time, peak memory, and the gradients of sampled rows."""
-    problem = session.plan.largest
-    rows = measure_alone(problem, session.device, session.names, Progress(1), with_errors=True)
+def measure_largest(session: Session, plan: Plan) -> None:
+    """Step 6: time, peak memory, and the gradients of sampled rows."""
+    problem = plan.largest
+    without = session.left_out(problem)
+    rows = measure_alone(problem, session.device, session.names, Progress(1), without, with_errors=True)
     limit = testing.LIMITS[problem.dtype].features
+    session.failed += failures(rows)
     session.failed += [
         f"{problem}: {row.contender}: gradient error {error} > {limit}"
         for row in rows
+        if row.ms is not None
         for error in (row.dx_error, row.dy_error)
         if error is None or not error <= limit
     ]
@@ -156,29 +163,23 @@ def measure_largest(session: Session) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__)
-    parser.add_argument("--device", default="cuda", help="cpu: tiny sizes, to see that it runs")
+    add_arguments(parser, minutes=8.0)
     parser.add_argument(
         "--contenders",
         nargs="+",
         metavar="NAME",
         help='e.g. ours eager; what is not proven yet, in full: "ours (cuda)"',
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing new is begun")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device here; --device cpu shows that the command runs")
-
-    device = torch.device(options.device)
-    ends = time.perf_counter() + 60 * options.minutes
-    results = Results(report.environment(device))
-    session = Session(device, problems.plan(device), options.out, options.contenders, ends, results)
-    session.step("gradient checks", partial(check, session))
-    if not session.failed:
-        session.step("ceilings", partial(measure_ceilings, session))
-        session.step("comparison", partial(compare, session))
-        session.step("largest batch", partial(measure_largest, session))
-        report.plot(results, options.out)
-    print("\n".join(["", *results.left_out, *(f"FAILED {line}" for line in session.failed)]))
-    print(f"written: {options.out}; seconds by step: {results.seconds}")
-    return int(bool(session.failed))
+    session = begin(parser, options, options.contenders)
+    plan = problems.plan(session.device)
+    first = plan.compared[0].dtype
+    others = [dtype for dtype in DTYPES if dtype is not first]
+    session.step("kernels compiled ahead", partial(compile_kernels, session, plan, [first, *others]))
+    session.step(f"checks in {str(first)[6:]}", partial(check, session, plan, [first]))
+    session.step("ceilings", partial(measure_ceilings, session, plan))
+    session.step("comparison", partial(compare, session, plan))
+    session.step("checks in other dtypes", partial(check, session, plan, others))
+    session.step("largest batch", partial(measure_largest, session, plan))
+    report.plot(session.results, options.out)
+    return session.finish()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -48,6 +50,27 @@ class Row:
         return cls(*problem.key, contender, note=note)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One candidate of ``bench sweep`` on one problem; None: not measured, or not to be had."""
+
+    use: str  # which pairs
+    D: int
+    candidate: str
+    tile: str  # rows × columns × features, warps, stages
+    block: str  # images × texts
+    registers: int | None = None  # a thread; of its kernels for this problem the most, as are the next
+    spills: int | None = None
+    shared_kib: float | None = None
+    block_ms: float | None = None  # the block kernel alone
+    block_tflops: float | None = None
+    ms: float | None = None  # the whole loss, forward and backward
+    floor_ratio: float | None = None
+    of_shipped: float | None = None  # this time / the shipped configuration's, round by round
+    peak_mib: float | None = None
+    note: str = ""  # why it is not timed
+
+
 @dataclass
 class Results:
     """One run of the benchmark."""
@@ -57,7 +80,9 @@ class Results:
     rates: list[Rate] = field(default_factory=list)
     bounds: list[Bound] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # problems that time did not allow
+    trials: list[Trial] = field(default_factory=list)
+    conclusions: list[str] = field(default_factory=list)  # of a sweep: what to ship
+    left_out: list[str] = field(default_factory=list)  # what was not timed, and why
     seconds: dict[str, float] = field(default_factory=dict)  # by step
 
 
@@ -91,6 +116,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "python": platform.python_version(),
+        "import": _import_time(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -98,6 +124,10 @@ def environment(device: torch.device) -> dict[str, str]:
 def markdown(results: Results) -> str:
     """Everything; the same text serves the terminal."""
     lines = [", ".join(f"{key} {value}" for key, value in results.about.items() if value), ""]
+    if results.conclusions:
+        lines += ["### What to ship", "", *(f"- {line}" for line in results.conclusions), ""]
+    if results.trials:
+        lines += ["### Candidates", "", records(results.trials), ""]
     if results.checks:
         wrong = [f"- {c['backend']} {c['dtype']} {c['check']}: {line}" for c in results.checks for line in c["wrong"]]
         lines += ["### Checks", "", f"{len(results.checks)} run, {len(wrong)} failures", *wrong, ""]
@@ -116,11 +146,10 @@ def table(rows: Sequence[Row]) -> str:
     return grid([COLUMNS[key] for key in keys], [[_cell(row, key) for key in keys] for row in rows])
 
 
-def records(items: Sequence[Rate] | Sequence[Bound]) -> str:
+def records(items: Sequence[Rate] | Sequence[Bound] | Sequence[Trial]) -> str:
     """Dataclass instances of one kind, by their fields."""
     values = [asdict(item) for item in items]
-    cells = [[f"{v:,.3f}" if isinstance(v, float) else str(v) for v in value.values()] for value in values]
-    return grid(list(values[0]), cells)
+    return grid(list(values[0]), [[_plain(v) for v in value.values()] for value in values])
 
 
 def grid(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -132,24 +161,23 @@ def grid(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """results.json, results.csv and results.md."""
+    """results.json, results.csv and results.md; candidates.csv where there are some."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"results.{kind}" for kind in ("json", "csv", "md")]
     paths[0].write_text(json.dumps(asdict(results), indent=1, ensure_ascii=False) + "\n")
-    with paths[1].open("w", newline="") as file:
-        names = [field.name for field in fields(Row)]
-        writer = csv.DictWriter(file, [*names, *results.about])
-        writer.writeheader()
-        writer.writerows({**asdict(row), **results.about} for row in results.rows)
+    _write_csv(paths[1], Row, results.rows, results.about)
     paths[2].write_text(markdown(results))
+    if results.trials:
+        paths.append(folder / "candidates.csv")
+        _write_csv(paths[-1], Trial, results.trials, results.about)
     return paths
 
 
 def read(folder: Path) -> Results:
     """What :func:`write` wrote."""
     saved = json.loads((folder / "results.json").read_text())
-    kinds: dict[str, Any] = {"rates": Rate, "bounds": Bound, "rows": Row}
-    return Results(**saved | {name: [kind(**item) for item in saved[name]] for name, kind in kinds.items()})
+    kinds: dict[str, Any] = {"rates": Rate, "bounds": Bound, "rows": Row, "trials": Trial}
+    return Results(**saved | {name: [kind(**item) for item in saved.get(name, [])] for name, kind in kinds.items()})
 
 
 def plot(results: Results, folder: Path) -> list[Path]:
@@ -208,6 +236,18 @@ def _panel(axis: Any, rows: Sequence[Row], key: str, title: str, colours: dict[s
     axis.grid(alpha=0.3)
 
 
+def _write_csv(path: Path, kind: type, items: Sequence[Any], about: dict[str, str]) -> None:
+    """A line for each of ``items`` of dataclass ``kind``, with what its figures depend on."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*(field.name for field in fields(kind)), *about])
+        writer.writeheader()
+        writer.writerows({**asdict(item), **about} for item in items)
+
+
+def _plain(value: Any) -> str:
+    return "n/a" if value is None else f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
 def _title(row: Row) -> str:
     return f"{row.mode}, {row.dtype}, B = {row.B:,}, D = {row.D}"
 
@@ -241,9 +281,17 @@ def _triton_version() -> str:
         return ""
 
 
+@functools.cache
+def _import_time() -> str:
+    """What importing siglip_kernels adds to torch's own import."""
+    program = "import time, torch; s = time.perf_counter(); import siglip_kernels; print(time.perf_counter() - s)"
+    seconds = _output(sys.executable, "-c", program)
+    return seconds and f"{1000 * float(seconds):.0f} ms"
+
+
 def _output(*command: str) -> str:
     try:
-        here = Path(__file__).parent
+        here = Path(__file__).parents[1]
         done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""

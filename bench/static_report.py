@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import re
 import subprocess
 import sys
@@ -16,12 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.compilation import compile_variant, side_by_side
 from siglip_kernels.backends.triton import configs
 
 # The instructions that are the tensor cores at work.
 TENSOR_CORE = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": r"v_mfma"}
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 COLUMNS = f"{'variant':76} {'regs':>5} {'spills':>6} {'stack':>6} {'shared':>7} {'tensor':>6} {'instr':>6}"
+
+# Of the problems of a row, those that are none of the kernel's.
+NO_FIGURES, LATE = "no figures", "not compiled in time"
 
 
 @dataclass(frozen=True)
@@ -44,53 +47,33 @@ class Row(NamedTuple):
     problems: list[str]
 
 
-def compile_variant(variant: configs.Variant) -> Resources:
-    """Cross-compile ``variant`` as the launcher would ask for it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel as kernel
-
-    constants = _constants(variant)
-    signature = {name: "constexpr" if name in constants else _type(variant, name) for name in kernel.arg_names}
-    divisible = {"D", "stride_xm", "stride_yn", "stride_dzm"}  # the launcher sees to it
-    attributes = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (name in divisible and name not in constants)
-    }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("hip", variant.arch, 64) if _is_amd(variant) else GPUTarget("cuda", int(variant.arch[3:]), 32),
-        options={"num_warps": variant.config.num_warps, "num_stages": variant.config.num_stages},
-    )
+def resources(variant: configs.Variant, compiled: Any) -> Resources:
+    """Of ``variant``, as compile_variant compiled it."""
     return _amd_resources(compiled, variant) if _is_amd(variant) else _nvidia_resources(compiled, variant)
 
 
 def problems(variant: configs.Variant, resources: Resources) -> list[str]:
     """What is wrong with the compiled ``variant``; empty when nothing is."""
-    limit = configs.SHARED_MEMORY[variant.arch]
+    family = configs.family(variant.arch)
+    limit = configs.SHARED_MEMORY[family]
     found = []
     if resources.spills or resources.stack:
         found.append(f"{resources.spills} spills, {resources.stack} bytes of stack")
     if resources.shared > limit:
         found.append(f"{resources.shared} bytes of shared memory, {variant.arch} has {limit}")
     if not resources.tensor_core:
-        found.append(f"no {TENSOR_CORE[variant.arch]} instruction")
+        found.append(f"no {TENSOR_CORE[family]} instruction")
     return found
 
 
-def report(variants: list[configs.Variant], processes: int = 2) -> Iterator[Row]:
-    """A row for each variant, in order, as they are compiled."""
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        yield from pool.imap(_row, variants)
+def report(variants: list[configs.Variant], processes: int = 2, seconds: float | None = None) -> Iterator[Row]:
+    """A row for each variant, in order, as they are compiled; ``seconds``: for all of them."""
+    for variant, row in zip(variants, side_by_side(_row, variants, processes, seconds), strict=True):
+        yield row or Row(variant, None, [LATE])
 
 
 def describe(variant: configs.Variant) -> str:
     """One line that tells any two shipped variants apart."""
-    config = variant.config
-    tile = f"{config.block_m}x{config.block_n}x{config.block_d} {config.num_warps}w {config.num_stages}s"
     flags = {
         "weights": variant.has_weights,
         "masses": variant.masses == "weights",
@@ -100,7 +83,7 @@ def describe(variant: configs.Variant) -> str:
         "no-dz": not variant.write_dz,
     }
     words = [
-        f"{variant.arch:6} {ELEMENTS[variant.dtype]} {tile:17}",
+        f"{variant.arch:6} {ELEMENTS[variant.dtype]} {tile(variant.config):17}",
         "tma" if variant.use_tma else "ptr",
         f"{variant.precision:6}",
         variant.labels,
@@ -109,61 +92,24 @@ def describe(variant: configs.Variant) -> str:
     return " ".join(words)
 
 
+def tile(config: configs.Config) -> str:
+    return f"{config.block_m}x{config.block_n}x{config.block_d} {config.num_warps}w {config.num_stages}s"
+
+
 def _row(variant: configs.Variant) -> Row:
     try:
-        resources = compile_variant(variant)
+        compiled = compile_variant(variant)
     except Exception as error:
         return Row(variant, None, [f"does not compile: {type(error).__name__}: {str(error)[:300]}"])
-    return Row(variant, resources, problems(variant, resources))
+    try:
+        found = resources(variant, compiled)
+    except (OSError, subprocess.SubprocessError, LookupError) as error:  # a disassembler that is not there
+        return Row(variant, None, [f"{NO_FIGURES}: {error}"])
+    return Row(variant, found, problems(variant, found))
 
 
 def _is_amd(variant: configs.Variant) -> bool:
     return variant.arch.startswith("gfx")
-
-
-def _constants(variant: configs.Variant) -> dict[str, Any]:
-    """The constexpr arguments; an argument that the launcher passes as None is one."""
-    config = variant.config
-    absent = {
-        "dz": not variant.write_dz,
-        "dz_scale_ptr": not (variant.write_dz and variant.dtype is torch.float16),
-        "image_ids_ptr": variant.labels not in ("ids", "ignore"),
-        "text_ids_ptr": variant.labels not in ("ids", "ignore"),
-        "image_weights_ptr": not variant.has_weights,
-        "text_weights_ptr": not variant.has_weights,
-        "image_masses_ptr": variant.masses == "none",
-        "text_masses_ptr": variant.masses == "none",
-        "stats_ptr": not variant.stats,
-    }
-    return {name: None for name, is_absent in absent.items() if is_absent} | {
-        "LABELS": configs.LABELS[variant.labels],
-        "HAS_WEIGHTS": variant.has_weights,
-        "SOFT_TARGETS": variant.masses == "soft_targets",
-        "LOSS_ONLY": variant.loss_only,
-        "WRITE_DZ": variant.write_dz,
-        "USE_TMA": variant.use_tma,
-        "PRECISION": variant.precision,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": config.block_d,
-        "GROUP_M": config.group_m,
-    }
-
-
-def _type(variant: configs.Variant, name: str) -> str:
-    """Triton's name for the type of an argument that is no constexpr."""
-    config, element = variant.config, ELEMENTS[variant.dtype]
-    blocks = {
-        "x": (config.block_m, config.block_d),
-        "y": (config.block_n, config.block_d),
-        "dz": (config.block_m, config.block_n // 4),
-    }
-    if name in blocks:
-        rows, cols = blocks[name]
-        return f"tensordesc<{element}[{rows}, {cols}]>" if variant.use_tma else f"*{element}"
-    if name.endswith("_ids_ptr"):
-        return "*i64"
-    return "*fp32" if name.endswith("_ptr") else "i32"
 
 
 def _nvidia_resources(compiled: Any, variant: configs.Variant) -> Resources:
@@ -177,7 +123,7 @@ def _nvidia_resources(compiled: Any, variant: configs.Variant) -> Resources:
         spills=sum(opcode in ("LDL", "STL") for opcode in opcodes),
         stack=_integer(r"STACK:(\d+)", usage),
         shared=compiled.metadata.shared,
-        tensor_core=_matches(TENSOR_CORE[variant.arch], opcodes),
+        tensor_core=_matches(TENSOR_CORE[configs.family(variant.arch)], opcodes),
         instructions=len(opcodes),
     )
 
@@ -190,7 +136,7 @@ def _amd_resources(compiled: Any, variant: configs.Variant) -> Resources:
         spills=sum(_integer(rf"\.{kind}_spill_count:\s+(\d+)", assembly) for kind in ("vgpr", "sgpr")),
         stack=_integer(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
         shared=compiled.metadata.shared,
-        tensor_core=_matches(TENSOR_CORE[variant.arch], opcodes),
+        tensor_core=_matches(TENSOR_CORE[configs.family(variant.arch)], opcodes),
         instructions=len(opcodes),
     )
 
@@ -219,7 +165,7 @@ def _matches(pattern: str, opcodes: list[str]) -> int:
     return sum(re.match(pattern, opcode) is not None for opcode in opcodes)
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
     figures = list(asdict(row.resources).values()) if row.resources else ["-"] * 6
     widths = (5, 6, 6, 7, 6, 6)
     cells = " ".join(f"{figure:>{width}}" for figure, width in zip(figures, widths, strict=True))
@@ -249,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     for row in report(variants, options.processes):
         failed += bool(row.problems)
-        print(_as_json(row) if options.json else _line(row), flush=True)
+        print(_as_json(row) if options.json else line(row), flush=True)
     if not options.json:
         print(f"{len(variants)} variants, {failed} with problems")
     return int(failed > 0)

@@ -17,6 +17,7 @@ import torch
 
 from bench import report
 from bench.progress import Progress
+from bench.session import add_device, device_of
 from bench.timing import MIB, interleaved, peak_bytes, release, spread
 
 # Width, width within an MLP, heads, layers, pixels an image's edge, pixels a patch's.
@@ -108,17 +109,14 @@ def measure(name: str, B: int, device: torch.device, checkpointing: bool, second
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench transformers", description=__doc__)
-    parser.add_argument("--device", default="cuda", help="cpu: a tiny model, to see that it runs")
+    add_device(parser, "cpu: a tiny model, to see that it runs")
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--batches", type=int, nargs="+", metavar="B", help="default: 256 1024 4096, on a CPU 32")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep every activation")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing for each model and batch")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device here; --device cpu shows that the command runs")
-
-    device = torch.device(options.device)
+    device = device_of(parser, options)
     on_cpu = device.type == "cpu"
     names = list(TINY) if on_cpu else options.models
     batches = options.batches or ([32] if on_cpu else [256, 1024, 4096])

@@ -6,6 +6,8 @@ import csv
 import math
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import accuracy, contenders, measure, timing
+from bench import __main__ as command
+from bench import accuracy, contenders, measure, report, timing
 from bench.__main__ import main
 from bench.problems import FORWARD, FROZEN, FULL, Problem
 from bench.progress import Progress
@@ -154,8 +157,152 @@ def test_a_rival_that_cannot_run_is_shown_with_its_reason(monkeypatch: pytest.Mo
     assert rows[1].of_full is not None
     assert rows[1].of_full > 0
     monkeypatch.setattr(measure, "contenders", lambda *arguments: [rivals[0], replace(rivals[2], ours=True)])
+    rows = measure.measure(Problem(16, 8, torch.float32), CPU, 0.0, None, Progress(1))
+    assert [(row.contender, row.note) for row in rows] == [("floor", ""), ("broken", "n/a: RuntimeError: no room")]
+    assert measure.failures(rows) == []
+    assert measure.failures(
+        [replace(rows[1], contender="ours (x), graph"), replace(rows[0], contender="ours (x)")]
+    ) == ["forward + backward, float32, B = 16, D = 8: ours (x), graph: n/a: RuntimeError: no room"]
+    monkeypatch.setattr(measure, "contenders", lambda *arguments: [replace(rivals[2], loss=None), rivals[1]])
+    monkeypatch.setattr(contenders.Floor, "__call__", broken)
     with pytest.raises(RuntimeError, match="no room"):
         measure.measure(Problem(16, 8, torch.float32), CPU, 0.0, None, Progress(1))
+
+
+def test_ours_that_cannot_run_fails_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*inputs: Any) -> None:
+        raise RuntimeError("no room")
+
+    entrants = [
+        contenders.Contender("floor", None),
+        contenders.Contender("ours (broken)", broken, ours=True),  # type: ignore[arg-type]
+        contenders.Contender("eager", contenders.eager),
+    ]
+    monkeypatch.setattr(measure, "contenders", lambda *arguments: entrants)
+    monkeypatch.setattr(command, "gradients_are_right", lambda *arguments: True)
+    arguments = ["--device", "cpu", "--batches", "32", "--dim", "8", "--seconds", "0", "--out", str(tmp_path)]
+    assert main(arguments) == 1
+    rows = {row.contender: row for row in report.read(tmp_path).rows}
+    assert rows["eager"].ms
+    assert rows["eager"].floor_ratio
+    assert rows["eager"].times_ours is None
+    assert rows["ours (broken)"].note == "n/a: RuntimeError: no room"
+
+
+def test_who_fails_beside_the_others_leaves_them_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its warm-up, as when the others' memory leaves no room."""
+    calls = []
+
+    def hungry(*inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(len(calls))
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return contenders.eager(*inputs)
+
+    entrants = [
+        contenders.Contender("floor", None),
+        contenders.Contender("ours (eager)", contenders.eager, ours=True),
+        contenders.Contender("hungry", hungry),
+    ]
+    rows = measure.measure_contenders(Problem(16, 8, torch.float32), entrants, CPU, 0.0, Progress(1))
+    assert [row.rounds for row in rows] == [3, 3, None]
+    assert rows[2].note == "n/a: OutOfMemoryError: no room"
+
+
+def test_the_floor_s_buffers_are_not_there_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    floors = []
+
+    class Floor(contenders.Floor):
+        def __init__(self, *arguments: Any) -> None:
+            floors.append(self)
+            super().__init__(*arguments)
+
+    def rival(*inputs: torch.Tensor) -> torch.Tensor:
+        assert not any(hasattr(floor, name) for floor in floors for name in ("z", "dz", "dx", "dy"))
+        return contenders.eager(*inputs)
+
+    monkeypatch.setattr(contenders, "Floor", Floor)
+    monkeypatch.setattr(measure, "Floor", Floor)
+    entrants = [contenders.Contender("floor", None), contenders.Contender("rival", rival)]
+    rows = measure.measure_contenders(Problem(16, 8, torch.float32), entrants, CPU, 0.0, Progress(1))
+    assert len(floors) == 1
+    assert [row.rounds for row in rows] == [3, 3], rows
+
+
+MARK = "kept"
+
+
+def marked(*inputs: torch.Tensor) -> torch.Tensor:
+    """Marks the nodes that accumulate the leaves' gradients: they live as long as some graph holds them."""
+    loss = contenders.eager(*inputs)
+    for leaf in inputs:
+        torch.autograd.graph.get_gradient_edge(leaf).node.metadata[MARK] = True
+    return loss
+
+
+def kept(sets: list[Any]) -> int:
+    leaves = [leaf for leaves in sets for leaf in leaves]
+    return sum(MARK in torch.autograd.graph.get_gradient_edge(leaf).node.metadata for leaf in leaves)
+
+
+def test_captures_are_few_and_meet_no_graph_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a graph's nodes run on the stream of its first backward, for which a capture cannot wait."""
+    captures: list[int] = []
+
+    class Graph:
+        def pool(self) -> None: ...
+        def wait_stream(self, other: Any) -> None: ...
+
+    @contextmanager
+    def capture(graph: Graph, pool: Any) -> Iterator[None]:
+        captures.append(kept(sets))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    problem = Problem(16, 8, torch.float32)
+    sets = [contenders.input_sets(problem, CPU)[0] for _ in range(12)]
+    before = contenders.Step(marked, problem, sets)
+    before()  # as the contenders before it leave theirs
+    graphed = contenders.Graphed(marked, problem, sets)
+    assert captures == [0] * contenders.GRAPHED_SETS
+    assert len(graphed.captured) == contenders.GRAPHED_SETS
+    losses = [loss for _, loss, _ in graphed.captured]
+    assert not any(loss.requires_grad for loss in [before.loss, *losses])
+    # The test can fail: a loss that is kept with its graph is seen.
+    loss = marked(*sets[0])
+    assert kept(sets) == 4
+    del loss
+
+
+def test_our_eager_backend_leaves_the_largest_batches_to_others() -> None:
+    CUDA = torch.device("cuda")
+    small, large = (Problem(B, 8, torch.float32) for B in (contenders.EAGER_UP_TO, contenders.EAGER_UP_TO + 1))
+    assert "eager" in contenders.ours(small, CPU)
+    assert "eager" not in contenders.ours(large, CPU) or contenders.ours(large, CPU) == ["eager"]
+    assert "eager" in contenders.ours(large, CPU, ["ours (eager)"])
+    assert contenders.ours(large, CUDA)  # where it is the only one, it runs
+
+
+@pytest.mark.parametrize("verb", [[], ["gpu"], ["sweep"], ["transformers"]])
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta", ""])
+def test_an_odd_device_is_an_error_of_the_arguments(
+    verb: list[str], device: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main([*verb, "--device", device, "--out", str(tmp_path)])
+    assert exit_status.value.code == 2
+    assert "argument --device: " in capsys.readouterr().err
+
+
+def test_what_time_does_not_allow_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "gradients_are_right", lambda *arguments: True)
+    arguments = ["--device", "cpu", "--batches", "16", "--dim", "8", "--minutes", "0", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert report.read(tmp_path).left_out == ["B=16 D=8 float32 forward + backward: no time left"]
 
 
 def test_rounds_are_interleaved() -> None:

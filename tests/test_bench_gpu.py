@@ -15,9 +15,11 @@ from bench import accuracy, ceilings, checks, gpu, measure, problems, readme, re
 from bench.__main__ import main
 from bench.contenders import Contender, eager, ours
 from bench.problems import FULL, Problem
-from siglip_kernels import backends
+from bench.session import Session
+from siglip_kernels import backends, testing
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.backends.triton import TritonBlockKernel
+from siglip_kernels.pairs import PairSpec
 from siglip_kernels.testing import make_inputs
 
 CPU = torch.device("cpu")
@@ -27,7 +29,8 @@ TINY = (40, 50, 16)
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., tuple[int, report.Results]]:
     def run(*arguments: str) -> tuple[int, report.Results]:
-        code = main(["gpu", "--device", "cpu", "--contenders", "ours", "eager", "--out", str(tmp_path), *arguments])
+        common = ["--device", "cpu", "--minutes", "60", "--contenders", "ours", "eager", "--out", str(tmp_path)]
+        code = main(["gpu", *common, *arguments])
         return code, report.read(tmp_path)
 
     return run
@@ -36,12 +39,20 @@ def run(tmp_path: Path) -> Callable[..., tuple[int, report.Results]]:
 def test_every_step_leaves_its_results(run: Callable[..., Any], tmp_path: Path) -> None:
     code, results = run()
     assert code == 0
-    assert list(results.seconds) == ["gradient checks", "ceilings", "comparison", "largest batch"]
+    assert list(results.seconds) == [
+        "kernels compiled ahead",
+        "checks in float32",
+        "ceilings",
+        "comparison",
+        "checks in other dtypes",
+        "largest batch",
+    ]
     plan = problems.plan(CPU)
     assert {c["check"] for c in results.checks} == {
         "gradients against float64",
         "20 repeats give the same bits",
         "many pairs",
+        "statistics of the logits",
     }
     assert {c["dtype"] for c in results.checks} == {"bfloat16", "float16", "float32"}
     assert all(rate.ms > 0 and rate.rate > 0 for rate in results.rates)
@@ -68,13 +79,57 @@ class Wrong(EagerBlockKernel):
             out["dz"][-1] = 0
 
 
-def test_nothing_is_timed_where_a_check_fails(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backends.BACKENDS, "eager", Wrong())
+class Broken(EagerBlockKernel):
+    """Does not run at all."""
+
+    def block(self, *args: Any, **out: Any) -> None:
+        raise RuntimeError("no such instruction")
+
+
+@pytest.mark.parametrize("kernel", [Wrong, Broken])
+def test_a_backend_that_fails_a_check_leaves_the_others_timed(
+    kernel: type[EagerBlockKernel], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "eager", kernel())
+    others = {f"ours ({name})" for name in ours(PLAN.largest, CPU) if name != "eager"}
+    if not others:
+        pytest.skip("there is no other backend here")
     code, results = run()
     assert code == 1
-    assert any(c["wrong"] for c in results.checks)
-    assert not results.rows
-    assert not results.rates
+    assert {c["backend"] for c in results.checks if c["wrong"]} == {"eager"}
+    # The checks after the one that failed are run too.
+    assert {c["check"] for c in results.checks if c["backend"] == "eager"} == {c["check"] for c in results.checks}
+    measured = {(row.contender, row.B) for row in results.rows if row.ms}
+    assert {name for name, B in measured if B == PLAN.compared[0].B} == {"floor", "eager", *others}
+    assert {name for name, B in measured if B == PLAN.largest.B} == others
+    assert {rate.name for rate in results.rates} >= {"x·yᵀ", *(f"block {name[5:]}" for name in others)}
+    assert not any("(eager)" in rate.name for rate in results.rates)
+    assert any(line.startswith("ours (eager) in float32 is not timed: eager ") for line in results.left_out)
+
+
+def test_a_failure_in_one_dtype_is_none_in_another(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def many_pairs(backend: str, device: Any, dtype: torch.dtype, *sizes: int) -> list[str]:
+        return ["too many"] if (backend, dtype) == ("eager", torch.bfloat16) else []
+
+    monkeypatch.setattr(checks, "many_pairs", many_pairs)
+    monkeypatch.setattr(testing, "check", lambda *arguments, **how: testing.Report())
+    code, results = run()
+    assert code == 1
+    assert "ours (eager)" in {row.contender for row in results.rows if row.ms}
+    wrong = "eager torch.bfloat16 many pairs: too many"
+    assert results.left_out == [f"ours (eager) in bfloat16 is not timed: {wrong}"]
+
+
+def test_a_check_in_the_largest_batch_s_dtype_holds_for_graphs_too() -> None:
+    session = Session(CPU, Path(), None, 0.0, report.Results({}))
+    session.reject("triton", torch.bfloat16, ["wrong", "and more"])
+    session.reject("triton", torch.bfloat16, ["later"])
+    session.reject("eager", torch.float16, ["wrong"])
+    assert session.left_out(Problem(8, 8, torch.bfloat16)) == ["ours (triton)", "ours (triton), graph"]
+    assert session.left_out(Problem(8, 8, torch.float32)) == []
+    assert session.failed == ["wrong", "and more", "later", "wrong"]
+    assert session.results.left_out[0] == "ours (triton) in bfloat16 is not timed: wrong"
+    assert len(session.results.left_out) == 2
 
 
 def test_what_time_does_not_allow_is_named(run: Callable[..., Any]) -> None:
@@ -138,6 +193,36 @@ def test_the_plan_for_a_gpu_is_the_issue_s() -> None:
     assert (plan.largest.B, plan.largest.D) == (1_048_576, 768)
 
 
+class Uncounted(EagerBlockKernel):
+    """Its statistics miss a pair, or a block's least logit."""
+
+    def block(self, *args: Any, **out: Any) -> None:
+        super().block(*args, **out)
+        if out.get("stats") is not None:
+            out["stats"][self.index] += self.change
+
+    def __init__(self, index: int = 0, change: float = 0.0) -> None:
+        super().__init__()
+        self.index, self.change = index, change
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "wrong"),
+    [
+        (0, 0.0, set()),
+        (0, 1.0, {"positive_mean"}),
+        (2, 1.0, {"positive_mean", "positive_count"}),
+        (3, -1.0, {"negative_mean", "negative_count"}),
+        (5, -0.01, {"negative_min"}),
+    ],
+)
+def test_logit_stats(index: int, change: float, wrong: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "eager", Uncounted(index, change))
+    found = checks.logit_stats("eager", CPU, torch.float32, ["diagonal", "soft targets"], TINY)
+    assert {line.split()[-4] for line in found if line.startswith("diagonal")} == wrong
+    assert {line.split()[-4] for line in found} >= wrong
+
+
 class Restless(EagerBlockKernel):
     """Gives other bits every other time."""
 
@@ -188,8 +273,13 @@ def test_rates_count_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "interleaved", lambda steps, *rest: {name: [0.5] for name in steps})
     monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 1000)
     assert ceilings.copy_rate(CPU, 0).rate == pytest.approx(2 * 1000 / 0.5 / 1e12)
-    rates = ceilings.block_rates(EagerBlockKernel(), Problem(96, 16, torch.float32), CPU, 0)
-    assert [rate.rate for rate in rates] == pytest.approx([2 * 96 * 96 * 16 / 0.5 / 1e12] * 6)
+    kernels = {"a": EagerBlockKernel(), "b": EagerBlockKernel()}
+    rates = ceilings.block_rates(kernels, Problem(96, 16, torch.float32), CPU, 0)
+    # The products once, for both kernels have blocks of one shape.
+    assert [rate.rate for rate in rates] == pytest.approx([2 * 96 * 96 * 16 / 0.5 / 1e12] * (3 + 2 * 3))
+    ids = torch.arange(96)
+    rates = ceilings.block_rates(kernels, Problem(96, 16, torch.float32), CPU, 0, PairSpec(None, ids, ids))
+    assert [rate.name for rate in rates][3:] == ["block (a)", "block (b)"]
 
 
 def test_workspace_curve_takes_the_bound() -> None:
@@ -212,12 +302,15 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
         rates=[ceilings.Rate("copy", "1", 1.0, 0.5, 2.0, 3.0)],
         bounds=[ceilings.Bound(16, 1.0, 0.5, 2.0, None)],
         rows=[report.Row(FULL, "float32", 8, 4, "eager", 1.0, 0.5, 2.0)],
+        trials=[report.Trial("diagonal", 4, "shipped", "tile", "block", 168, 0, 96.0, 1.0, 0.5, 2.0, 0.9)],
+        conclusions=["keep it"],
         left_out=["B=9"],
         seconds={"a": 1.0},
     )
     report.write(results, tmp_path)
     assert report.read(tmp_path) == results
     assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["B"] == 8
+    assert (tmp_path / "candidates.csv").read_text().splitlines()[0].endswith("note,device,torch")
 
 
 def test_the_readme_s_tables_are_those_of_the_results() -> None:

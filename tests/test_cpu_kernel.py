@@ -279,6 +279,14 @@ def test_workspace_is_bounded(level: str, dtype: torch.dtype) -> None:
     assert kernel.block_shape(plain_call(dtype, B=1 << 20)) == (R, C)
 
 
+def test_workspace_is_on_the_cpu_whatever_the_default(level: str) -> None:
+    kernel = CpuBlockKernel(level)
+    with torch.device("meta"):
+        for dtype in DTYPES:
+            for buffer in kernel.workspace(plain_call(dtype)._replace(needs_dz=False), 64, 64):
+                assert buffer is None or buffer.device == CPU
+
+
 def test_features_elsewhere_are_a_reason() -> None:
     on_cuda = Problem(8, 8, 8, torch.float32, torch.device("cuda"))
     assert CpuBlockKernel().why_not(on_cuda) == ["features are on cuda, expected the CPU"]

@@ -123,7 +123,7 @@ def test_positional_constructor() -> None:
 def test_two_processes_need_a_process_group() -> None:
     """At the first call: training scripts build their loss when they like."""
     loss_fn = SigLipLoss(world_size=2, rank=1)
-    with pytest.raises(ValueError, match="world_size = 2 was given, but .*init_process_group was not called"):
+    with pytest.raises(ValueError, match=r"world_size = 2 was given, but .*init_process_group was not called"):
         loss_fn(*make_inputs(4, 4, 8, torch.float32))
 
 

@@ -29,8 +29,8 @@ struct Block {
   const void* image_masses;     // [rows] logits' dtype, or null: given with ids and weights
   const void* text_masses;      // [cols]; a positive pair's mass is the sum of its two
   double* stats;                // [8], or null: Σ z, number, least z, largest z, each of positives and of negatives
-  float* dx;                    // [rows, features] dz·y, or null; given inner products or no dz, neither is formed
-  float* dy;                    // [cols, features] dzᵀ·x, or null
+  void* dx;                     // [rows, features] logits' dtype: dz·y, or null; siglip_epilogue forms neither
+  void* dy;                     // [cols, features] logits' dtype: dzᵀ·x, or null
   int32_t dx_begun, dy_begun;   // added to what is there
 };
 

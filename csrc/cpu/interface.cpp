@@ -4,13 +4,18 @@
 #include <array>
 #include <vector>
 
-#include "machine.h"
 #include "product.h"
 
 namespace siglip {
 namespace {
 
 using Epilogue = decltype(&portable::epilogue);
+
+// MKL's products for AMX run anywhere, the epilogue does not.
+Level usable(int32_t level) {
+  static const Level best = this_machine().level;
+  return std::min(static_cast<Level>(level), best);
+}
 
 Epilogue epilogue_of(Level level) {
 #if defined(__x86_64__)
@@ -49,17 +54,54 @@ void sum_tasks(ParallelFor pool, int64_t tasks, int64_t work, const Block& block
 // Picoseconds of one thread, about: a pair's epilogue, a packed word, a word's multiplication with another.
 constexpr int64_t kPair = 500, kPackedWord = 200, kMultiplied = 20;
 
+// Row-major, or the transpose of that.
+struct Matrix {
+  const void* data;
+  int stride;  // elements from row to row
+  bool transpose;
+
+  Matrix(const void* data, int64_t stride, bool transpose = false)
+      : data(data), stride(int(std::max<int64_t>(stride, 1))), transpose(transpose) {}
+};
+
+struct Blas {
+  Gemm gemm;
+  Dtype operand;
+
+  // out [m, n] = a·b, or += where `accumulate`: column by column, as Fortran has it, outᵀ [n, m] = bᵀ·aᵀ.
+  void multiply(void* out, int64_t out_stride, const Matrix& a, const Matrix& b, int64_t m, int64_t n, int64_t k,
+                bool accumulate) const {
+    const int sizes[] = {int(n), int(m), int(k)}, ldc = int(std::max<int64_t>(out_stride, 1));
+    if (operand == Dtype::kFloat64) return fortran<double>(out, ldc, b, a, sizes, accumulate);
+    if (operand == Dtype::kFloat32) return fortran<float>(out, ldc, b, a, sizes, accumulate);
+    using Cblas = void (*)(int, int, int, int, int, int, float, const void*, int, const void*, int, float, void*, int);
+    constexpr int kColumnMajor = 102, kNoTrans = 111, kTrans = 112;
+    reinterpret_cast<Cblas>(gemm)(kColumnMajor, b.transpose ? kTrans : kNoTrans, a.transpose ? kTrans : kNoTrans,
+                                  sizes[0], sizes[1], sizes[2], 1, b.data, b.stride, a.data, a.stride, accumulate, out,
+                                  ldc);
+  }
+
+ private:
+  template <class T>
+  void fortran(void* c, int ldc, const Matrix& a, const Matrix& b, const int (&sizes)[3], T beta) const {
+    using Fortran = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const void*,
+                             const int*, const void*, const int*, const T*, void*, const int*);
+    const T alpha = 1;
+    reinterpret_cast<Fortran>(gemm)(a.transpose ? "T" : "N", b.transpose ? "T" : "N", &sizes[0], &sizes[1], &sizes[2],
+                                    &alpha, a.data, &a.stride, b.data, &b.stride, &beta, c, &ldc);
+  }
+};
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 Range part(int64_t index, int64_t size, int64_t end) { return {index * size, std::min(end, (index + 1) * size)}; }
 
 }  // namespace
 
-int32_t siglip_level() { return static_cast<int32_t>(best_level()); }
-int32_t siglip_has_float16_products() { return has_float16_products(); }
+void siglip_machine(Machine* machine) { *machine = this_machine(); }
 
 void siglip_epilogue(const Block* block, const void* u, int64_t u_stride, int32_t level, ParallelFor pool) {
   constexpr int64_t kPairs = 16384;  // a task
-  const Epilogue epilogue = epilogue_of(static_cast<Level>(level));
+  const Epilogue epilogue = epilogue_of(usable(level));
   const int64_t rows = std::max<int64_t>(1, kPairs / std::max<int64_t>(1, block->cols));
   const int64_t size = block->logits == Dtype::kFloat64 ? 8 : 4;
   const int64_t work = block->rows * block->cols * kPair;
@@ -68,6 +110,20 @@ void siglip_epilogue(const Block* block, const void* u, int64_t u_stride, int32_
     epilogue(*block, static_cast<const char*>(u) + range.begin * u_stride * size, u_stride, range, {0, block->cols},
              sums);
   });
+}
+
+void siglip_block_by_blas(const Block* block, const void* x, const void* y, int64_t features, void* u,
+                          int64_t u_stride, Gemm gemm, int32_t level, ParallelFor pool) {
+  const int64_t rows = block->rows, cols = block->cols;
+  const Blas blas{gemm, block->operand};
+  const Matrix dz{block->dz, block->dz_stride};
+  blas.multiply(u, u_stride, {x, features}, {y, features, true}, rows, cols, features, false);
+  siglip_epilogue(block, u, u_stride, level, pool);
+  if (block->dz && block->dx)
+    blas.multiply(block->dx, features, dz, {y, features}, rows, features, cols, block->dx_begun);
+  if (block->dz && block->dy)
+    blas.multiply(block->dy, features, {dz.data, dz.stride, true}, {x, features}, cols, features, rows,
+                  block->dy_begun);
 }
 
 #if defined(__x86_64__)
@@ -156,14 +212,16 @@ void siglip_block(const Block* block, const void* x, const void* y, int64_t feat
                   ParallelFor pool) {
   const int64_t rows = block->rows, cols = block->cols, stride = block->dz_stride;
   const Dtype operand = block->operand;
+  auto* const dx = static_cast<float*>(block->dx);
+  auto* const dy = static_cast<float*>(block->dy);
   if (operand == Dtype::kBfloat16)
     block_of<avx512::Bfloat16>(*block, x, y, features, packed, pool);
   else
     block_of<avx512::Float32>(*block, x, y, features, packed, pool);
-  if (block->dz && block->dx)
-    multiply({block->dx, block->dz, stride, y, packed, rows, features, cols, operand, false, block->dx_begun}, pool);
-  if (block->dz && block->dy)
-    multiply({block->dy, block->dz, stride, x, packed, cols, features, rows, operand, true, block->dy_begun}, pool);
+  if (block->dz && dx)
+    multiply({dx, block->dz, stride, y, packed, rows, features, cols, operand, false, block->dx_begun}, pool);
+  if (block->dz && dy)
+    multiply({dy, block->dz, stride, x, packed, cols, features, rows, operand, true, block->dy_begun}, pool);
 }
 
 void multiply(const Product& product, ParallelFor pool) {
@@ -175,11 +233,11 @@ void multiply(const Product& product, ParallelFor pool) {
 
 #endif
 
-void siglip_evaluate(int32_t level, Function function, Dtype dtype, const void* in, void* out,
-                                   int64_t count) {
+void siglip_evaluate(int32_t level, Function function, Dtype dtype, const void* in, void* out, int64_t count) {
 #if defined(__x86_64__)
-  if (level >= static_cast<int32_t>(Level::kAvx512)) return avx512::evaluate(function, dtype, in, out, count);
-  if (level == static_cast<int32_t>(Level::kAvx2)) return avx2::evaluate(function, dtype, in, out, count);
+  const Level best = usable(level);
+  if (best >= Level::kAvx512) return avx512::evaluate(function, dtype, in, out, count);
+  if (best == Level::kAvx2) return avx2::evaluate(function, dtype, in, out, count);
 #endif
   (void)level;
   portable::evaluate(function, dtype, in, out, count);

@@ -1,8 +1,7 @@
 """The block kernel in C++ on CPU tensors: csrc/cpu/, compiled on first use.
 
-The products by level: bfloat16 by MKL where the machine has AMX, by our own kernel where it has AVX512-BF16; float16 by
-MKL where the machine multiplies it. Any other half precision is widened to float32, and that is multiplied by our own
-kernel where the machine has AVX-512 but no AMX, else by torch. float64 is torch's.
+Whose products multiply the features, ours or those of torch's BLAS, and whether half precision is widened to float32
+first, is chosen by ``products`` from what the CPU says of itself.
 """
 
 from __future__ import annotations
@@ -16,12 +15,31 @@ from torch import Tensor
 
 from siglip_kernels import build
 from siglip_kernels.backends.base import BlockKernel, Gradients, Problem
-from siglip_kernels.backends.cpu_native import DTYPES, LEVELS, Block, Native, address, load
+from siglip_kernels.backends.cpu_native import DTYPES, LEVELS, Block, Machine, Native, address, load
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.products import matmul_
 
 AVX512, AVX512_BF16, AMX = (LEVELS.index(name) for name in ("avx512", "avx512_bf16", "amx"))
 PANEL = 64  # kPanel of csrc/cpu/product.h
+
+
+def products(machine: Machine, dtype: torch.dtype) -> str:
+    """Whose products multiply features of ``dtype``: "ours", torch's "blas", or those of float32, once "widened" to it.
+
+    What is there need not be fast (figures: bench/NOTES.md). On AMD ours win in both dtypes. On Intel MKL wins in
+    float32, and AVX512-BF16 loses to that: only AMX makes bfloat16 the faster dtype. MKL goes by the vendor too: where
+    that is unknown, as in a virtual machine that masks it, ours are taken.
+    """
+    level, is_intel, has_mkl = machine.level, machine.vendor == "GenuineIntel", dtype in machine.mkl
+    if dtype is torch.bfloat16 and level >= AMX and has_mkl:
+        return "blas"
+    if dtype is torch.bfloat16:
+        return "ours" if level >= AVX512_BF16 and not is_intel else "widened"
+    if dtype is torch.float16:
+        return "blas" if machine.float16_products and has_mkl else "widened"
+    # AMX is Intel's, whatever the vendor says.
+    ours = dtype is torch.float32 and AVX512 <= level < AMX and not (is_intel and has_mkl)
+    return "ours" if ours else "blas"
 
 
 class Workspace(NamedTuple):
@@ -37,7 +55,6 @@ class CpuBlockKernel(BlockKernel):
     def __init__(self, level: str | None = None) -> None:
         """``level``: of LEVELS, to test a lower one than the machine's; None: the machine's."""
         self._level = level
-        self._chosen: dict[torch.dtype, str] = {}
 
     def why_not(self, problem: Problem) -> list[str]:
         if problem.device.type != "cpu":
@@ -60,28 +77,25 @@ class CpuBlockKernel(BlockKernel):
             raise RuntimeError(native)
         return native
 
-    def _products(self, dtype: torch.dtype) -> str:
-        """Whose products multiply features of ``dtype``: "ours", "mkl", or "torch" after widening half precision."""
-        if dtype not in self._chosen:
-            self._chosen[dtype] = self._choose_products(dtype)
-        return self._chosen[dtype]
+    @functools.cached_property
+    def _machine(self) -> Machine:
+        machine = self._native.machine
+        if self._level is None:
+            return machine
+        # A level under test is nobody's machine.
+        return machine._replace(vendor="", level=LEVELS.index(self._level), float16_products=False)
 
-    def _choose_products(self, dtype: torch.dtype) -> str:
-        native = self._native
-        level = native.level if self._level is None else LEVELS.index(self._level)
-        if dtype is torch.bfloat16 and level >= AMX and dtype in native.gemm:
-            return "mkl"
-        # Not float32 where there is AMX: those are Intel's machines, MKL is at its best there, and ours was not tried.
-        if (dtype is torch.float32 and AVX512 <= level < AMX) or (dtype is torch.bfloat16 and level >= AVX512_BF16):
-            return "ours"
-        if dtype is torch.float16 and self._level is None and native.has_float16_products and dtype in native.gemm:
-            return "mkl"
-        return "torch"
+    @functools.cached_property
+    def _chosen(self) -> dict[torch.dtype, str]:
+        return {dtype: products(self._machine, dtype) for dtype in DTYPES}
+
+    def _products(self, dtype: torch.dtype) -> str:
+        return self._chosen[dtype]
 
     def operand_dtype(self, problem: Problem) -> torch.dtype:
         if problem.dtype is torch.float64:
             return torch.float64
-        return torch.float32 if not problem.rounds_out or self._products(problem.dtype) == "torch" else problem.dtype
+        return torch.float32 if not problem.rounds_out or self._products(problem.dtype) == "widened" else problem.dtype
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
         """Larger blocks read and write the float32 accumulators less often; smaller ones keep dz in the cache."""
@@ -93,11 +107,12 @@ class CpuBlockKernel(BlockKernel):
 
     def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
         dtype = self.operand_dtype(problem)
-        products = self._products(dtype)
-        if products == "ours":
-            return Workspace(None, torch.empty(_packed_words(R, C, problem.D, dtype), dtype=torch.int32))
-        in_dz = problem.needs_dz and products == "torch"
-        return Workspace(None if in_dz else torch.empty(R * C, dtype=_logits_dtype(dtype)), None)
+        if self._products(dtype) == "ours":
+            words = _packed_words(R, C, problem.D, dtype)
+            return Workspace(None, torch.empty(words, dtype=torch.int32, device="cpu"))
+        logits = _logits_dtype(dtype)
+        in_dz = problem.needs_dz and dtype is logits
+        return Workspace(None if in_dz else torch.empty(R * C, dtype=logits, device="cpu"), None)
 
     def block(
         self,
@@ -114,37 +129,59 @@ class CpuBlockKernel(BlockKernel):
         loss_only: bool = False,
         stats: Tensor | None = None,
     ) -> None:
-        described = _described(x, y, scale, bias, pairs, sums, dz, dz_scale, loss_only, stats)
-        native, products = self._native, self._products(x.dtype)
-        if products == "ours":
-            self._run(described, x, y, workspace)
-            return
-        r, c = x.shape[0], y.shape[0]
-        u = dz if workspace.u is None else workspace.u[: r * c].view(r, c)
-        assert u is not None
-        multiply = native.matmul_ if products == "mkl" else matmul_
-        multiply(u, x, y.T)
-        level = native.level if self._level is None else LEVELS.index(self._level)
-        native.epilogue(ctypes.byref(described), u.data_ptr(), u.stride(0), level, native.pool)
+        described = _described(
+            x, y, scale, bias, pairs, sums=sums, dz=dz, dz_scale=dz_scale, loss_only=loss_only, stats=stats
+        )
+        self._run(described, x, y, dz, workspace, self._gemm(x.dtype))
 
-    def step(self, x: Tensor, y: Tensor, *logits: Any, gradients: Gradients, workspace: Workspace, **out: Any) -> None:
-        if self._products(x.dtype) != "ours":
-            super().step(x, y, *logits, gradients=gradients, workspace=workspace, **out)
+    def step(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *logits: Any,
+        gradients: Gradients,
+        dz: Tensor | None,
+        workspace: Workspace,
+        **out: Any,
+    ) -> None:
+        gemm = self._gemm(x.dtype)
+        if gemm is None and workspace.packed is None:
+            super().step(x, y, *logits, gradients=gradients, dz=dz, workspace=workspace, **out)
             return
-        described = _described(x, y, *logits, **out)
+        described = _described(x, y, *logits, dz=dz, **out)
         dx, described.dx_begun, dy, described.dy_begun = gradients
         described.dx, described.dy = address(dx), address(dy)
-        self._run(described, x, y, workspace)
+        self._run(described, x, y, dz, workspace, gemm)
 
-    def _run(self, block: Block, x: Tensor, y: Tensor, workspace: Workspace) -> None:
-        """By our own products."""
-        native = self._native
-        pointers = x.data_ptr(), y.data_ptr(), x.shape[1], address(workspace.packed)
-        native.block(ctypes.byref(block), *pointers, native.pool)
+    def _gemm(self, dtype: torch.dtype) -> ctypes.c_void_p | None:
+        """MKL's, for calls that go past torch and its overhead; None: the products are ours, or torch's to choose."""
+        if self._products(dtype) == "ours":
+            return None
+        # What less than float32 the user allows is for torch.mm to make use of.
+        allowed = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+        return None if dtype is torch.float32 and allowed in ("bf16", "tf32") else self._native.gemm.get(dtype)
 
-    def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, workspace: Workspace) -> None:
-        multiply = self._native.matmul_ if self._products(a.dtype) == "mkl" else matmul_
-        multiply(out, a, b, accumulate=accumulate)
+    def _run(
+        self,
+        block: Block,
+        x: Tensor,
+        y: Tensor,
+        dz: Tensor | None,
+        workspace: Workspace,
+        gemm: ctypes.c_void_p | None,
+    ) -> None:
+        native, features = self._native, (x.data_ptr(), y.data_ptr(), x.shape[1])
+        if workspace.packed is not None:
+            native.block(ctypes.byref(block), *features, workspace.packed.data_ptr(), native.pool)
+            return
+        u = dz if workspace.u is None else workspace.u[: x.shape[0] * y.shape[0]].view(x.shape[0], y.shape[0])
+        assert u is not None
+        room = u.data_ptr(), u.stride(0)
+        if gemm is not None:
+            native.block_by_blas(ctypes.byref(block), *features, *room, gemm, self._machine.level, native.pool)
+            return
+        matmul_(u, x, y.T)  # and the gradients by step
+        native.epilogue(ctypes.byref(block), *room, self._machine.level, native.pool)
 
 
 def _described(
@@ -153,6 +190,7 @@ def _described(
     scale: Tensor,
     bias: Tensor,
     pairs: PairSpec,
+    *,
     sums: Tensor,
     dz: Tensor | None,
     dz_scale: Tensor | None,

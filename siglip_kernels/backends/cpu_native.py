@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-from ctypes import POINTER, Structure, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,47 +51,70 @@ class Block(Structure):
     )
 
 
+class _Machine(Structure):
+    """Of csrc/cpu/machine.h."""
+
+    _fields_ = (
+        ("vendor", c_char * 16),
+        ("family", c_int32),
+        ("model", c_int32),
+        ("level", c_int32),
+        ("float16_products", c_int32),
+    )
+
+
+class Machine(NamedTuple):
+    """What the CPU says of itself, and what torch brings for it."""
+
+    vendor: str  # CPUID's word: "AuthenticAMD", "GenuineIntel", …; empty where there is none
+    family: int
+    model: int
+    level: int  # of LEVELS, by index
+    float16_products: bool  # in instructions of its own
+    mkl: frozenset[torch.dtype]  # operands of the products into float32 (of float64: into that) that MKL exports
+
+
 class Native:
     """The library, loaded."""
 
-    def __init__(self, path: Path) -> None:
-        library, libtorch = ctypes.CDLL(str(path)), _libtorch()
+    def __init__(self, library: ctypes.CDLL) -> None:
+        libtorch = _libtorch()
         parallel_for = getattr(libtorch, "torch_parallel_for", None)
         self.pool = None if parallel_for is None else ctypes.cast(parallel_for, c_void_p)
-        self.level = int(library.siglip_level())
-        self.has_float16_products = bool(library.siglip_has_float16_products())
+        self.gemm = _gemm(libtorch)
+        self.machine = _this_machine(library, frozenset(self.gemm))
+        self.level = self.machine.level
         self.epilogue = _function(library, "siglip_epilogue", POINTER(Block), c_void_p, c_int64, c_int32, c_void_p)
         self.evaluate = _function(library, "siglip_evaluate", *[c_int32] * 3, c_void_p, c_void_p, c_int64)
-        if hasattr(library, "siglip_block"):
-            features = (c_void_p, c_void_p, c_int64)
-            self.block = _function(library, "siglip_block", POINTER(Block), *features, c_void_p, c_void_p)
-        # MKL's, which torch exports on x86: symbols, not API.
-        self.gemm = {
-            dtype: _function(libtorch, name, *_GEMM)
-            for dtype, name in (
-                (torch.bfloat16, "cblas_gemm_bf16bf16f32"),
-                (torch.float16, "cblas_gemm_f16f16f32"),
-            )
-            if hasattr(libtorch, name)
-        }
-
-    def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
-        """``out = a @ b``, or ``out += a @ b``, by MKL: a, b half precision and either way round, out float32."""
-        (m, k), n = a.shape, b.shape[1]
-        trans_a, lda = _layout(a)
-        trans_b, ldb = _layout(b)
-        self.gemm[a.dtype](
-            *(101, trans_a, trans_b, m, n, k, 1.0, a.data_ptr(), lda, b.data_ptr(), ldb),
-            *(float(accumulate), out.data_ptr(), out.stride(0)),
+        features = (c_void_p, c_void_p, c_int64)
+        self.block_by_blas = _function(
+            library, "siglip_block_by_blas", POINTER(Block), *features, c_void_p, c_int64, c_void_p, c_int32, c_void_p
         )
+        if hasattr(library, "siglip_block"):
+            self.block = _function(library, "siglip_block", POINTER(Block), *features, c_void_p, c_void_p)
 
 
-_GEMM = (*[c_int32] * 6, ctypes.c_float, c_void_p, c_int32, c_void_p, c_int32, ctypes.c_float, c_void_p, c_int32)
+def _this_machine(library: ctypes.CDLL, mkl: frozenset[torch.dtype]) -> Machine:
+    machine = _Machine()
+    _function(library, "siglip_machine", POINTER(_Machine))(ctypes.byref(machine))
+    vendor = machine.vendor.decode("ascii", "replace")
+    return Machine(vendor, machine.family, machine.model, machine.level, bool(machine.float16_products), mkl)
 
 
-def _layout(t: Tensor) -> tuple[int, int]:
-    """CblasNoTrans or CblasTrans, and the leading dimension."""
-    return (111, max(t.stride(0), t.shape[1])) if t.stride(1) == 1 else (112, max(t.stride(1), t.shape[0]))
+def _gemm(libtorch: ctypes.CDLL) -> dict[torch.dtype, c_void_p]:
+    """MKL's products by operand, which torch exports on x86: symbols, not API."""
+    names = {
+        torch.float32: "sgemm_",
+        torch.float64: "dgemm_",
+        torch.bfloat16: "cblas_gemm_bf16bf16f32",
+        torch.float16: "cblas_gemm_f16f16f32",
+    }
+    has_mkl = torch.backends.mkl.is_available()  # another BLAS has some of the names, and threads we know nothing of
+    return {
+        dtype: ctypes.cast(getattr(libtorch, name), c_void_p)
+        for dtype, name in names.items()
+        if has_mkl and hasattr(libtorch, name)
+    }
 
 
 def _function(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:
@@ -109,7 +132,7 @@ def _libtorch() -> ctypes.CDLL:
 def load() -> Native | str:
     """The library, compiled where it is not yet; or the reason why there is none."""
     try:
-        return Native(build.library(build.TARGETS["cpu"]))
+        return Native(build.load(build.TARGETS["cpu"]))
     except (build.BuildError, OSError, AttributeError) as error:
         return str(error)
 

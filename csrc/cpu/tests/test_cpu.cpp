@@ -218,8 +218,6 @@ void test_functions(int32_t level) {
   }
 }
 
-#if defined(__x86_64__)
-
 // An operand's elements and how exact results from them are.
 struct Bfloat16 : avx512::Bfloat16 {
   static constexpr Dtype kDtype = Dtype::kBfloat16;
@@ -241,13 +239,9 @@ std::vector<typename Operand::Element> operand(int64_t count, double size) {
   return values;
 }
 
-template <class Operand>
-int64_t packed_words(int64_t k, int64_t n) {
-  return (k + Operand::kInWord - 1) / Operand::kInWord * avx512::panels(n) * avx512::kPanel;
-}
-
-template <class Operand>
-void test_block(const Case& c, int64_t features) {
+// A block and its gradients, which run(block, x, y) forms.
+template <class Operand, class Run>
+void test_block(const Case& c, int64_t features, Run&& run) {
   Inputs inputs(c);
   const auto x = operand<Operand>(c.rows * features, 0.2), y = operand<Operand>(c.cols * features, 0.2);
   std::vector<double> u(c.rows * c.cols);
@@ -260,15 +254,13 @@ void test_block(const Case& c, int64_t features) {
   inputs.block.dz = dz.data();
   inputs.block.dz_stride = c.cols;
   inputs.block.operand = Operand::kDtype;
-  auto dx = uniform<float>(c.rows * features, -1, 1), dy = uniform<float>(c.cols * features, -1, 1);
+  auto dx = uniform<float>(c.rows * features, -1, 1);
   const auto dx_before = dx;
+  std::vector<float> dy(c.cols * features, NAN);
   inputs.block.dx = dx.data();
   inputs.block.dx_begun = true;
   inputs.block.dy = dy.data();
-  const int64_t for_dy = packed_words<Operand>(c.rows, features) + packed_words<Operand>(c.rows, c.cols);
-  std::vector<uint32_t> packed(
-      std::max({packed_words<Operand>(features, c.cols), packed_words<Operand>(c.cols, features), for_dy}));
-  siglip_block(&inputs.block, x.data(), y.data(), features, packed.data(), two_threads);
+  run(inputs.block, x.data(), y.data());
   inputs.expect(right, 3e-6, "sums of a block");
   for (size_t i = 0; i < dz.size(); ++i)
     expect_close(Operand::wide(dz[i]), right.dz[i], Operand::kRounding * std::abs(right.dz[i]) + 1e-5, "dz", i);
@@ -294,6 +286,65 @@ void test_block(const Case& c, int64_t features) {
     }
 }
 
+// c = alpha·a·b + beta·c, column by column, as a BLAS has it.
+template <class Operand>
+void plain_gemm(bool trans_a, bool trans_b, int m, int n, int k, float alpha, const void* a, int lda, const void* b,
+                int ldb, float beta, void* c, int ldc) {
+  const auto at = [](const void* matrix, int64_t ld, bool transpose, int row, int col) {
+    const auto* elements = static_cast<const typename Operand::Element*>(matrix);
+    return Operand::wide(elements[transpose ? row * ld + col : col * ld + row]);
+  };
+  for (int j = 0; j < n; ++j)
+    for (int i = 0; i < m; ++i) {
+      float& out = static_cast<float*>(c)[int64_t(j) * ldc + i];
+      double sum = beta == 0 ? 0 : beta * out;  // what is there may be NaN
+      for (int p = 0; p < k; ++p) sum += alpha * at(a, lda, trans_a, i, p) * at(b, ldb, trans_b, p, j);
+      out = float(sum);
+    }
+}
+
+void sgemm(const char* trans_a, const char* trans_b, const int* m, const int* n, const int* k, const float* alpha,
+           const void* a, const int* lda, const void* b, const int* ldb, const float* beta, void* c, const int* ldc) {
+  plain_gemm<Float32>(*trans_a == 'T', *trans_b == 'T', *m, *n, *k, *alpha, a, *lda, b, *ldb, *beta, c, *ldc);
+}
+
+void gemm_bf16bf16f32(int layout, int trans_a, int trans_b, int m, int n, int k, float alpha, const void* a, int lda,
+                      const void* b, int ldb, float beta, void* c, int ldc) {
+  expect_close(layout, 102, 0, "layout", 0);
+  plain_gemm<Bfloat16>(trans_a == 112, trans_b == 112, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+void test_blas(const Case& c, int32_t level) {
+  for (int64_t features : {1, 31}) {
+    std::vector<float> u(c.rows * c.cols);
+    test_block<Float32>(c, features, [&](const Block& block, const float* x, const float* y) {
+      const auto gemm = reinterpret_cast<Gemm>(sgemm);
+      siglip_block_by_blas(&block, x, y, features, block.dz, block.dz_stride, gemm, level, two_threads);
+    });
+    test_block<Bfloat16>(c, features, [&](const Block& block, const uint16_t* x, const uint16_t* y) {
+      const auto gemm = reinterpret_cast<Gemm>(gemm_bf16bf16f32);
+      siglip_block_by_blas(&block, x, y, features, u.data(), c.cols, gemm, level, two_threads);
+    });
+  }
+}
+
+#if defined(__x86_64__)
+
+template <class Operand>
+int64_t packed_words(int64_t k, int64_t n) {
+  return (k + Operand::kInWord - 1) / Operand::kInWord * avx512::panels(n) * avx512::kPanel;
+}
+
+template <class Operand>
+void test_own_block(const Case& c, int64_t features) {
+  const int64_t for_dy = packed_words<Operand>(c.rows, features) + packed_words<Operand>(c.rows, c.cols);
+  std::vector<uint32_t> packed(
+      std::max({packed_words<Operand>(features, c.cols), packed_words<Operand>(c.cols, features), for_dy}));
+  test_block<Operand>(c, features, [&](const Block& block, const auto* x, const auto* y) {
+    siglip_block(&block, x, y, features, packed.data(), two_threads);
+  });
+}
+
 template <class Operand>
 void test_product(int64_t m, int64_t n, int64_t k, bool transpose, bool accumulate) {
   const int64_t a_rows = transpose ? k : m, a_cols = transpose ? m : k, stride = a_cols + 5;
@@ -316,8 +367,8 @@ void test_product(int64_t m, int64_t n, int64_t k, bool transpose, bool accumula
 template <class Operand>
 void test_operand() {
   for (const Case& c : all_cases())
-    for (int64_t features : {1, 31, 64, 1603}) test_block<Operand>(c, features);
-  test_block<Operand>({330, 70, Labels::kDiagonal}, 301);  // rows enough for y to be packed, features for two pieces
+    for (int64_t features : {1, 31, 64, 1603}) test_own_block<Operand>(c, features);
+  test_own_block<Operand>({330, 70, Labels::kDiagonal}, 301);  // rows enough to pack y, features for two pieces
   for (bool transpose : {false, true})
     for (bool accumulate : {false, true})
       for (auto [m, n, k] : {std::array{1, 1, 1}, {13, 70, 31}, {65, 64, 1601}})
@@ -331,13 +382,14 @@ void test_level(int32_t level) {
   for (const Case& c : all_cases()) {
     test_epilogue(c, level);
     test_float64(c, level);
+    test_blas(c, level);
   }
 }
 
 }  // namespace
 
 int main() {
-  const int32_t best = siglip_level();
+  const int32_t best = int32_t(this_machine().level);
   for (int32_t level = 0; level <= std::min(best, int32_t(Level::kAvx512)); ++level) test_level(level);
 #if defined(__x86_64__)
   if (best >= int32_t(Level::kAvx512)) test_operand<Float32>();

@@ -21,8 +21,14 @@ class TritonBlockKernel(BlockKernel):
     name = "triton"
     aligns = True
 
-    def __init__(self, dz_bytes: int = DZ_BYTES) -> None:
-        self.dz_bytes = dz_bytes
+    def __init__(
+        self,
+        dz_bytes: int = DZ_BYTES,
+        *,
+        config: configs.Config | None = None,  # of every tile, in place of the shipped ones
+        blocks: tuple[int, int] | None = None,  # (R, C), in place of even ones within dz_bytes
+    ) -> None:
+        self.dz_bytes, self.config, self.blocks = dz_bytes, config, blocks
 
     def automatic(self, problem: Problem) -> bool:
         return problem.device.type != "cpu"  # the interpreter is for tests
@@ -43,15 +49,19 @@ class TritonBlockKernel(BlockKernel):
             reasons += _why_not_device(problem.device) if torch.cuda.is_available() else ["no CUDA device"]
         return reasons
 
+    def prepare(self) -> list[str]:
+        reason = _why_not_launch()
+        return [] if reason is None else [reason]
+
     def operand_dtype(self, problem: Problem) -> torch.dtype:
         return problem.dtype if problem.rounds_out else torch.float32
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return even_blocks(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
+        return self.blocks or even_blocks(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
         """[3 · tiles] float32: the sums of every tile, of the smallest tile that a ragged block may take."""
-        return torch.empty(3 * configs.most_tiles(R, C), dtype=torch.float32, device=problem.device)
+        return torch.empty(3 * configs.most_tiles(R, C, self.config), dtype=torch.float32, device=problem.device)
 
     def block(
         self,
@@ -70,7 +80,8 @@ class TritonBlockKernel(BlockKernel):
     ) -> None:
         from siglip_kernels.backends.triton.launch import launch_block
 
-        launch_block(architecture(x.device), x, y, scale, bias, pairs, sums, dz, dz_scale, workspace, loss_only, stats)
+        task = x, y, scale, bias, pairs, sums, dz, dz_scale, workspace, loss_only, stats
+        launch_block(architecture(x.device), *task, self.config)
 
 
 def architecture(device: torch.device) -> str:
@@ -87,6 +98,19 @@ def _architecture(index: int | None) -> str:
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _why_not_launch() -> str | None:
+    """Why Triton has no driver, of which it compiles a part in C on first use; the interpreter needs none."""
+    try:
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # of Triton's, of the compiler's, of the loader's
+        return f"Triton cannot launch here: {(str(error) or type(error).__name__).splitlines()[0]}"
+    return None
 
 
 def _why_not_interpret(problem: Problem) -> list[str]:

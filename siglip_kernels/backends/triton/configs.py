@@ -77,9 +77,10 @@ def narrowed(config: Config) -> Config:
     return replace(config, block_n=min(config.block_n, GENERAL_BLOCK_N), num_warps=8)
 
 
-def most_tiles(M: int, N: int) -> int:
-    """An upper bound, over every configuration, of the tiles that [M, N] pairs take."""
-    return max(-(-M // c.block_m) * -(-N // c.block_n) for c in (*LARGE.values(), *SMALL.values()))
+def most_tiles(M: int, N: int, config: Config | None = None) -> int:
+    """An upper bound of the tiles that [M, N] pairs take, over every shipped configuration or with ``config``."""
+    every = (*LARGE.values(), *SMALL.values()) if config is None else (narrowed(config),)
+    return max(-(-M // c.block_m) * -(-N // c.block_n) for c in every)
 
 
 def precision(arch: str, dtype: torch.dtype, allow_tf32: bool) -> str:
