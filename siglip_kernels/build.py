@@ -1,11 +1,10 @@
 """Compiles csrc/ into shared libraries on first use: once per content, with ninja, never on import.
 
 A library is ``<cache>/<name>-<content>-<compiler>/<name>.<digest>.so``. ``<cache>`` is below the user's cache folder,
-or below the temporary folder where the first cannot be written to, or nothing loads from it. ``<content>`` hashes what
+or the temporary one where the first cannot be written to, or nothing loads from it. ``<content>`` hashes what
 ninja is told to run, every source and header, torch's version and the platform; ``<compiler>`` the compiler's command
-and version; ``<digest>`` the library itself: one that was cut short counts as absent. Without a compiler, a library
-that any compiler built from the same content serves, as in an image that was built ahead. A failure is remembered in
-the folder where the library would be.
+and version; ``<digest>`` the library itself: one that was cut short counts as absent. Without a compiler, a library of
+any compiler and the same content serves, as in an image. A failure is remembered in the folder of the library to be.
 """
 
 from __future__ import annotations

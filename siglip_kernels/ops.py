@@ -20,17 +20,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from siglip_kernels import backends, distributed, schedule
+from siglip_kernels import backends, dispatch, distributed, schedule
 from siglip_kernels.agreement import refusing
 from siglip_kernels.backends.base import Problem
-from siglip_kernels.dispatch import (
-    DEVICES,
-    are_ordinary,
-    check_memory,
-    has_no_mode,
-    is_traced_before_dispatch,
-    may_be_read,
-)
 from siglip_kernels.distributed import Route
 from siglip_kernels.pairs import PairSpec, diagonal
 from siglip_kernels.schedule import Wanted
@@ -119,22 +111,22 @@ def _sigmoid_loss(
 def _operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same for what the dispatcher hands on; stats are empty where none are wanted, for it returns tensors."""
     tensors = (x, *arguments[:3], *arguments[4:8])
-    if not all(t is None or may_be_read(t) for t in tensors):
+    if not all(t is None or dispatch.may_be_read(t) for t in tensors):
         raise TypeError("sigmoid_loss got a tensor without memory of its own, which the tensor's class did not unwrap")
-    if x.device.type in DEVICES:
-        check_memory(NAMES, tensors)
+    if x.device.type in dispatch.DEVICES:
+        dispatch.check_memory(NAMES, tensors)
     loss, scalars, dx, dy, stats = _sigmoid_loss(x, *arguments)
     return loss, scalars, dx, dy, _stats_of(x, 0) if stats is None else stats
 
 
 def _is_direct(call: tuple[Any, ...]) -> bool:
     """Whether nothing but the kernels has to see this call; ValueError where the memory of a tensor is not there."""
-    if not has_no_mode():
+    if not dispatch.has_no_mode():
         return False
     tensors = call[DIFFERENTIABLE] + call[LABELS]
-    if not are_ordinary(tensors, call[0].device.type):
+    if not dispatch.are_ordinary(tensors, call[0].device.type):
         return False
-    check_memory(NAMES, tensors)
+    dispatch.check_memory(NAMES, tensors)
     return True
 
 
@@ -215,7 +207,9 @@ class _SigmoidLoss(torch.autograd.Function):
                 call[i] = t
             dy = ctx.run(*call, *Wanted(False, True, False, False), grad)[3]
             y_gain = torch.ones_like(gain)  # the upstream gradient is in dy, each rank's own
-        in_place = ctx.run is _sigmoid_loss and has_no_mode() and are_ordinary((grad,), grad.device.type)
+        in_place = (
+            ctx.run is _sigmoid_loss and dispatch.has_no_mode() and dispatch.are_ordinary((grad,), grad.device.type)
+        )
         rounded, overwrite = scaled if in_place else _scaled_anywhere, in_place and _is_last_backward(dx)
         return (
             rounded(dx, gain, ctx.dtype, overwrite) if ctx.wanted.dx else None,
@@ -238,7 +232,7 @@ def differentiable(stats: bool, *call: Any) -> Any:
         run: Callable[..., Any] = _dispatched(call)
         wanted = _NOTHING
         # What is recorded above autograd must have the gradients in it, or they would be taken for constants.
-        if not torch.compiler.is_compiling() and is_traced_before_dispatch():
+        if not torch.compiler.is_compiling() and dispatch.is_traced_before_dispatch():
             wanted = _asked_by_autograd(call)
     else:
         run, wanted = _sigmoid_loss, _asked_by_autograd(call)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from siglip_kernels import ops, validation
+from siglip_kernels import dispatch, ops, validation
 from siglip_kernels.backends.cpu import CpuBlockKernel
 from siglip_kernels.pairs import PairSpec
 from tests import differential
@@ -19,13 +19,13 @@ def test_a_sample_of_random_calls() -> None:
 
 def _short_cut_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every tensor were ordinary: lazily negated ones are read as they lie."""
-    monkeypatch.setattr(ops, "are_ordinary", lambda tensors, device_type: True)
-    monkeypatch.setattr(ops, "check_memory", lambda names, tensors: None)
+    monkeypatch.setattr(dispatch, "are_ordinary", lambda tensors, device_type: True)
+    monkeypatch.setattr(dispatch, "check_memory", lambda names, tensors: None)
 
 
 def _blind_to_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no compiler, tracer or transform were there."""
-    monkeypatch.setattr(ops, "has_no_mode", lambda: True)
+    monkeypatch.setattr(dispatch, "has_no_mode", lambda: True)
 
 
 def _weights_of_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
