@@ -12,7 +12,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -22,8 +24,10 @@ from bench.measure import failures, measure, measure_alone
 from bench.problems import MEMORY_PROBLEM, Problem
 from bench.progress import Progress
 from bench.session import timed_device
-from siglip_kernels import console
-from siglip_kernels.__main__ import check
+from siglip_kernels import backends, console, sigmoid_loss, testing
+from siglip_kernels.__main__ import QUICK_SHAPES
+from siglip_kernels.backends.base import Problem as Call
+from siglip_kernels.loss import Backend
 
 COMMANDS = {
     "gpu": gpu.main,
@@ -36,10 +40,32 @@ COMMANDS = {
 
 
 def gradients_are_right(chosen: Sequence[Problem], device: torch.device) -> bool:
-    """The quick gradient check of every backend that is to be timed."""
-    timed = dict.fromkeys(name for problem in chosen for name in ours(problem, device))
-    failed = [name for name in timed if check(name, device, quick=True)]
-    return not failed
+    """A quick gradient check of every backend in every dtype that it is to be timed in."""
+    timed: dict[tuple[str, torch.dtype], Problem] = {}
+    for problem in chosen:
+        timed |= {(name, problem.dtype): problem for name in ours(problem, device)}
+    right = True
+    for (name, dtype), problem in timed.items():
+        loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, name))
+        calls = [Call(*shape, dtype, device) for shape in QUICK_SHAPES]
+        shapes = [call[:3] for call in calls if not backends.why_not(name, call)]
+        only_plain = backends.only_plain(name, calls[-1])
+        pairs = testing.PLAIN_PAIRS if only_plain else tuple(testing.PAIRS)
+        found = testing.check(loss_fn, device=device, dtypes=[dtype], shapes=shapes, pairs=pairs)
+        print(f"{name}: {'ok' if found.ok else 'FAILED'}\n{found}\n", flush=True)
+        right &= found.ok
+    return right
+
+
+def expected_seconds(problem: Problem, rows: Sequence[report.Row]) -> float:
+    """Of ``problem``, from the largest of its dtype so far: warmed up, its memory read, timed three times."""
+    known = [row for row in rows if row.dtype == problem.key[1] and row.ms and row.rounds != 1]
+    last = max(known, key=lambda row: row.B, default=None)
+    if last is None:
+        return 0.0
+    of_last = sum(row.ms or 0 for row in known if (row.mode, row.B, row.D) == (last.mode, last.B, last.D)) / 1000
+    work = problem.flops / Problem(last.B, last.D, problem.dtype, last.mode).flops
+    return 5 * of_last * work
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -52,9 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=tuple(problems.PRODUCTS), default=[problems.FULL])
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="e.g. ours eager torch.compile (default: all)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each problem")
-    parser.add_argument(
-        "--minutes", type=float, default=4.0, help="after the check, until no problem is begun any more"
-    )
+    parser.add_argument("--minutes", type=float, default=4.5, help="nothing is begun that would take longer")
     parser.add_argument("--quick", action="store_true", help="tiny problems, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for the results")
     return parser.parse_args(arguments)
@@ -65,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
     options = parse(arguments)
-    device = options.device
+    device, ends = options.device, time.perf_counter() + 60 * options.minutes
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -78,10 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
     alone = [] if options.quick or options.batches else [MEMORY_PROBLEM]
-    progress, ends = Progress(len(chosen) + len(alone)), time.perf_counter() + 60 * options.minutes
+    progress = Progress(len(chosen) + len(alone))
     results = report.Results(report.environment(device))
     for problem in [*chosen, *alone]:
-        if time.perf_counter() > ends:
+        if time.perf_counter() + expected_seconds(problem, results.rows) > ends:
             results.left_out.append(f"{problem}: no time left")
         elif problem in alone:
             results.rows += measure_alone(problem, device, options.contenders, progress)

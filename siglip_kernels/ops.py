@@ -378,8 +378,12 @@ def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype, overwrite: boo
     out = accumulator.new_empty(accumulator.shape, dtype=dtype)
     # The CPU rounds by way of a temporary after all: a piece at a time.
     rows = max(1, CPU_PIECE // max(1, out.shape[1]) if out.device.type == "cpu" else len(out))
+    in_place = overwrite and out.device.type == "cpu"  # without that temporary
     for piece, rounded in zip(accumulator.split(rows), out.split(rows), strict=True):
-        torch.mul(piece, gain, out=rounded)
+        if in_place:
+            rounded.copy_(piece.mul_(gain))
+        else:
+            torch.mul(piece, gain, out=rounded)
     return out
 
 

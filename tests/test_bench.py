@@ -38,6 +38,8 @@ def test_it_writes_a_table_a_csv_and_a_plot(tmp_path: Path, capsys: pytest.Captu
         "32",
         "--seconds",
         "0.05",
+        "--minutes",
+        "60",
         "--out",
         str(tmp_path),
     ]
@@ -303,6 +305,20 @@ def test_what_time_does_not_allow_is_left_out(monkeypatch: pytest.MonkeyPatch, t
     arguments = ["--device", "cpu", "--batches", "16", "--dim", "8", "--minutes", "0", "--out", str(tmp_path)]
     assert main(arguments) == 0
     assert report.read(tmp_path).left_out == ["B=16 D=8 float32 forward + backward: no time left"]
+
+
+def test_what_a_problem_will_take_is_known_from_a_smaller_one() -> None:
+    rows = [
+        report.Row(FULL, "float32", 8, 4, "a", ms=1000.0, rounds=3),
+        report.Row(FULL, "float32", 16, 4, "a", ms=1500.0, rounds=3),
+        report.Row(FULL, "float32", 16, 4, "b", ms=500.0, rounds=3),
+        report.Row(FULL, "float32", 16, 4, "n/a"),
+        report.Row(FULL, "bfloat16", 16, 4, "a", ms=9000.0, rounds=3),
+        report.Row(FULL, "float32", 99, 4, "alone", ms=9000.0, rounds=1),
+    ]
+    assert command.expected_seconds(Problem(32, 4, torch.float32), rows) == pytest.approx(5 * 2 * 4)
+    assert command.expected_seconds(Problem(16, 12, torch.float32, FORWARD), rows) == pytest.approx(5 * 2 * 3 / 3)
+    assert command.expected_seconds(Problem(32, 4, torch.float16), rows) == 0
 
 
 def test_rounds_are_interleaved() -> None:
