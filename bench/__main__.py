@@ -41,11 +41,9 @@ COMMANDS = {
 
 def gradients_are_right(chosen: Sequence[Problem], device: torch.device) -> bool:
     """A quick gradient check of every backend in every dtype that it is to be timed in."""
-    timed: dict[tuple[str, torch.dtype], Problem] = {}
-    for problem in chosen:
-        timed |= {(name, problem.dtype): problem for name in ours(problem, device)}
+    timed = dict.fromkeys((name, problem.dtype) for problem in chosen for name in ours(problem, device))
     right = True
-    for (name, dtype), problem in timed.items():
+    for name, dtype in timed:
         loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, name))
         calls = [Call(*shape, dtype, device) for shape in QUICK_SHAPES]
         shapes = [call[:3] for call in calls if not backends.why_not(name, call)]
