@@ -79,6 +79,20 @@ def test_the_first_dtype_comes_first() -> None:
     assert set(found) == set(dtypes)
 
 
+def test_the_command_compiles_before_it_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiled: list[Variant] = []
+    monkeypatch.setattr(gpu, "_is_run", lambda backend, dtype, session: backend == "triton")
+    monkeypatch.setattr(
+        compilation, "compile_ahead", lambda variants, seconds: compiled.extend(variants) or ["no ptxas"]
+    )
+    monkeypatch.setattr(compilation, "note_late", lambda late: None)
+    session = Session(CPU, tmp_path, None, float("inf"), Results({}))
+    gpu.compile_kernels(session, PLAN, gpu.DTYPES)
+    assert compiled == precompile.by_plan("sm_90", PLAN, gpu.DTYPES)
+    assert session.failed == ["no ptxas"]
+    assert not session.rejected  # the checks will tell
+
+
 def test_a_disassembler_that_is_missing_is_not_the_kernel_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: str) -> str:
         raise FileNotFoundError("nvdisasm")
