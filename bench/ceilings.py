@@ -76,7 +76,7 @@ def block_rates(
         for title, step in {**block.products(), **block.forms(kernel, name, call, pairs)}.items():
             steps[title, block.shape] = step
             work[title, block.shape] = 2 * R * C * problem.D
-    times = _timed(steps, device, seconds)
+    times = _timed(steps, device, seconds) if steps else {}
     return [_rate(*key, times[key], work[key]) for key in steps]
 
 

@@ -120,7 +120,7 @@ def test_a_failure_in_one_dtype_is_none_in_another(run: Callable[..., Any], monk
     assert results.left_out == [f"ours (eager) in bfloat16 is not timed: {wrong}"]
 
 
-def test_a_check_in_the_largest_batch_s_dtype_holds_for_graphs_too() -> None:
+def test_what_failed_a_check_is_left_out_in_its_dtype_alone() -> None:
     session = Session(CPU, Path(), None, 0.0, report.Results({}))
     session.reject("triton", torch.bfloat16, ["wrong", "and more"])
     session.reject("triton", torch.bfloat16, ["later"])
@@ -280,6 +280,8 @@ def test_rates_count_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.arange(96)
     rates = ceilings.block_rates(kernels, Problem(96, 16, torch.float32), CPU, 0, PairSpec(None, ids, ids))
     assert [rate.name for rate in rates][3:] == ["block (a)", "block (b)"]
+    monkeypatch.undo()
+    assert ceilings.block_rates({}, Problem(96, 16, torch.float32), CPU, 0) == []  # all of them failed a check
 
 
 def test_workspace_curve_takes_the_bound() -> None:
