@@ -12,9 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 
@@ -24,10 +22,8 @@ from bench.measure import failures, measure, measure_alone
 from bench.problems import MEMORY_PROBLEM, Problem
 from bench.progress import Progress
 from bench.session import timed_device
-from siglip_kernels import backends, console, sigmoid_loss, testing
-from siglip_kernels.__main__ import QUICK_SHAPES
-from siglip_kernels.backends.base import Problem as Call
-from siglip_kernels.loss import Backend
+from siglip_kernels import console
+from siglip_kernels.__main__ import QUICK_SHAPES, judge
 
 COMMANDS = {
     "gpu": gpu.main,
@@ -44,12 +40,7 @@ def gradients_are_right(chosen: Sequence[Problem], device: torch.device) -> bool
     timed = dict.fromkeys((name, problem.dtype) for problem in chosen for name in ours(problem, device))
     right = True
     for name, dtype in timed:
-        loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, name))
-        calls = [Call(*shape, dtype, device) for shape in QUICK_SHAPES]
-        shapes = [call[:3] for call in calls if not backends.why_not(name, call)]
-        only_plain = backends.only_plain(name, calls[-1])
-        pairs = testing.PLAIN_PAIRS if only_plain else tuple(testing.PAIRS)
-        found = testing.check(loss_fn, device=device, dtypes=[dtype], shapes=shapes, pairs=pairs)
+        found = judge(name, device, [dtype], QUICK_SHAPES)
         print(f"{name}: {'ok' if found.ok else 'FAILED'}\n{found}\n", flush=True)
         right &= found.ok
     return right

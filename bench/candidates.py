@@ -13,7 +13,6 @@ from bench.precompile import Ask, variants
 from bench.problems import Problem
 from siglip_kernels import backends
 from siglip_kernels.backends.base import DZ_BYTES
-from siglip_kernels.backends.base import Problem as Call
 from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.backends.triton.configs import Config, Variant
 from siglip_kernels.testing import PAIRS
@@ -43,11 +42,6 @@ class Candidate:
     def variants(self, arch: str, asks: list[Ask]) -> list[Variant]:
         """The compilations that ``asks`` need with this candidate."""
         return variants(arch, asks, **self.options)
-
-    def block_shape(self, problem: Problem, device: torch.device) -> tuple[int, int]:
-        call = Call(problem.B, problem.B, problem.D, problem.dtype, device)
-        R, C = self.kernel().block_shape(call)
-        return min(R, problem.B), min(C, problem.B)
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,12 @@ def block_rates(
     pairs: PairSpec | None = None,  # of the texts of B images; None: the diagonal, and two other forms beside it
 ) -> list[Rate]:
     """The library's three products at the shape of each kernel's block of ``problem``, the kernels beside them."""
-    call = Call(problem.B, problem.B, problem.D, problem.dtype, device)
+    call = problem.call(device)
     steps: dict[tuple[str, str], Callable[[], Any]] = {}  # by name and shape
     work: dict[tuple[str, str], int] = {}
     data: dict[tuple[int, int, torch.dtype], _Block] = {}
     for name, kernel in kernels.items():
-        R, C = (min(size, problem.B) for size in kernel.block_shape(call))
+        R, C = problem.block(kernel, device)
         key = R, C, kernel.operand_dtype(call)
         if key not in data:
             data[key] = _Block(*key, problem.D, device)

@@ -63,7 +63,7 @@ class Contender:
 
 def ours(problem: Problem, device: torch.device, names: Sequence[str] | None = None) -> list[str]:
     """The backends that are worth timing here: those that "auto" may take, and those that ``names`` has in full."""
-    call = Call(problem.B, problem.B, problem.D, problem.dtype, device)
+    call = problem.call(device)
     found = [
         name for name in backends.BACKENDS if is_asked_for(name, call, names) and not backends.unprepared(name, call)
     ]

@@ -74,8 +74,7 @@ def by_timings(plan: Plan) -> Iterator[Ask]:
     for problem in (*plan.compared, plan.largest):
         yield of(problem)
     for problem in plan.blocks:
-        R, C = TritonBlockKernel().block_shape(_call(problem))
-        shape = min(R, problem.B), min(C, problem.B), problem.D
+        shape = *problem.block(TritonBlockKernel(), META), problem.D
         for offset, wanted in ((0, FULL), (None, FULL), (0, FORWARD)):
             yield Ask(shape, problem.dtype, {"positive_offset": offset}, WANTED[wanted])
 
@@ -98,7 +97,3 @@ def by_plan(arch: str, plan: Plan, dtypes: Iterable[torch.dtype]) -> list[Varian
 def _every_pairs(shape: tuple[int, int, int]) -> Iterator[dict[str, Any]]:
     for make in PAIRS.values():
         yield make(*shape[:2], META)
-
-
-def _call(problem: Problem) -> Any:
-    return schedule.Problem(problem.B, problem.B, problem.D, problem.dtype, META)

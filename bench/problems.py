@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from siglip_kernels.backends.base import BlockKernel
+from siglip_kernels.backends.base import Problem as Call
+
 FULL, FORWARD, FROZEN = "forward + backward", "forward only", "frozen images"
 # Matrix products of 2·M·N·D operations that a mode cannot do without.
 PRODUCTS = {FULL: 3, FORWARD: 1, FROZEN: 2}
@@ -29,6 +32,15 @@ class Problem:
     def key(self) -> tuple[str, str, int, int]:
         """mode, dtype, B, D, as a result's row begins."""
         return self.mode, str(self.dtype).removeprefix("torch."), self.B, self.D
+
+    def call(self, device: torch.device) -> Call:
+        """As the backends know it."""
+        return Call(self.B, self.B, self.D, self.dtype, device)
+
+    def block(self, kernel: BlockKernel, device: torch.device) -> tuple[int, int]:
+        """Images and texts of the largest block in which ``kernel`` takes it."""
+        R, C = kernel.block_shape(self.call(device))
+        return min(R, self.B), min(C, self.B)
 
     def __str__(self) -> str:
         return f"B={self.B} D={self.D} {str(self.dtype).removeprefix('torch.')} {self.mode}"

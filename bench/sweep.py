@@ -203,7 +203,7 @@ def _trial(
 ) -> Trial:
     rows = sweep.kernels(candidate, problem)
     figures = [r.resources for r in rows if r.resources is not None]
-    R, C = candidate.block_shape(problem, sweep.session.device)
+    R, C = problem.block(candidate.kernel(), sweep.session.device)
     trial = Trial(
         candidate.use,
         problem.D,

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -98,20 +98,33 @@ def check(only: str | None, only_device: torch.device | None, quick: bool) -> in
             if not possible:
                 print(f"{title}: not run: {'; '.join(fewest(reasons.values()))}")
                 continue
-            loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
-            call = plain[possible[0]]
-            selection = {
-                "dtypes": possible,
-                "shapes": [s for s in shapes if not backends.why_not(backend, Problem(*s, call.dtype, device))],
-                "pairs": testing.PLAIN_PAIRS if backends.only_plain(backend, call) else tuple(testing.PAIRS),
-            }
-            report = testing.check(loss_fn, device=device, progress=_progress, **selection)
+            report = judge(backend, device, possible, shapes, _progress)
             _progress(None)
             print(f"{title}: {'ok' if report.ok else 'FAILED'}\n{report}\n")
             checked += 1
             failed += not report.ok
     print(f"{checked} backend{'s' * (checked != 1)} checked, {failed} failed")
     return int(failed > 0 or checked == 0)
+
+
+def judge(
+    backend: str,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],  # that it runs
+    shapes: Iterable[tuple[int, int, int]],  # M, N, D
+    progress: Callable[[testing.Case], None] | None = None,
+) -> testing.Report:
+    """One backend against float64, on those of ``shapes`` and the pairs that it runs."""
+    loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
+    only_plain = backends.only_plain(backend, plain_calls(device)[dtypes[0]])
+    return testing.check(
+        loss_fn,
+        device=device,
+        progress=progress,
+        dtypes=dtypes,
+        shapes=[shape for shape in shapes if not backends.why_not(backend, Problem(*shape, dtypes[0], device))],
+        pairs=testing.PLAIN_PAIRS if only_plain else tuple(testing.PAIRS),
+    )
 
 
 def device_here(name: str) -> torch.device:

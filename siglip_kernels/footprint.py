@@ -37,7 +37,7 @@ from siglip_kernels.ring import Lane, SumsRing, Texts, TextsRing, World
 from siglip_kernels.schedule import BlockLoop, Wanted
 
 BATCH_MULTIPLE = 64  # in which the largest batch is sought
-GLOO_SEGMENTS = 2 * 2**20  # bytes that its ring receives into, by what is measured beyond its copy: 1.9 MiB
+GLOO_SEGMENTS = 2 * 2**20  # bytes beyond that copy: 1.9 MiB were measured, at two sizes
 
 
 class Copies(NamedTuple):

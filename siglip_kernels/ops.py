@@ -110,7 +110,7 @@ def _sigmoid_loss(
 
 def _operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same for what the dispatcher hands on; stats are empty where none are wanted, for it returns tensors."""
-    tensors = (x, *arguments[:3], *arguments[4:8])
+    tensors = _tensors((x, *arguments))
     if not all(t is None or dispatch.may_be_read(t) for t in tensors):
         raise TypeError("sigmoid_loss got a tensor without memory of its own, which the tensor's class did not unwrap")
     if x.device.type in dispatch.DEVICES:
@@ -123,11 +123,16 @@ def _is_direct(call: tuple[Any, ...]) -> bool:
     """Whether nothing but the kernels has to see this call; ValueError where the memory of a tensor is not there."""
     if not dispatch.has_no_mode():
         return False
-    tensors = call[DIFFERENTIABLE] + call[LABELS]
+    tensors = _tensors(call)
     if not dispatch.are_ordinary(tensors, call[0].device.type):
         return False
     dispatch.check_memory(NAMES, tensors)
     return True
+
+
+def _tensors(call: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """Those among the arguments, as NAMES has them."""
+    return call[DIFFERENTIABLE] + call[LABELS]
 
 
 def _stats_of(x: Tensor, size: int) -> Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import checks
+from siglip_kernels.backends import cpu_native
 from tests.building import place  # noqa: F401
 from tests.ranks import Ranks
 
@@ -62,6 +63,15 @@ def fresh_compiler() -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every kind of device; CUDA only where there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def native() -> cpu_native.Native:
+    """The CPU backend's library."""
+    library = cpu_native.load()
+    if isinstance(library, str):
+        pytest.skip(library)
+    return library
 
 
 @pytest.fixture(scope="session")

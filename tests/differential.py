@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import itertools
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from siglip_kernels import sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.reference import denominator, masses, pair_weights
-from tests.kinds import KINDS, ONLY_FLOATING, WITHOUT_GRAD, unwrapped
+from tests.kinds import KINDS, ONLY_FLOATING, WITHOUT_GRAD, default_dtype, unwrapped
 
 FEATURES = ("image_features", "text_features")
 SCALARS = ("logit_scale", "logit_bias")
@@ -366,15 +365,6 @@ class _PassFunction(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def run_refused(differentiate: Callable[[Any, Tensor], Any]) -> Callable[[Call], Result]:
     """A way to differentiate that is not supported: it must raise, whatever else the call is."""
 
@@ -405,8 +395,8 @@ MODES: dict[str, tuple[int, Callable[[Call], Result]]] = {  # how often, against
     "plain": (12, run_plain),
     "no_grad": (3, run_without_grad(torch.no_grad)),
     "inference_mode": (3, run_without_grad(torch.inference_mode)),
-    "default dtype float64": (3, run_within(lambda: _default_dtype(torch.float64))),
-    "default dtype bfloat16": (3, run_within(lambda: _default_dtype(torch.bfloat16))),
+    "default dtype float64": (3, run_within(lambda: default_dtype(torch.float64))),
+    "default dtype bfloat16": (3, run_within(lambda: default_dtype(torch.bfloat16))),
     "default device": (3, run_within(lambda: torch.device("meta"))),
     "autocast": (4, run_within(lambda: torch.autocast("cpu", dtype=torch.bfloat16))),
     "dispatch mode": (3, run_within(_PassDispatch)),

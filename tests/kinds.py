@@ -1,8 +1,9 @@
-"""Tensors that are not plain: the same values, in memory that is not theirs, is read otherwise, or is not there."""
+"""Tensors that are not plain, with the same values; and a default dtype that is not float32, for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -77,3 +78,13 @@ WITHOUT_GRAD = ("inference", "functional", "made by from_dlpack")
 def unwrapped(t: Tensor) -> Tensor:
     """What a functional tensor stands for."""
     return torch._from_functional_tensor(t) if torch._is_functional_tensor(t) else t
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

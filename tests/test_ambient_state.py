@@ -17,19 +17,10 @@ import siglip_kernels
 from siglip_kernels import SigLipLoss, SigmoidLoss, accumulate, schedule, sigmoid_loss, sigmoid_loss_and_grads, testing
 from siglip_kernels.reference import sigmoid_loss_reference
 from siglip_kernels.testing import make_inputs
+from tests.kinds import default_dtype
 
 PACKAGE = Path(siglip_kernels.__file__).parent
 SHAPE = (70, 66, 8)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

@@ -48,14 +48,6 @@ def level(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def native() -> Native:
-    library = load()
-    if isinstance(library, str):
-        pytest.skip(library)
-    return library
-
-
-@pytest.fixture
 def kernel(level: str, monkeypatch: pytest.MonkeyPatch) -> CpuBlockKernel:
     """The backend "cpu" at that level, in blocks of which the larger shapes take several a side."""
     kernel = CpuBlockKernel(level)

@@ -13,16 +13,8 @@ from torch import Tensor
 
 from siglip_kernels import backends, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends.cpu import CpuBlockKernel, products
-from siglip_kernels.backends.cpu_native import LEVELS, Machine, Native, load
+from siglip_kernels.backends.cpu_native import LEVELS, Machine, Native
 from siglip_kernels.testing import DTYPES, check, make_inputs, relative_l2
-
-
-@pytest.fixture
-def native() -> Native:
-    library = load()
-    if isinstance(library, str):
-        pytest.skip(library)
-    return library
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch import nn
 
 from siglip_kernels import SigmoidLoss, sigmoid_loss
 from siglip_kernels.testing import make_inputs
+from tests.kinds import default_dtype
 
 INIT = {"init_logit_scale": 100.0, "init_logit_bias": -12.9}
 SHAPES = ((), (1,))
@@ -105,13 +106,9 @@ def test_copies_are_whole(again: Callable[[Any], Any]) -> None:
 
 
 def test_saved_whole_and_under_another_default_dtype() -> None:
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        module = SigmoidLoss(**INIT)
-        buffer = io.BytesIO()
-        torch.save(module.state_dict(), buffer)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    buffer = io.BytesIO()
+    with default_dtype(torch.bfloat16):
+        torch.save(SigmoidLoss(**INIT).state_dict(), buffer)
     other = SigmoidLoss()
     other.load_state_dict(torch.load(io.BytesIO(buffer.getvalue())))
     assert scalars(other) == scalars(SigmoidLoss(**INIT))
