@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 
 import siglip_kernels
-from siglip_kernels import backends, build, console, doctor, testing
+from siglip_kernels import backends, build, console, testing
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.loss import Backend, sigmoid_loss
+from siglip_kernels.memory import doctor
 
 QUICK_SHAPES = ((1, 129, 33), (127, 129, 100), (600, 1100, 64))
 

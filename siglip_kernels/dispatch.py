@@ -81,6 +81,21 @@ def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None
             raise ValueError(f"{name} must be in memory, but its storage holds {held} bytes of the {end} that it spans")
 
 
+def refuse_transforms(tensors: Iterable[Tensor | None] = ()) -> None:
+    """RuntimeError under a transform of torch.func, NotImplementedError where one of the tensors has a tangent."""
+    if torch.compiler.is_dynamo_compiling():  # the operator refuses, in the graph
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("sigmoid_loss does not run under torch.func transforms (vmap, grad, vjp, jvp, jacrev, …)")
+    if forward_ad._current_level < 0:
+        return
+    for t in tensors:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                "sigmoid_loss has no forward-mode derivative: use backward or torch.autograd.grad"
+            )
+
+
 @functools.cache
 def _default_keys() -> tuple[int, ...]:
     """Of a thread without any mode, in inference mode or not."""

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from siglip_kernels.agreement import refusing
-from siglip_kernels.distributed import Exchange, place, route
+from siglip_kernels.distributed import Exchange
+from siglip_kernels.distributed.exchange import exchange_spec, global_rank_and_size
+from siglip_kernels.distributed.handshake import propagate_errors
 from siglip_kernels.loss import sigmoid_loss
 from siglip_kernels.validation import one_of
 
@@ -58,7 +59,7 @@ class SigLipLoss(nn.Module):
         self.chunk_size = chunk_size
         self.process_group = process_group
         if process_group is not None and (rank, world_size) == (0, 1):
-            self.rank, self.world_size = place(route(self._exchange()).process_groups())
+            self.rank, self.world_size = global_rank_and_size(exchange_spec(self._exchange()).process_groups())
 
     def forward(
         self,
@@ -78,9 +79,9 @@ class SigLipLoss(nn.Module):
                 f"world_size = {self.world_size} was given, but torch.distributed.init_process_group was not called"
             )
         if exchange is not None and not torch.compiler.is_compiling():
-            groups = route(exchange).process_groups()
-            with refusing(groups):
-                self._check_place(*place(groups))
+            groups = exchange_spec(exchange).process_groups()
+            with propagate_errors(groups):
+                self._check_rank(*global_rank_and_size(groups))
         loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, process_group=exchange)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -91,7 +92,7 @@ class SigLipLoss(nn.Module):
             return None
         return Exchange(self.process_group, ALGORITHMS[self.dist_impl])
 
-    def _check_place(self, rank: int, world_size: int) -> None:
+    def _check_rank(self, rank: int, world_size: int) -> None:
         if (rank, world_size) != (self.rank, self.world_size):
             raise ValueError(
                 f"rank = {self.rank}, world_size = {self.world_size} were given, but this process is rank {rank} of "

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from siglip_kernels import backends, ops
-from siglip_kernels.distributed import Exchange, checked
+from siglip_kernels.distributed import Exchange
+from siglip_kernels.distributed.exchange import validate
 from siglip_kernels.stats import logit_stats
 from siglip_kernels.validation import REDUCTIONS, one_of
 
@@ -119,7 +120,25 @@ def sigmoid_loss(
         TypeError, ValueError: an argument is not as said above, or the backend cannot run the call; with a group, on
             every rank if on one. A rank that is gone: RuntimeError, within the group's timeout.
     """
-    result = ops.differentiable(return_stats, *checked(locals()))
+    request = validate(
+        image_features=image_features,
+        text_features=text_features,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        positive_offset=positive_offset,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        image_weights=image_weights,
+        text_weights=text_weights,
+        ignore_ids=ignore_ids,
+        multi_positive=multi_positive,
+        anchors=anchors,
+        return_stats=return_stats,
+        reduction=reduction,
+        backend=backend,
+        process_group=process_group,
+    )
+    result = ops.differentiable(request)
     if not return_stats:
         return result
     loss, totals = result
@@ -153,11 +172,27 @@ def sigmoid_loss_and_grads(
     Returns:
         :class:`SigmoidLossGrads`; with return_stats, (SigmoidLossGrads, LogitStats).
     """
-    call = checked(locals())
-    found = ops.loss_and_grads(call, image_features.dtype, text_features.dtype, return_stats)
-    loss, dx, dy, dscale, dbias, totals = found
-    grads = SigmoidLossGrads(loss, dx, dy, dscale, dbias)
-    return grads if totals is None else (grads, logit_stats(totals, loss.dtype))
+    request = validate(
+        image_features=image_features,
+        text_features=text_features,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        positive_offset=positive_offset,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        image_weights=image_weights,
+        text_weights=text_weights,
+        ignore_ids=ignore_ids,
+        multi_positive=multi_positive,
+        anchors=anchors,
+        return_stats=return_stats,
+        reduction=reduction,
+        backend=backend,
+        process_group=process_group,
+    )
+    found = ops.loss_and_grads(request, image_features.dtype, text_features.dtype)
+    grads = SigmoidLossGrads(found.loss, found.dx, found.dy, found.dscale, found.dbias)
+    return grads if found.stats is None else (grads, logit_stats(found.stats, found.loss.dtype))
 
 
 class SigmoidLoss(nn.Module):

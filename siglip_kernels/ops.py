@@ -1,10 +1,11 @@
 """The operator and its derivative: the only file that knows torch.library and autograd.
 
-One opaque operator forms the loss and the wanted gradients together. Its derivative is an autograd Function, which
-keeps the accumulators of the gradients; backward only scales them by the upstream gradient. Whoever meets the operator,
-in a traced or exported graph too, can differentiate its loss, once.
+One opaque operator forms the loss and the gradients together. Its derivative is an autograd Function, which keeps the
+accumulators of the gradients; backward only scales them by the upstream gradient. So a loss that is met in a traced or
+exported graph can be differentiated too, once.
 
-Where no one is there to see a difference, the call goes round the dispatcher: straight to what is behind the operator.
+An operator's schema is flat: :func:`_flatten` and :func:`_restore` alone turn a request into its arguments and back. An
+ordinary call of ordinary tensors goes around the dispatcher, straight to :func:`_compute`.
 """
 
 from __future__ import annotations
@@ -17,49 +18,71 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from siglip_kernels import backends, dispatch, distributed, schedule
-from siglip_kernels.agreement import refusing
-from siglip_kernels.backends.base import Problem
-from siglip_kernels.distributed import Route
-from siglip_kernels.pairs import PairSpec, diagonal
-from siglip_kernels.schedule import Wanted
+from siglip_kernels import backends, dispatch, schedule
+from siglip_kernels.distributed import schedule as distributed_schedule
+from siglip_kernels.distributed.handshake import propagate_errors
+from siglip_kernels.gradients import LossAndGrads, reshaped, scaled, scaled_out_of_place
+from siglip_kernels.pairs import PairSpec
+from siglip_kernels.request import NO_GRAD, TENSOR_NAMES, ExchangeSpec, NeedsGrad, Request
+from siglip_kernels.schedule import Result
 from siglip_kernels.stats import SIZE
 
 _library = torch.library.Library("siglip_kernels", "DEF")
 _ARGUMENTS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, SymInt? positive_offset,"
     " Tensor? image_ids, Tensor? text_ids, Tensor? image_weights, Tensor? text_weights,"
-    " bool ignore_ids, str? multi_positive, str anchors,"
-    " str reduction, str backend,"
-    " str groups, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
-    " bool dx, bool dy, bool dscale, bool dbias, bool stats, Tensor? upstream"
+    " bool ignore_ids, str? multi_positive, str anchors, str reduction, str backend, bool return_stats,"
+    " str group_names, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
+    " bool needs_dx, bool needs_dy, bool needs_dscale, bool needs_dbias, Tensor? upstream"
 )
 _RETURNS = "(Tensor loss, Tensor scalars, Tensor dx, Tensor dy, Tensor stats)"
-_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 _library.define(f"sigmoid_loss({_ARGUMENTS}) -> {_RETURNS}", tags=(torch.Tag.pt2_compliant_tag,))
 # The same between ranks, as a compiled graph has it. It claims to write ``order``, so that no compiler drops an
 # exchange, merges two, or runs them in another order than the program's, which is that of the other ranks.
 _TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)]
-_library.define(f"exchange({_ARGUMENTS}, Tensor(a!) order) -> {_RETURNS}", tags=tuple(_TAGS))
+_library.define(f"exchange(Tensor(a!) order, {_ARGUMENTS}) -> {_RETURNS}", tags=tuple(_TAGS))
 # Hands a gradient on in a compiled backward, which so keeps an argument that requires grad: by one AOTAutograd knows
 # that a second derivative is asked for, and refuses it.
 _library.define("first_derivative(Tensor gradient, Tensor argument) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 ORDER = torch.zeros((), dtype=torch.float32, device="cpu")
-GROUPS = 14  # their place among the arguments
-FLAGS = slice(18, 23)  # the places of dx to stats
-# Of the tensors among the arguments: what the public function calls them, and where they are.
-NAMES = (
-    *("image_features", "text_features", "logit_scale", "logit_bias"),
-    *("image_ids", "text_ids", "image_weights", "text_weights"),
-)
-DIFFERENTIABLE, LABELS = slice(0, 4), slice(5, 9)
-CPU_PIECE = 2**19  # elements of a gradient that are rounded at once
+# Forms the loss and what needs_grad says; the last argument is the upstream gradient, given in backward alone.
+Compute = Callable[[Request, NeedsGrad, Tensor | None], Result]
 
 
-def _sigmoid_loss(
+def _flatten(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -> dict[str, Any]:
+    """The operator's arguments."""
+    pairs, exchange = request.pairs, request.exchange
+    return {
+        "x": request.x,
+        "y": request.y,
+        "scale": request.scale,
+        "bias": request.bias,
+        "positive_offset": pairs.positive_offset,
+        "image_ids": pairs.image_ids,
+        "text_ids": pairs.text_ids,
+        "image_weights": pairs.image_weights,
+        "text_weights": pairs.text_weights,
+        "ignore_ids": pairs.ignore_ids,
+        "multi_positive": pairs.multi_positive,
+        "anchors": pairs.anchors,
+        "reduction": request.reduction,
+        "backend": request.backend,
+        "return_stats": request.return_stats,
+        "group_names": exchange.group_names,
+        "algorithm": exchange.algorithm,
+        "text_gradient_dtype": exchange.text_gradient_dtype,
+        "same_upstream": exchange.same_upstream,
+        "needs_dx": needs_grad.x,
+        "needs_dy": needs_grad.y,
+        "needs_dscale": needs_grad.scale,
+        "needs_dbias": needs_grad.bias,
+        "upstream": upstream,
+    }
+
+
+def _restore(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
@@ -74,95 +97,99 @@ def _sigmoid_loss(
     anchors: str,
     reduction: str,
     backend: str,
-    groups: str,
+    return_stats: bool,
+    group_names: str,
     algorithm: str,
     text_gradient_dtype: torch.dtype | None,
     same_upstream: bool,
-    dx: bool,
-    dy: bool,
-    dscale: bool,
-    dbias: bool,
-    stats: bool,
+    needs_dx: bool,
+    needs_dy: bool,
+    needs_dscale: bool,
+    needs_dbias: bool,
     upstream: Tensor | None,
-) -> _Outputs:
-    """What is behind the operator, for ordinary tensors."""
-    if image_ids is None and image_weights is None and text_weights is None:
-        pairs = diagonal(positive_offset)
-    else:
-        labels = positive_offset, image_ids, text_ids, image_weights, text_weights
-        pairs = PairSpec(*labels, ignore_ids, multi_positive, anchors)
-    wanted = Wanted(dx, dy, dscale, dbias, stats)
-    plain = not (ignore_ids or multi_positive or stats)
-    problem = Problem(x.shape[0], y.shape[0], x.shape[1], x.dtype, x.device, wanted.dz, plain)
-    if not groups:
-        kernel = backends.choose(backend, problem)
-    else:
-        route = Route(groups, algorithm, text_gradient_dtype, same_upstream)
-        with refusing(route.process_groups()):
-            kernel = backends.choose(backend, problem)
-    # The products inside choose their own precision; autocast must not touch them.
-    autocast = torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        call = kernel, x, y, scale, bias, pairs, reduction, wanted
-        result = distributed.run(*call, route, upstream) if groups else schedule.run(*call)
-    return result.loss, result.scalars, result.dx, result.dy, result.stats
+) -> tuple[Request, NeedsGrad, Tensor | None]:
+    """What :func:`_flatten` was given."""
+    pairs = PairSpec(
+        positive_offset=positive_offset,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        image_weights=image_weights,
+        text_weights=text_weights,
+        ignore_ids=ignore_ids,
+        multi_positive=multi_positive,
+        anchors=anchors,
+    )
+    exchange = ExchangeSpec(group_names, algorithm, text_gradient_dtype, same_upstream)
+    request = Request(x, y, scale, bias, pairs, reduction, backend, return_stats, exchange)
+    return request, NeedsGrad(needs_dx, needs_dy, needs_dscale, needs_dbias), upstream
 
 
-def _operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same for what the dispatcher hands on; stats are empty where none are wanted, for it returns tensors."""
-    tensors = _tensors((x, *arguments))
+def _compute(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None = None) -> Result:
+    """The implementation of the operator, for ordinary tensors."""
+    problem, exchange = schedule.problem_of(request, needs_grad), request.exchange
+    if not exchange.group_names:
+        kernel = backends.choose(request.backend, problem)
+    else:
+        with propagate_errors(exchange.process_groups()):
+            kernel = backends.choose(request.backend, problem)
+    # The GEMMs inside choose their own precision; autocast must not touch them.
+    device_type = problem.device.type
+    is_autocast = torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if is_autocast else contextlib.nullcontext():
+        if exchange.group_names:
+            return distributed_schedule.run(kernel, problem, request, needs_grad, upstream)
+        return schedule.run(kernel, problem, request, needs_grad)
+
+
+def _operator(*arguments: Any) -> Result:
+    """The same for what the dispatcher hands on; stats are empty where none are asked for, for it returns tensors."""
+    request, needs_grad, upstream = _restore(*arguments)
+    x, tensors = request.x, request.tensors()
     if not all(t is None or dispatch.may_be_read(t) for t in tensors):
         raise TypeError("sigmoid_loss got a tensor without memory of its own, which the tensor's class did not unwrap")
     if x.device.type in dispatch.DEVICES:
-        dispatch.check_memory(NAMES, tensors)
-    loss, scalars, dx, dy, stats = _sigmoid_loss(x, *arguments)
-    return loss, scalars, dx, dy, _stats_of(x, 0) if stats is None else stats
+        dispatch.check_memory(TENSOR_NAMES, tensors)
+    result = _compute(request, needs_grad, upstream)
+    return result if result.stats is not None else result._replace(stats=_new_stats(x, 0))
 
 
-def _is_direct(call: tuple[Any, ...]) -> bool:
+def _is_direct(request: Request) -> bool:
     """Whether nothing but the kernels has to see this call; ValueError where the memory of a tensor is not there."""
     if not dispatch.has_no_mode():
         return False
-    tensors = _tensors(call)
-    if not dispatch.are_ordinary(tensors, call[0].device.type):
+    tensors = request.tensors()
+    if not dispatch.are_ordinary(tensors, request.x.device.type):
         return False
-    dispatch.check_memory(NAMES, tensors)
+    dispatch.check_memory(TENSOR_NAMES, tensors)
     return True
 
 
-def _tensors(call: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    """Those among the arguments, as NAMES has them."""
-    return call[DIFFERENTIABLE] + call[LABELS]
-
-
-def _stats_of(x: Tensor, size: int) -> Tensor:
+def _new_stats(x: Tensor, size: int) -> Tensor:
     return x.new_empty((size,), dtype=schedule.sum_dtype(x.device))
 
 
 @torch.library.register_fake("siglip_kernels::sigmoid_loss", lib=_library)
-def _sigmoid_loss_fake(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, same_upstream, dx, dy, _, _, stats, upstream = args
-    dy = dy and (same_upstream or upstream is not None)
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    request, needs_grad, upstream = _restore(*arguments)
+    x, y = request.x, request.y
+    forms_dy = needs_grad.y and (request.exchange.same_upstream or upstream is not None)
     dtype = schedule.accumulator_dtype(x.dtype)
     return (
         x.new_empty((), dtype=dtype),
         x.new_empty((4,), dtype=dtype),
-        x.new_empty((x.shape[0] if dx else 0, x.shape[1]), dtype=dtype),
-        x.new_empty((y.shape[0] if dy else 0, y.shape[1]), dtype=dtype),
-        _stats_of(x, SIZE if stats else 0),
+        x.new_empty((x.shape[0] if needs_grad.x else 0, x.shape[1]), dtype=dtype),
+        x.new_empty((y.shape[0] if forms_dy else 0, y.shape[1]), dtype=dtype),
+        _new_stats(x, SIZE if request.return_stats else 0),
     )
 
 
 @torch.library.register_fake("siglip_kernels::exchange", lib=_library)
-def _exchange_fake(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _sigmoid_loss_fake(x, y, *args[:-1])
+def _exchange_fake(_order: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _fake(*arguments)
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """The loss, differentiable in x, y, scale and bias; or (loss, stats) where those are wanted.
-
-    ``rest``: as the operator's up to ``dx``, in one: each argument costs. ``run``: the operator, or what is behind it.
-    """
+    """The loss, differentiable in x, y, scale and bias, which are the request's; with return_stats: (loss, stats)."""
 
     @staticmethod
     def forward(
@@ -171,27 +198,25 @@ class _SigmoidLoss(torch.autograd.Function):
         y: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        rest: tuple[Any, ...],
-        wanted: Wanted,
-        run: Callable[..., _Outputs],
+        request: Request,
+        needs_grad: NeedsGrad,
+        compute: Compute,
     ) -> Any:
-        loss, scalars, dx, dy, stats = run(x, y, scale, bias, *rest, *wanted, None)
+        loss, scalars, dx, dy, stats = compute(request, needs_grad, None)
         outputs: Any = loss
-        if wanted.stats:
+        if request.return_stats:
             ctx.mark_non_differentiable(stats)
             outputs = loss, stats
-        ctx.wanted, ctx.run = wanted, run
+        ctx.needs_grad, ctx.compute = needs_grad, compute
         ctx.dtype, ctx.scale, ctx.bias = x.dtype, _like(scale), None if bias is None else _like(bias)
-        same_upstream = rest[-1]
-        if same_upstream or not wanted.dy:
-            argument = None if run is _sigmoid_loss else _first_wanted((scale, bias, x, y), wanted)
+        if request.exchange.same_upstream or not needs_grad.y:
+            argument = None if compute is _compute else _first_needed(request, needs_grad)
             ctx.save_for_backward(scalars, dx, dy, argument)
             return outputs
-        # dy is still to be formed: backward calls again.
-        call = x, y, scale, bias, *rest
-        ctx.tensors = [i for i, t in enumerate(call) if isinstance(t, Tensor)]
-        ctx.others = [None if i in ctx.tensors else t for i, t in enumerate(call)]
-        ctx.save_for_backward(scalars, dx, dy, None, *(call[i] for i in ctx.tensors))
+        # dy is still to be formed: backward computes again.
+        tensors = request.tensors()
+        ctx.request = request.with_tensors([None] * len(tensors))
+        ctx.save_for_backward(scalars, dx, dy, None, *tensors)
         return outputs
 
     @staticmethod
@@ -203,138 +228,135 @@ class _SigmoidLoss(torch.autograd.Function):
         scalars, dx, dy, argument, *tensors = ctx.saved_tensors
         if argument is not None:
             grad = torch.ops.siglip_kernels.first_derivative(grad, argument)
-        _, dscale, dbias, gain = (scalars * grad).unbind()
-        y_gain = gain
+        _, dscale, dbias, dx_scale = (scalars * grad).unbind()
+        dy_scale = dx_scale
         if tensors:
-            _refuse_transforms()
-            call = [*ctx.others]
-            for i, t in zip(ctx.tensors, tensors, strict=True):
-                call[i] = t
-            dy = ctx.run(*call, *Wanted(False, True, False, False), grad)[3]
-            y_gain = torch.ones_like(gain)  # the upstream gradient is in dy, each rank's own
+            dispatch.refuse_transforms()
+            dy = ctx.compute(ctx.request.with_tensors(tensors), NO_GRAD._replace(y=True), grad).dy
+            dy_scale = torch.ones_like(dx_scale)  # the upstream gradient is in dy, each rank's own
         in_place = (
-            ctx.run is _sigmoid_loss and dispatch.has_no_mode() and dispatch.are_ordinary((grad,), grad.device.type)
+            ctx.compute is _compute and dispatch.has_no_mode() and dispatch.are_ordinary((grad,), grad.device.type)
         )
-        rounded, overwrite = scaled if in_place else _scaled_anywhere, in_place and _is_last_backward(dx)
+        scale, overwrite = scaled if in_place else scaled_out_of_place, in_place and _is_last_backward(dx)
+        needs_grad = ctx.needs_grad
         return (
-            rounded(dx, gain, ctx.dtype, overwrite) if ctx.wanted.dx else None,
-            rounded(dy, y_gain, ctx.dtype, overwrite) if ctx.wanted.dy else None,
-            _shaped(dscale, *ctx.scale) if ctx.wanted.dscale else None,
-            _shaped(dbias, *ctx.bias) if ctx.wanted.dbias else None,
+            scale(dx, dx_scale, ctx.dtype, overwrite) if needs_grad.x else None,
+            scale(dy, dy_scale, ctx.dtype, overwrite) if needs_grad.y else None,
+            reshaped(dscale, *ctx.scale) if needs_grad.scale else None,
+            reshaped(dbias, *ctx.bias) if needs_grad.bias else None,
             None,
             None,
             None,
         )
 
 
-def differentiable(stats: bool, *call: Any) -> Any:
-    """The loss, with those gradients to come that autograd will ask for; ``call`` as the operator's up to ``dx``.
-
-    With ``stats``: (loss, stats [8]).
-    """
-    if not _is_direct(call):
-        _refuse_transforms(call)
-        run: Callable[..., Any] = _dispatched(call)
-        wanted = _NOTHING
+def differentiable(request: Request) -> Any:
+    """The loss, with those gradients to come that autograd will ask for; with ``return_stats``: (loss, stats [8])."""
+    if not _is_direct(request):
+        dispatch.refuse_transforms(request.tensors())
+        compute: Compute = _dispatched
+        needs_grad = NO_GRAD
         # What is recorded above autograd must have the gradients in it, or they would be taken for constants.
         if not torch.compiler.is_compiling() and dispatch.is_traced_before_dispatch():
-            wanted = _asked_by_autograd(call)
+            needs_grad = _needed_by_autograd(request)
     else:
-        run, wanted = _sigmoid_loss, _asked_by_autograd(call)
-    if stats:
-        wanted = wanted._replace(stats=True)
-    if wanted.any:
-        return _SigmoidLoss.apply(*call[:4], call[4:], wanted, run)
-    loss, _, _, _, totals = run(*call, *wanted, None)
-    return (loss, totals) if stats else loss
+        compute, needs_grad = _compute, _needed_by_autograd(request)
+    if needs_grad.any:
+        return _apply(request, needs_grad, compute)
+    result = compute(request, needs_grad, None)
+    return (result.loss, result.stats) if request.return_stats else result.loss
 
 
-def loss_and_grads(
-    call: tuple[Any, ...], x_dtype: torch.dtype, y_dtype: torch.dtype, stats: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(loss, dx, dy, dscale, dbias, stats [8]) outside autograd, for what ``differentiable`` takes.
-
-    No dbias without a bias, no stats where they are not wanted.
-    """
-    _refuse_transforms()
-    x, y, scale, bias, *rest = (t.detach() if isinstance(t, Tensor) else t for t in call)
-    rest[-1] = True  # there is no upstream gradient that could differ
-    call = x, y, scale, bias, *rest
-    direct = _is_direct(call)
-    run: Callable[..., Any] = _sigmoid_loss if direct else _dispatched(call)
-    loss, scalars, dx, dy, totals = run(*call, True, True, True, bias is not None, stats, None)
-    _, dscale, dbias, gain = scalars.unbind()
-    rounded = scaled if direct else _scaled_anywhere
-    return (
-        loss,
-        rounded(dx, gain, x_dtype, direct),
-        rounded(dy, gain, y_dtype, direct),
-        _shaped(dscale, *_like(scale)),
-        None if bias is None else _shaped(dbias, *_like(bias)),
-        totals if stats else None,
+def loss_and_grads(request: Request, x_dtype: torch.dtype, y_dtype: torch.dtype) -> LossAndGrads:
+    """Outside autograd; ``x_dtype``, ``y_dtype``: of the gradients of the features."""
+    dispatch.refuse_transforms()
+    request = request.with_tensors([None if t is None else t.detach() for t in request.tensors()])
+    # There is no upstream gradient that could differ between ranks.
+    request = request._replace(exchange=request.exchange._replace(same_upstream=True))
+    scale, bias = request.scale, request.bias
+    direct = _is_direct(request)
+    compute: Compute = _compute if direct else _dispatched
+    loss, scalars, dx, dy, stats = compute(request, NeedsGrad(bias=bias is not None), None)
+    _, dscale, dbias, grad_scale = scalars.unbind()
+    rounded = scaled if direct else scaled_out_of_place
+    return LossAndGrads(
+        loss=loss,
+        dx=rounded(dx, grad_scale, x_dtype, direct),
+        dy=rounded(dy, grad_scale, y_dtype, direct),
+        dscale=reshaped(dscale, *_like(scale)),
+        dbias=None if bias is None else reshaped(dbias, *_like(bias)),
+        stats=stats if request.return_stats else None,
     )
 
 
-def _dispatched(call: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    """The operator for the call, as a compiler, a mode or a tensor's own class is to see it."""
-    if torch.compiler.is_compiling() and call[GROUPS]:
-        return lambda *arguments: torch.ops.siglip_kernels.exchange(*arguments, ORDER)
-    return torch.ops.siglip_kernels.sigmoid_loss
+def _apply(request: Request, needs_grad: NeedsGrad, compute: Compute) -> Any:
+    # autograd sees only the tensors among a Function's own arguments.
+    return _SigmoidLoss.apply(request.x, request.y, request.scale, request.bias, request, needs_grad, compute)
 
 
-_NOTHING = Wanted(False, False, False, False)
+def _dispatched(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -> Result:
+    """By the operator, which a compiler, a mode or a tensor's own class is to see."""
+    arguments = _flatten(request, needs_grad, upstream)
+    if torch.compiler.is_compiling() and request.exchange.group_names:
+        return Result(*torch.ops.siglip_kernels.exchange(ORDER, **arguments))
+    return Result(*torch.ops.siglip_kernels.sigmoid_loss(**arguments))
 
 
-def _asked_by_autograd(call: tuple[Any, ...]) -> Wanted:
+def _needed_by_autograd(request: Request) -> NeedsGrad:
     if not torch.is_grad_enabled():
-        return _NOTHING
-    x, y, scale, bias = call[DIFFERENTIABLE]
-    dbias = bias is not None and bias.requires_grad
-    return Wanted(x.requires_grad, y.requires_grad, scale.requires_grad, dbias)
+        return NO_GRAD
+    bias = request.bias
+    return NeedsGrad(
+        x=request.x.requires_grad,
+        y=request.y.requires_grad,
+        scale=request.scale.requires_grad,
+        bias=bias is not None and bias.requires_grad,
+    )
 
 
-def _first_wanted(arguments: tuple[Tensor | None, ...], wanted: Wanted) -> Tensor | None:
-    """The first of scale, bias, x and y whose gradient is."""
-    flags = wanted.dscale, wanted.dbias, wanted.dx, wanted.dy
-    return next(t for t, is_wanted in zip(arguments, flags, strict=True) if is_wanted)
+def _first_needed(request: Request, needs_grad: NeedsGrad) -> Tensor | None:
+    """The first of scale, bias, x and y that needs a gradient."""
+    if needs_grad.scale:
+        return request.scale
+    return request.bias if needs_grad.bias else request.x if needs_grad.x else request.y
 
 
-def _derivative(operator: Any, keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+def _derivative(run: Callable[..., Any], run_below_autograd: Callable[..., Any], *arguments: Any) -> tuple[Tensor, ...]:
     """The operator as autograd meets it: with the gradients that it will ask for, and a loss that has a derivative."""
-    order, call = arguments[FLAGS.stop + 1 :], arguments[: FLAGS.stop]
-    _refuse_transforms(call)
-    wanted = _asked_by_autograd(call)
-    if not wanted.any:
-        return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-    x, y, scale, bias, *rest = call[: FLAGS.start]
-    if any(call[FLAGS][:-1]):
+    request, asked, _ = _restore(*arguments)
+    dispatch.refuse_transforms(request.tensors())
+    needs_grad = _needed_by_autograd(request)
+    if not needs_grad.any:
+        return run_below_autograd(*arguments)
+    if asked.any:
         raise RuntimeError(
             "sigmoid_loss is in a graph that was traced with its gradients, and cannot be differentiated twice: run "
             "the graph under no_grad, or trace the loss alone"
         )
+    x, y = request.x, request.y
     if y is x:
-        y = y.view_as(y)  # one tensor as both arguments gets half its gradient under torch.compile (pytorch#183604)
-    wanted = wanted._replace(stats=call[FLAGS][-1])
-    outputs = _SigmoidLoss.apply(x, y, scale, bias, tuple(rest), wanted, lambda *again: operator(*again, *order))
-    loss, stats = outputs if wanted.stats else (outputs, _stats_of(x, 0))
+        # One tensor as both arguments gets half its gradient under torch.compile (pytorch#183604).
+        request = request._replace(y=y.view_as(y))
+
+    def compute(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -> Result:
+        return Result(*run(**_flatten(request, needs_grad, upstream)))
+
+    outputs = _apply(request, needs_grad, compute)
+    loss, stats = outputs if request.return_stats else (outputs, _new_stats(x, 0))
     # Of the gradients nothing was asked for.
     none = x.new_empty((0, x.shape[1]), dtype=loss.dtype)
     return loss, x.new_full((4,), math.nan, dtype=loss.dtype), none, none.clone(), stats
 
 
-def _refuse_transforms(call: tuple[Any, ...] = ()) -> None:
-    """RuntimeError under a transform of torch.func, NotImplementedError where an argument has a tangent."""
-    if torch.compiler.is_dynamo_compiling():  # the operator refuses, in the graph
-        return
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError("sigmoid_loss does not run under torch.func transforms (vmap, grad, vjp, jvp, jacrev, …)")
-    if forward_ad._current_level < 0:
-        return
-    for t in call:
-        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
-            raise NotImplementedError(
-                "sigmoid_loss has no forward-mode derivative: use backward or torch.autograd.grad"
-            )
+def _sigmoid_loss_derivative(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    operator = torch.ops.siglip_kernels.sigmoid_loss.default
+    return _derivative(operator, partial(operator.redispatch, keys & torch._C._after_autograd_keyset), *arguments)
+
+
+def _exchange_derivative(keys: Any, order: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    operator = torch.ops.siglip_kernels.exchange.default
+    below_autograd = partial(operator.redispatch, keys & torch._C._after_autograd_keyset, order)
+    return _derivative(partial(operator, order), below_autograd, *arguments)
 
 
 def _no_batching_rule(*_: Any) -> Any:
@@ -352,12 +374,11 @@ def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _library.impl("sigmoid_loss", _untraced(_operator), "CompositeExplicitAutograd")
-_library.impl("exchange", _untraced(lambda *arguments: _operator(*arguments[:-1])), "CompositeExplicitAutograd")
+_library.impl("exchange", _untraced(lambda _order, *arguments: _operator(*arguments)), "CompositeExplicitAutograd")
 _library.impl("first_derivative", _first_derivative, "CompositeExplicitAutograd")
 torch.library.register_fake("siglip_kernels::first_derivative", _first_derivative, lib=_library)
-for _name in ("sigmoid_loss", "exchange"):
-    _overload = getattr(torch.ops.siglip_kernels, _name).default
-    _library.impl(_name, _untraced(partial(_derivative, _overload)), "Autograd", with_keyset=True)
+for _name, _kernel in (("sigmoid_loss", _sigmoid_loss_derivative), ("exchange", _exchange_derivative)):
+    _library.impl(_name, _untraced(_kernel), "Autograd", with_keyset=True)
     torch.library.register_vmap(f"siglip_kernels::{_name}", _no_batching_rule, lib=_library)
 
 
@@ -372,36 +393,5 @@ def _is_last_backward(saved: Tensor) -> bool:
     return not (saved.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def scaled(accumulator: Tensor, gain: Tensor, dtype: torch.dtype, overwrite: bool) -> Tensor:
-    """``gain * accumulator`` in ``dtype``, rounded once and without a temporary of the accumulator's dtype.
-
-    ``overwrite``: the accumulator is not needed any more, and becomes the result where it has its dtype.
-    """
-    if accumulator.dtype is dtype:
-        # Detached, it is a tensor that nobody else holds: autograd takes it for .grad, where it would copy another.
-        return accumulator.mul_(gain).detach() if overwrite else accumulator * gain
-    out = accumulator.new_empty(accumulator.shape, dtype=dtype)
-    # The CPU rounds by way of a temporary after all: a piece at a time.
-    rows = max(1, CPU_PIECE // max(1, out.shape[1]) if out.device.type == "cpu" else len(out))
-    in_place = overwrite and out.device.type == "cpu"  # without that temporary
-    for piece, rounded in zip(accumulator.split(rows), out.split(rows), strict=True):
-        if in_place:
-            rounded.copy_(piece.mul_(gain))
-        else:
-            torch.mul(piece, gain, out=rounded)
-    return out
-
-
-def _scaled_anywhere(accumulator: Tensor, gain: Tensor, dtype: torch.dtype, _overwrite: bool) -> Tensor:
-    """The same for any kind of tensor: a traced or a batched one is not written to."""
-    return (accumulator * gain).to(dtype)
-
-
 def _like(t: Tensor) -> tuple[torch.dtype, torch.Size]:
     return t.dtype, t.shape
-
-
-def _shaped(value: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """A copy of the scalar, so that no gradient is a view of another."""
-    copy = value.clone() if value.dtype is dtype else value.to(dtype)
-    return copy.reshape(shape) if shape else copy

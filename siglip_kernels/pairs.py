@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,7 @@ MULTI_POSITIVE = (None, "weights", "soft_targets")
 ANCHORS = {"both": (0.5, 0.5), "images": (1.0, 0.0), "texts": (0.0, 1.0)}
 
 
-@dataclass(frozen=True)
-class PairSpec:
+class PairSpec(NamedTuple):
     """The labels and weights of an [M, N] matrix of image-text pairs, never materialised.
 
     Pair (i, j) is positive when the ids are equal, if ids are given; otherwise when
@@ -52,17 +50,14 @@ class PairSpec:
         offset = self.positive_offset
         if rows.start == cols.start == 0 and not self.has_ids and not self.has_weights:
             return self
-        return PairSpec(
-            None if offset is None else offset + rows.start - cols.start,
-            _take(self.image_ids, rows),
-            _take(self.text_ids, cols),
-            _take(self.image_weights, rows),
-            _take(self.text_weights, cols),
-            self.ignore_ids,
-            self.multi_positive,
-            self.anchors,
-            _take(self.image_masses, rows),
-            _take(self.text_masses, cols),
+        return self._replace(
+            positive_offset=None if offset is None else offset + rows.start - cols.start,
+            image_ids=_take(self.image_ids, rows),
+            text_ids=_take(self.text_ids, cols),
+            image_weights=_take(self.image_weights, rows),
+            text_weights=_take(self.text_weights, cols),
+            image_masses=_take(self.image_masses, rows),
+            text_masses=_take(self.text_masses, cols),
         )
 
     def prepared(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> PairSpec:
@@ -76,8 +71,7 @@ class PairSpec:
         if self.multi_positive is not None and self.image_masses is None:
             spec = self.with_masses(dtype)
         weighted = self.has_weights or self.multi_positive is not None
-        return replace(
-            spec,
+        return spec._replace(
             image_ids=None if self.image_ids is None else self.image_ids.to(torch.int64).contiguous(),
             text_ids=None if self.text_ids is None else self.text_ids.to(torch.int64).contiguous(),
             image_weights=_weights(self.image_weights, x, dtype) if weighted else None,
@@ -85,17 +79,17 @@ class PairSpec:
         )
 
     def with_masses(self, dtype: torch.dtype, images: Tensor | None = None, texts: Tensor | None = None) -> PairSpec:
-        """The masses in ``dtype``, by the positives among ``images`` and ``texts``, each as from :func:`marked`.
+        """The masses in ``dtype``, by the positives among ``images`` and ``texts``, each [m, 2] as from
+        :func:`ids_and_validity`.
 
         By default among those of this spec; over a group, among those of every rank.
         """
         assert self.image_ids is not None
         assert self.text_ids is not None
-        images = marked(self.image_ids, self.image_weights) if images is None else images
-        texts = marked(self.text_ids, self.text_weights) if texts is None else texts
+        images = ids_and_validity(self.image_ids, self.image_weights) if images is None else images
+        texts = ids_and_validity(self.text_ids, self.text_weights) if texts is None else texts
         image_share, text_share = ANCHORS[self.anchors]
-        return replace(
-            self,
+        return self._replace(
             image_masses=image_share / count_equal(self.image_ids, texts).clamp(min=1).to(dtype),
             text_masses=text_share / count_equal(self.text_ids, images).clamp(min=1).to(dtype),
         )
@@ -129,20 +123,14 @@ class PairSpec:
         return (self.image_ids[:, None] == self.text_ids[None, :]) & ~self.positive_mask(M, N)
 
 
-@functools.lru_cache
-def diagonal(positive_offset: int | None) -> PairSpec:
-    """Labels by offset alone, made once: to make one takes 1 µs."""
-    return PairSpec(positive_offset)
-
-
-def marked(ids: Tensor, weights: Tensor | None) -> Tensor:
+def ids_and_validity(ids: Tensor, weights: Tensor | None) -> Tensor:
     """[n, 2] int64: the ids, and 1 beside each that counts as a positive; what weighs 0, as padding does, does not."""
     ids = ids.to(torch.int64)
     return torch.stack([ids, torch.ones_like(ids) if weights is None else (weights > 0).to(torch.int64)], dim=1)
 
 
 def count_equal(ids: Tensor, among: Tensor) -> Tensor:
-    """[n] int64: how many of ``among`` [m, 2], as from :func:`marked`, have each of the ``ids`` [n] and count.
+    """[n] int64: how many valid ones of ``among`` [m, 2], from :func:`ids_and_validity`, have each of the ``ids`` [n].
 
     By sorting and sums of integers: the same bits every time, and nothing is read back to the host.
     """

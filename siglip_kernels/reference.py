@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siglip_kernels.pairs import ANCHORS, PairSpec
-from siglip_kernels.stats import LogitStats, logit_stats, measure, merged
+from siglip_kernels.stats import LogitStats, logit_stats, measure_logits, reduce_stats
 
 
 def sigmoid_loss_reference(
@@ -39,8 +39,16 @@ def sigmoid_loss_reference(
     0 for want of any pair, its gradients are 0, those of sigmoid_loss NaN.
     """
     x, y = image_features, text_features
-    labels = positive_offset, image_ids, text_ids, image_weights, text_weights
-    pairs = PairSpec(*labels, ignore_ids, multi_positive, anchors)
+    pairs = PairSpec(
+        positive_offset=positive_offset,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        image_weights=image_weights,
+        text_weights=text_weights,
+        ignore_ids=ignore_ids,
+        multi_positive=multi_positive,
+        anchors=anchors,
+    )
 
     z = _scalar(logit_scale, x) * (x @ y.T)
     if logit_bias is not None:
@@ -84,9 +92,9 @@ def denominator(u: Tensor, v: Tensor, reduction: str) -> Tensor | float:
 
 
 def _stats(z: Tensor, pairs: PairSpec) -> LogitStats:
-    totals = merged([], z.device, torch.float64)
+    totals = reduce_stats([], z.device, torch.float64)
     if z.numel():
-        measure(z, pairs, totals)
+        measure_logits(z, pairs, totals)
     return logit_stats(totals, z.dtype)
 
 

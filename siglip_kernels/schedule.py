@@ -5,8 +5,8 @@
         dx[R] += dz  @ y[C]
         dy[C] += dzᵀ @ x[R]
 
-dz is un-normalised. The factor t / denominator, which would underflow in half precision, is left to whoever reads the
-float32 accumulators: it is the ``gain`` of the result.
+dz is un-normalised. The factor t / denominator, which would underflow in half precision, is applied once to the float32
+accumulators: it is the ``grad_scale`` of the result.
 """
 
 from __future__ import annotations
@@ -17,92 +17,76 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from siglip_kernels.backends.base import BlockKernel, Gradients, Problem
+from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.stats import SIZE, merged
+from siglip_kernels.request import NeedsGrad, Request
+from siglip_kernels.stats import SIZE, reduce_stats
 
-# |dz| is at most max(w). In float16 it travels times 2^14 / 2^⌈log2 max(w)⌉: 65504 holds it, and 2^-38 is not yet 0.
+# |dz| is at most max(w). In float16 it is kept times 2^14 / 2^⌈log2 max(w)⌉: 65504 holds it, and 2^-38 is not yet 0.
 FLOAT16_DZ_EXPONENT = 14
-# Rows of the dz buffer start on multiples of 16 elements, as TMA and the library's fastest products want; TMA writes a
+# Rows of the dz buffer start on multiples of 16 elements, as TMA and the library's fastest GEMMs want; TMA writes a
 # row's last 16 bytes whole, up to seven elements into this padding.
 DZ_ROW_MULTIPLE = 16
 
 
-class Wanted(NamedTuple):
-    """The gradients that are asked for, and whether diagnostics of the logits are."""
-
-    dx: bool = True
-    dy: bool = True
-    dscale: bool = True
-    dbias: bool = True
-    stats: bool = False
-
-    @property
-    def dz(self) -> bool:
-        return self.dx or self.dy
-
-    @property
-    def any(self) -> bool:
-        return self.dz or self.dscale or self.dbias
-
-
 class Result(NamedTuple):
-    """The loss, and the gradients as they come out of the block loop; unwanted ones are empty or meaningless."""
+    """The loss, and the gradients as they come out of the block loop; those not needed are empty or meaningless."""
 
     loss: Tensor  # [] float32 or float64
-    scalars: Tensor  # [4] the same dtype: loss, dscale, dbias, gain
-    dx: Tensor  # [M, D] the same dtype; the gradient is gain · dx
-    dy: Tensor  # [N, D] the same dtype; the gradient is gain · dy
-    stats: Tensor | None = None  # [8] as stats.py has it, where wanted
+    scalars: Tensor  # [4] the same dtype: loss, dscale, dbias, grad_scale
+    dx: Tensor  # [M, D] the same dtype; the gradient is grad_scale · dx
+    dy: Tensor  # [N, D] the same dtype; the gradient is grad_scale · dy
+    stats: Tensor | None = None  # [8] as stats.py has it, where asked for
 
 
-def run(
-    kernel: BlockKernel,
-    x: Tensor,  # [M, D]
-    y: Tensor,  # [N, D]
-    scale: Tensor,  # one element
-    bias: Tensor | None,  # one element
-    pairs: PairSpec,
-    reduction: str,
-    wanted: Wanted,
-) -> Result:
-    """The loss and the wanted gradients by ``kernel``. Launches only: nothing is read back to the host."""
-    x, y = x.contiguous(), y.contiguous()
-    (M, D), N = x.shape, y.shape[0]
+def problem_of(request: Request, needs_grad: NeedsGrad) -> Problem:
+    """What choosing and sizing a block kernel needs to know."""
+    x = request.x
+    M, D = x.shape
+    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, request.is_plain)
+
+
+def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> Result:
+    """The loss and its gradients by ``kernel``. Launches only: nothing is read back to the host."""
+    y, pairs = request.y.contiguous(), request.pairs
+    loop = BlockLoop(kernel, problem, request, needs_grad)
     weights = pairs.image_weights, pairs.text_weights
-    loop = BlockLoop(kernel, Problem(M, N, D, x.dtype, x.device, wanted.dz), x, scale, bias, wanted)
     loop.scale_dz(w.amax().to(loop.dtype) for w in weights if w is not None and w.numel())
-    dy = loop.empty(N if wanted.dy else 0)
-    loop.add(y, pairs, dy if wanted.dy else None)
-    images, texts = (n if w is None else total(w) for n, w in zip((M, N), weights, strict=True))
-    return loop.result(denominator(reduction, images, texts), dy)
+    dy = loop.new_rows(problem.N if needs_grad.y else 0)
+    loop.add(y, pairs, dy if needs_grad.y else None)
+    images, texts = (n if w is None else total_weight(w) for n, w in zip((problem.M, problem.N), weights, strict=True))
+    return loop.result(denominator(request.reduction, images, texts), dy)
 
 
 class BlockLoop:
     """The images of one process, and the sums that grow as texts are added."""
 
-    def __init__(
-        self, kernel: BlockKernel, problem: Problem, x: Tensor, scale: Tensor, bias: Tensor | None, wanted: Wanted
-    ) -> None:
-        """``x`` [M, D] contiguous; ``problem``: its N is the most texts that ``add`` will be given at once."""
-        self.kernel, self.problem, self.wanted = kernel, problem, wanted
-        self.x, self.dtype = x, accumulator_dtype(x.dtype)
+    def __init__(self, kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> None:
+        """``problem``: its N is the largest number of texts that ``add`` will be given at once."""
+        self.kernel, self.problem, self.needs_grad, self.return_stats = (
+            kernel,
+            problem,
+            needs_grad,
+            request.return_stats,
+        )
+        self.x = x = request.x.contiguous()
+        self.dtype = accumulator_dtype(x.dtype)
         self.operand = kernel.operand_dtype(problem)
         R, C = kernel.block_shape(problem)
         self.block_shape = R, C = min(R, problem.M), min(C, problem.N)
         row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
         self.dz = torch.empty(R if problem.needs_dz else 0, row, dtype=self.operand, device=x.device)
         self.workspace = kernel.workspace(problem, R, C)
-        self.scale = _scalar(scale, self.dtype)
-        self.bias = x.new_zeros((), dtype=self.dtype) if bias is None else _scalar(bias, self.dtype)
+        self.scale = _scalar(request.scale, self.dtype)
+        self.bias = x.new_zeros((), dtype=self.dtype) if request.bias is None else _scalar(request.bias, self.dtype)
         self.dz_scale: Tensor | None = None
-        self.dx = self.empty(problem.M if wanted.dx else 0)
-        self.dx_begun = False  # whether dx holds something to add to
+        self.dx = self.new_rows(problem.M if needs_grad.x else 0)
+        self.accumulate_dx = False  # whether dx holds something to add to
         self.sums: list[Tensor] = []  # [4] for each call of ``add``, the last of them unused
-        self.stats: list[Tensor] = []  # [blocks, 8] for each, where wanted
+        self.stats: list[Tensor] = []  # [blocks, 8] for each, where asked for
 
-    def empty(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        """[rows, D] for a gradient; by default in the accumulators' dtype."""
+    def new_rows(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[rows, D] for a gradient, uninitialised; by default in the accumulators' dtype."""
         return torch.empty(rows, self.problem.D, dtype=dtype or self.dtype, device=self.x.device)
 
     def scale_dz(self, largest_weights: Iterable[Tensor]) -> None:
@@ -111,72 +95,73 @@ class BlockLoop:
             self.dz_scale = _dz_scale(largest_weights, self.x.device)
 
     def add(
-        self, y: Tensor, pairs: PairSpec, dy: Tensor | None, *, rows: slice | None = None, dy_begun: bool = False
+        self, y: Tensor, pairs: PairSpec, dy: Tensor | None, *, rows: slice | None = None, accumulate_dy: bool = False
     ) -> None:
-        """Let the images ``rows`` (None: all) meet the texts y [n, D]; dy [n, D]: out, or added to if begun."""
+        """Pair the images ``rows`` (None: all) with the texts y [n, D]; dy [n, D], out: written or accumulated into."""
         rows = slice(0, self.problem.M) if rows is None else rows
         blocks = list(_blocks(rows, y.shape[0], *self.block_shape))
         if not blocks:
-            if not self.dx_begun:
+            if not self.accumulate_dx:
                 self.dx.zero_()
-            if dy is not None and not dy_begun:
+            if dy is not None and not accumulate_dy:
                 dy.zero_()
             return
 
-        needs_dz, workspace = self.problem.needs_dz, self.workspace
         sums = torch.empty(len(blocks), 4, dtype=sum_dtype(y.device), device=y.device)
         rows_of_sums = sums.unbind()
         pairs = pairs.prepared(self.x, y, self.dtype)
-        stats = self._room_for_stats(len(blocks)) if self.wanted.stats else None
+        stats = self._new_stats(len(blocks)) if self.return_stats else None
+        needs_dx, loss_only = self.needs_grad.x, not (self.problem.needs_dz or self.needs_grad.any)
 
         for index, (r, c) in enumerate(blocks):
             if c.start == 0:
                 x_block = _as(_rows(self.x, r), self.operand)
             y_block = _as(_rows(y, c), self.operand)
-            shape = x_block.shape[0], y_block.shape[0]
-            whole = self.dz.shape == shape
-            dz = (self.dz if whole else self.dz[: shape[0], : shape[1]]) if needs_dz else None
-            gradients = Gradients(
-                _rows(self.dx, r) if self.wanted.dx else None,
-                self.dx_begun or c.start > 0,
-                None if dy is None else _rows(dy, c),
-                dy_begun or r.start > rows.start,
-            )
-            self.kernel.step(
-                x_block,
-                y_block,
-                self.scale,
-                self.bias,
-                pairs.block(r, c),
-                gradients=gradients,
+            task = BlockTask(
+                x=x_block,
+                y=y_block,
+                scale=self.scale,
+                bias=self.bias,
+                pairs=pairs.block(r, c),
                 sums=rows_of_sums[index],
-                dz=dz,
+                dz=self._dz(x_block.shape[0], y_block.shape[0]),
                 dz_scale=self.dz_scale,
-                workspace=workspace,
-                loss_only=not (needs_dz or self.wanted.any),
+                workspace=self.workspace,
+                loss_only=loss_only,
                 stats=None if stats is None else stats[index],
+                dx=_rows(self.dx, r) if needs_dx else None,
+                accumulate_dx=self.accumulate_dx or c.start > 0,
+                dy=None if dy is None else _rows(dy, c),
+                accumulate_dy=accumulate_dy or r.start > rows.start,
             )
+            self.kernel.block_and_grads(task)
         self.sums.append(sums.sum(0) if len(blocks) > 1 else rows_of_sums[0])
 
-    def unscaled(self) -> Tensor:
-        """[] t over the scale of dz: times dz y, it gives dx but for the denominator."""
+    def dx_scale(self) -> Tensor:
+        """[] t over the scale of dz: times dz @ y, it gives dx but for the denominator."""
         return self.scale if self.dz_scale is None else self.scale / self.dz_scale
 
     def result(self, denominator: float | Tensor, dy: Tensor) -> Result:
         """What has been added up, over ``denominator``."""
         totals = self._totals()
-        totals[3] = self.unscaled()
+        totals[3] = self.dx_scale()
         scalars = torch.div(totals, denominator, out=self.x.new_empty(4, dtype=self.dtype))
-        stats = merged(self.stats, self.x.device, sum_dtype(self.x.device)) if self.wanted.stats else None
+        stats = reduce_stats(self.stats, self.x.device, sum_dtype(self.x.device)) if self.return_stats else None
         return Result(torch.select_copy(scalars, 0, 0), scalars, self.dx, dy, stats)
 
-    def _room_for_stats(self, blocks: int) -> Tensor:
+    def _dz(self, r: int, c: int) -> Tensor | None:
+        """[r, c], where dz itself is needed."""
+        if not self.problem.needs_dz:
+            return None
+        return self.dz if self.dz.shape == (r, c) else self.dz[:r, :c]
+
+    def _new_stats(self, blocks: int) -> Tensor:
         """[blocks, 8]"""
         self.stats.append(torch.empty(blocks, SIZE, dtype=sum_dtype(self.x.device), device=self.x.device))
         return self.stats[-1]
 
     def _totals(self) -> Tensor:
-        """[4] loss, Σ dz·u, Σ dz and room for the gain."""
+        """[4] loss, Σ dz·u, Σ dz and room for grad_scale."""
         if not self.sums:
             return self.x.new_zeros(4, dtype=sum_dtype(self.x.device))
         return self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum(0)
@@ -234,6 +219,6 @@ def denominator(reduction: str, images: float | Tensor, texts: float | Tensor) -
     raise ValueError(f"reduction {reduction!r}")
 
 
-def total(weights: Tensor) -> Tensor:
-    """[] their sum."""
+def total_weight(weights: Tensor) -> Tensor:
+    """[]"""
     return weights.sum(dtype=sum_dtype(weights.device))

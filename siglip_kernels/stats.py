@@ -36,7 +36,7 @@ class LogitStats(NamedTuple):
 
 
 def logit_stats(totals: Tensor, dtype: torch.dtype) -> LogitStats:
-    """Of ``totals`` [8], as block kernels write them and :func:`merged` adds them up."""
+    """Of ``totals`` [8], as block kernels write them and :func:`reduce_stats` adds them up."""
     positive_sum, negative_sum, positives, negatives, *extremes = totals.unbind()
     means = positive_sum / positives, negative_sum / negatives
     mean, others = (m.to(dtype) for m in means), (m.to(dtype) for m in extremes)
@@ -48,7 +48,7 @@ def logit_stats(totals: Tensor, dtype: torch.dtype) -> LogitStats:
     )
 
 
-def merged(parts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+def reduce_stats(parts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
     """[8] of all blocks; ``parts``: [blocks, 8] each, none of them empty."""
     if not parts:
         return torch.cat([torch.full((n,), v, dtype=dtype, device=device) for n, v in _EMPTY])
@@ -56,7 +56,7 @@ def merged(parts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) ->
     return torch.cat([every[:, SUMS].sum(0), every[:, MINIMA].amin(0), every[:, MAXIMA].amax(0)])
 
 
-def measure(z: Tensor, pairs: PairSpec, out: Tensor) -> None:
+def measure_logits(z: Tensor, pairs: PairSpec, out: Tensor) -> None:
     """``out`` [8] of the logits z [M, N], materialised."""
     M, N = z.shape
     positive, valid = pairs.positive_mask(M, N, z.device), valid_mask(pairs, z)

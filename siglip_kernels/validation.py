@@ -1,4 +1,4 @@
-"""Checks the public arguments, names the bad one, and hands over what the operator takes."""
+"""Checks the public arguments, names the bad one, and makes the request of the good ones."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch import Tensor
 
 from siglip_kernels import backends
 from siglip_kernels.dispatch import are_ordinary, check_memory, is_traced
-from siglip_kernels.pairs import ANCHORS, MULTI_POSITIVE
+from siglip_kernels.pairs import ANCHORS, MULTI_POSITIVE, PairSpec
+from siglip_kernels.request import ONE_PROCESS, ExchangeSpec, Request
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("batchmean", "mean", "sum")
 
 
-def checked(
+def validate(
     image_features: Any,
     text_features: Any,
     logit_scale: Any,
     logit_bias: Any,
+    *,
     positive_offset: Any,
     image_ids: Any,
     text_ids: Any,
@@ -35,8 +37,9 @@ def checked(
     return_stats: Any,
     reduction: Any,
     backend: Any,
-) -> tuple[Any, ...]:
-    """The operator's arguments up to ``backend``; ValueError or TypeError for any that is not as documented."""
+    exchange: ExchangeSpec = ONE_PROCESS,
+) -> Request:
+    """The public functions' arguments as a request; ValueError or TypeError for any that is not as documented."""
     one_of("reduction", reduction, REDUCTIONS)
     one_of("backend", backend, backends.NAMES)
     x, y = _features(image_features, text_features)
@@ -45,21 +48,25 @@ def checked(
         _kinds(ignore_ids, multi_positive, anchors, return_stats, has_ids=image_ids is not None)
     positive_offset = _offset(positive_offset)
     _labels(positive_offset, image_ids, text_ids, ignore_ids)
-    return (
-        x,
-        y,
-        _scalar("logit_scale", logit_scale, x),
-        None if logit_bias is None else _scalar("logit_bias", logit_bias, x),
-        positive_offset,
-        _ids("image_ids", image_ids, M, "M", x),
-        _ids("text_ids", text_ids, N, "N", x),
-        _weights("image_weights", image_weights, M, "M", x),
-        _weights("text_weights", text_weights, N, "N", x),
-        ignore_ids,
-        multi_positive,
-        anchors,
-        reduction,
-        backend,
+    return Request(
+        x=x,
+        y=y,
+        scale=_scalar("logit_scale", logit_scale, x),
+        bias=None if logit_bias is None else _scalar("logit_bias", logit_bias, x),
+        pairs=PairSpec(
+            positive_offset=positive_offset,
+            image_ids=_ids("image_ids", image_ids, M, "M", x),
+            text_ids=_ids("text_ids", text_ids, N, "N", x),
+            image_weights=_weights("image_weights", image_weights, M, "M", x),
+            text_weights=_weights("text_weights", text_weights, N, "N", x),
+            ignore_ids=ignore_ids,
+            multi_positive=multi_positive,
+            anchors=anchors,
+        ),
+        reduction=reduction,
+        backend=backend,
+        return_stats=return_stats,
+        exchange=exchange,
     )
 
 

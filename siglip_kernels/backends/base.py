@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from siglip_kernels import products
+from siglip_kernels import gemm
 from siglip_kernels.pairs import PairSpec
 
 ENOUGH_PAIRS = 1024
@@ -27,8 +27,8 @@ class Problem(NamedTuple):
     D: int  # features
     dtype: torch.dtype  # of the features
     device: torch.device
-    needs_dz: bool = True  # some feature gradient is wanted
-    plain: bool = True  # no pair is left out or shares a mass, and no statistics are wanted
+    needs_dz: bool = True  # some feature gradient is needed
+    plain: bool = True  # no pair is left out or shares a mass, and no statistics are asked for
 
     @property
     def rounds_out(self) -> bool:
@@ -36,20 +36,35 @@ class Problem(NamedTuple):
         return self.M * self.N >= ENOUGH_PAIRS
 
 
-class Gradients(NamedTuple):
-    """Where a block's part of them goes, in place of what is there or, once begun, added to it; None: not wanted."""
+class BlockTask(NamedTuple):
+    """One block of r images and c texts, and what a block kernel is to write of it; outputs that are None are not."""
 
-    dx: Tensor | None  # [r, D] accumulator's dtype, rows contiguous: dz @ y
-    dx_begun: bool
-    dy: Tensor | None  # [c, D] the same: dzᵀ @ x
-    dy_begun: bool
+    x: Tensor  # [r, D] operand dtype, rows contiguous
+    y: Tensor  # [c, D] the same
+    scale: Tensor  # [] float32, or float64 for float64 features
+    bias: Tensor  # [] the same dtype
+    pairs: PairSpec  # of this block, prepared: ids int64, weights and masses in the scale's dtype
+    # Out: the sums of the block's w·softplus(-s·z), dz·<x_i, y_j> and dz, in the first 3 of float64 (float32 where the
+    # device has no float64). A pair that is left out adds nothing, as if s·z were inf; loss.py says what masses change.
+    sums: Tensor
+    # [r, c] operand dtype, out: dz_scale · -s·w·σ(-s·z). Rows start on multiples of 16 elements: TMA writes the last 16
+    # bytes of a row whole, up to seven elements beyond c.
+    dz: Tensor | None
+    dz_scale: Tensor | None  # [] a power of two that keeps float16 from underflow; None: 1. Never part of sums
+    workspace: Any  # from BlockKernel.workspace
+    loss_only: bool = False  # no gradient is needed at all: only sums[0] will be read
+    stats: Tensor | None = None  # [8] the dtype of sums, out, as stats.py has it
+    dx: Tensor | None = None  # [r, D] accumulator dtype, rows contiguous: dz @ y is written or, as said next, added
+    accumulate_dx: bool = False
+    dy: Tensor | None = None  # [c, D] the same: dzᵀ @ x
+    accumulate_dy: bool = False
 
 
 class BlockKernel(abc.ABC):
     """Forms dz and the partial sums of one block of the logits; ``schedule.py`` does the rest."""
 
     name: str
-    aligns: bool = False  # features whose rows are not aligned are copied, by products.aligned
+    pads_to_alignment: bool = False  # features are copied where their rows are not aligned, by gemm.pad_to_alignment
     unproven: str = ""  # what it has not shown yet, if anything: then only its name reaches it
 
     def automatic(self, problem: Problem) -> bool:
@@ -66,7 +81,7 @@ class BlockKernel(abc.ABC):
 
     @abc.abstractmethod
     def operand_dtype(self, problem: Problem) -> torch.dtype:
-        """The dtype of the feature blocks and of dz, as the block kernel and the products take them."""
+        """The dtype of the feature blocks and of dz, as the block kernel and the GEMMs take them."""
 
     @abc.abstractmethod
     def block_shape(self, problem: Problem) -> tuple[int, int]:
@@ -77,47 +92,18 @@ class BlockKernel(abc.ABC):
         """Uninitialised buffers that ``block`` needs, for blocks up to [R, C]; dz is not among them."""
 
     @abc.abstractmethod
-    def block(
-        self,
-        x: Tensor,  # [r, D] operand dtype, rows contiguous
-        y: Tensor,  # [c, D] operand dtype, rows contiguous
-        scale: Tensor,  # [] float32, or float64 for float64 features
-        bias: Tensor,  # [] the same dtype
-        pairs: PairSpec,  # of this block, prepared: ids int64, weights and masses in the scale's dtype
-        *,
-        sums: Tensor,  # float64 (float32 where the device has none), its first 3, out: the sums of the block's
-        # w·softplus(-s·z), dz·<x_i, y_j> and dz. A pair that is left out adds nothing, as if s·z were inf; what masses
-        # make of w, the term and dz is said in loss.py
-        dz: Tensor | None,  # [r, c] operand dtype, out: dz_scale · -s·w·σ(-s·z); None: not wanted. Its rows start on
-        # multiples of 16 elements, for TMA writes a row's last 16 bytes whole: up to seven elements beyond c
-        dz_scale: Tensor | None,  # [] a power of two that keeps float16 from underflow; None: 1. Never part of sums
-        workspace: Any,  # from ``workspace``
-        loss_only: bool = False,  # no gradient is wanted at all: only sums[0] will be read
-        stats: Tensor | None = None,  # [8] the dtype of sums, out, as stats.py has it; None: not wanted
-    ) -> None:
+    def block(self, task: BlockTask) -> None:
         """Write ``sums``, ``dz`` and ``stats`` of the block; read nothing back to the host."""
 
-    def step(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *logits: Any,
-        gradients: Gradients,
-        dz: Tensor | None,
-        workspace: Any,
-        **out: Any,
-    ) -> None:
-        """``block``, whose arguments the others are, and its part of the gradients."""
-        self.block(x, y, *logits, dz=dz, workspace=workspace, **out)
-        dx, dx_begun, dy, dy_begun = gradients
-        if dz is not None and dx is not None:
-            self.matmul_(dx, dz, y, accumulate=dx_begun, workspace=workspace)
-        if dz is not None and dy is not None:
-            self.matmul_(dy, dz.T, x, accumulate=dy_begun, workspace=workspace)
-
-    def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, workspace: Any) -> None:
-        """A gradient's product: ``out = a @ b``, or ``out += a @ b``; a is dz or its transpose, b features."""
-        products.matmul_(out, a, b, accumulate=accumulate)
+    def block_and_grads(self, task: BlockTask) -> None:
+        """``block``, then the block's part of the feature gradients."""
+        self.block(task)
+        if task.dz is None:
+            return
+        if task.dx is not None:
+            gemm.gemm_(task.dx, task.dz, task.y, accumulate=task.accumulate_dx)
+        if task.dy is not None:
+            gemm.gemm_(task.dy, task.dz.T, task.x, accumulate=task.accumulate_dy)
 
 
 def even_blocks(problem: Problem, pairs: int) -> tuple[int, int]:

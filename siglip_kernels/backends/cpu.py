@@ -1,30 +1,29 @@
 """The block kernel in C++ on CPU tensors: csrc/cpu/, compiled on first use.
 
-Whose products multiply the features, ours or those of torch's BLAS, and whether half precision is widened to float32
-first, is chosen by ``products`` from what the CPU says of itself.
+``choose_gemm`` says by what the CPU reports of itself which GEMM multiplies the features, ours or that of torch's BLAS,
+and whether half precision is widened to float32 first.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from siglip_kernels import build
-from siglip_kernels.backends.base import BlockKernel, Gradients, Problem
+from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
 from siglip_kernels.backends.cpu_native import DTYPES, LEVELS, Block, Machine, Native, address, load
-from siglip_kernels.pairs import PairSpec
-from siglip_kernels.products import matmul_
+from siglip_kernels.gemm import gemm_
 
 AVX512, AVX512_BF16, AMX = (LEVELS.index(name) for name in ("avx512", "avx512_bf16", "amx"))
 PANEL = 64  # kPanel of csrc/cpu/product.h
 
 
-def products(machine: Machine, dtype: torch.dtype) -> str:
-    """Whose products multiply features of ``dtype``: "ours", torch's "blas", or those of float32, once "widened" to it.
+def choose_gemm(machine: Machine, dtype: torch.dtype) -> str:
+    """Which GEMM multiplies features of ``dtype``: "ours", torch's "blas", or that of float32, once "widened" to it.
 
     What is there need not be fast (figures: bench/NOTES.md). On AMD ours win in both dtypes. On Intel MKL wins in
     float32, and AVX512-BF16 loses to that: only AMX makes bfloat16 the faster dtype. MKL goes by the vendor too: where
@@ -44,7 +43,7 @@ def products(machine: Machine, dtype: torch.dtype) -> str:
 
 class Workspace(NamedTuple):
     u: Tensor | None  # [R·C] inner products, in the logits' dtype; None where dz has room for them, or a tile does
-    packed: Tensor | None  # int32: panels of our own products' operands
+    packed: Tensor | None  # int32: packed panels of our own GEMM's operands
 
 
 class CpuBlockKernel(BlockKernel):
@@ -87,140 +86,97 @@ class CpuBlockKernel(BlockKernel):
 
     @functools.cached_property
     def _chosen(self) -> dict[torch.dtype, str]:
-        return {dtype: products(self._machine, dtype) for dtype in DTYPES}
+        return {dtype: choose_gemm(self._machine, dtype) for dtype in DTYPES}
 
-    def _products(self, dtype: torch.dtype) -> str:
+    def _gemm(self, dtype: torch.dtype) -> str:
         return self._chosen[dtype]
 
     def operand_dtype(self, problem: Problem) -> torch.dtype:
         if problem.dtype is torch.float64:
             return torch.float64
-        return torch.float32 if not problem.rounds_out or self._products(problem.dtype) == "widened" else problem.dtype
+        return torch.float32 if not problem.rounds_out or self._gemm(problem.dtype) == "widened" else problem.dtype
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
         """Larger blocks read and write the float32 accumulators less often; smaller ones keep dz in the cache."""
         operand = self.operand_dtype(problem)
-        ours = self._products(operand) == "ours"
+        ours = self._gemm(operand) == "ours"
         # Widened features are a part of the workspace too.
         R, C = 2048 if ours else 1024, 2048 if ours and operand is problem.dtype else 1024
         return _even_cut(problem.M, R), _even_cut(problem.N, C)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
         dtype = self.operand_dtype(problem)
-        if self._products(dtype) == "ours":
+        if self._gemm(dtype) == "ours":
             words = _packed_words(R, C, problem.D, dtype)
             return Workspace(None, torch.empty(words, dtype=torch.int32, device="cpu"))
         logits = _logits_dtype(dtype)
         in_dz = problem.needs_dz and dtype is logits
         return Workspace(None if in_dz else torch.empty(R * C, dtype=logits, device="cpu"), None)
 
-    def block(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        pairs: PairSpec,
-        *,
-        sums: Tensor,
-        dz: Tensor | None,
-        dz_scale: Tensor | None,
-        workspace: Workspace,
-        loss_only: bool = False,
-        stats: Tensor | None = None,
-    ) -> None:
-        described = _described(
-            x, y, scale, bias, pairs, sums=sums, dz=dz, dz_scale=dz_scale, loss_only=loss_only, stats=stats
-        )
-        self._run(described, x, y, dz, workspace, self._gemm(x.dtype))
+    def block(self, task: BlockTask) -> None:
+        self._run(task, _block_struct(task), self._mkl_gemm(task.x.dtype))
 
-    def step(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *logits: Any,
-        gradients: Gradients,
-        dz: Tensor | None,
-        workspace: Workspace,
-        **out: Any,
-    ) -> None:
-        gemm = self._gemm(x.dtype)
-        if gemm is None and workspace.packed is None:
-            super().step(x, y, *logits, gradients=gradients, dz=dz, workspace=workspace, **out)
+    def block_and_grads(self, task: BlockTask) -> None:
+        gemm = self._mkl_gemm(task.x.dtype)
+        if gemm is None and task.workspace.packed is None:
+            super().block_and_grads(task)
             return
-        described = _described(x, y, *logits, dz=dz, **out)
-        dx, described.dx_begun, dy, described.dy_begun = gradients
-        described.dx, described.dy = address(dx), address(dy)
-        self._run(described, x, y, dz, workspace, gemm)
+        block = _block_struct(task)
+        block.dx, block.dx_begun = address(task.dx), task.accumulate_dx
+        block.dy, block.dy_begun = address(task.dy), task.accumulate_dy
+        self._run(task, block, gemm)
 
-    def _gemm(self, dtype: torch.dtype) -> ctypes.c_void_p | None:
-        """MKL's, for calls that go past torch and its overhead; None: the products are ours, or torch's to choose."""
-        if self._products(dtype) == "ours":
+    def _mkl_gemm(self, dtype: torch.dtype) -> ctypes.c_void_p | None:
+        """MKL's, for calls that go past torch and its overhead; None: the GEMMs are ours, or torch's to choose."""
+        if self._gemm(dtype) == "ours":
             return None
         # What less than float32 the user allows is for torch.mm to make use of.
         allowed = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
         return None if dtype is torch.float32 and allowed in ("bf16", "tf32") else self._native.gemm.get(dtype)
 
-    def _run(
-        self,
-        block: Block,
-        x: Tensor,
-        y: Tensor,
-        dz: Tensor | None,
-        workspace: Workspace,
-        gemm: ctypes.c_void_p | None,
-    ) -> None:
+    def _run(self, task: BlockTask, block: Block, gemm: ctypes.c_void_p | None) -> None:
+        x, y, workspace = task.x, task.y, task.workspace
         native, features = self._native, (x.data_ptr(), y.data_ptr(), x.shape[1])
         if workspace.packed is not None:
             native.block(ctypes.byref(block), *features, workspace.packed.data_ptr(), native.pool)
             return
-        u = dz if workspace.u is None else workspace.u[: x.shape[0] * y.shape[0]].view(x.shape[0], y.shape[0])
+        u = task.dz if workspace.u is None else workspace.u[: x.shape[0] * y.shape[0]].view(x.shape[0], y.shape[0])
         assert u is not None
-        room = u.data_ptr(), u.stride(0)
+        inner_products = u.data_ptr(), u.stride(0)
         if gemm is not None:
-            native.block_by_blas(ctypes.byref(block), *features, *room, gemm, self._machine.level, native.pool)
+            native.block_by_blas(
+                ctypes.byref(block), *features, *inner_products, gemm, self._machine.level, native.pool
+            )
             return
-        matmul_(u, x, y.T)  # and the gradients by step
-        native.epilogue(ctypes.byref(block), *room, self._machine.level, native.pool)
+        gemm_(u, x, y.T)  # the GEMMs of the gradients follow in block_and_grads
+        native.epilogue(ctypes.byref(block), *inner_products, self._machine.level, native.pool)
 
 
-def _described(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    pairs: PairSpec,
-    *,
-    sums: Tensor,
-    dz: Tensor | None,
-    dz_scale: Tensor | None,
-    loss_only: bool = False,
-    stats: Tensor | None = None,
-) -> Block:
-    """What ``BlockKernel.block`` is asked for, as the library takes it."""
-    r, c = x.shape[0], y.shape[0]
+def _block_struct(task: BlockTask) -> Block:
+    """The task as the library takes it, but for features and gradients."""
+    pairs, dz, r, c = task.pairs, task.dz, task.x.shape[0], task.y.shape[0]
     block = Block(
-        r,
-        c,
-        scale.data_ptr(),
-        bias.data_ptr(),
-        address(dz_scale),
-        pairs.offset_within(r, c),
-        address(pairs.image_ids),
-        address(pairs.text_ids),
-        address(pairs.image_weights),
-        address(pairs.text_weights),
-        address(dz),
-        0 if dz is None else dz.stride(0),
-        sums.data_ptr(),
-        DTYPES[scale.dtype],
-        DTYPES[x.dtype],
-        loss_only,
+        rows=r,
+        cols=c,
+        scale=task.scale.data_ptr(),
+        bias=task.bias.data_ptr(),
+        dz_scale=address(task.dz_scale),
+        offset=pairs.offset_within(r, c),
+        image_ids=address(pairs.image_ids),
+        text_ids=address(pairs.text_ids),
+        image_weights=address(pairs.image_weights),
+        text_weights=address(pairs.text_weights),
+        dz=address(dz),
+        dz_stride=0 if dz is None else dz.stride(0),
+        sums=task.sums.data_ptr(),
+        logits=DTYPES[task.scale.dtype],
+        operand=DTYPES[task.x.dtype],
+        loss_only=task.loss_only,
     )
-    if pairs.ignore_ids or pairs.multi_positive is not None or stats is not None:
+    if pairs.ignore_ids or pairs.multi_positive is not None or task.stats is not None:
         block.ignore_ids, block.soft_targets = pairs.ignore_ids, pairs.multi_positive == "soft_targets"
         block.image_masses, block.text_masses = address(pairs.image_masses), address(pairs.text_masses)
-        block.stats = address(stats)
+        block.stats = address(task.stats)
     return block
 
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from siglip_kernels import build
-from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, Problem, even_blocks
+from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_blocks
 from siglip_kernels.backends.cpu_native import address
-from siglip_kernels.pairs import PairSpec
-from siglip_kernels.products import aligned
+from siglip_kernels.gemm import pad_to_alignment
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # Dtype in csrc/cuda/sm90/block.h
 
@@ -53,7 +52,7 @@ class CudaBlockKernel(BlockKernel):
     """TMA and WGMMA, the epilogue of one warpgroup under the products of the other."""
 
     name = "cuda"
-    aligns = True
+    pads_to_alignment = True
     unproven = "not yet proven on a GPU"
 
     def why_not(self, problem: Problem) -> list[str]:
@@ -90,48 +89,42 @@ class CudaBlockKernel(BlockKernel):
         """[3, partials] float32: the sums of every warp and tile."""
         return torch.empty(3 * _library().siglip_sm90_partials(R, C), dtype=torch.float32, device=problem.device)
 
-    def block(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        pairs: PairSpec,
-        *,
-        sums: Tensor,
-        dz: Tensor | None,
-        dz_scale: Tensor | None,
-        workspace: Tensor,
-        loss_only: bool = False,
-        stats: Tensor | None = None,  # None, as ``why_not`` says
-    ) -> None:
-        library, (r, c) = _library(), (len(x), len(y))
+    def block(self, task: BlockTask) -> None:
+        library, (r, c) = _library(), (len(task.x), len(task.y))
+        pairs, dz = task.pairs, task.dz
         # Kept here until the launch: the Block holds only addresses, and the stream keeps their memory after it.
-        x, y = aligned(x), aligned(y)
-        partials = workspace[: 3 * library.siglip_sm90_partials(r, c)].view(3, -1)
+        x, y = pad_to_alignment(task.x), pad_to_alignment(task.y)
+        partials = task.workspace[: 3 * library.siglip_sm90_partials(r, c)].view(3, -1)
         block = Block(
-            x.data_ptr(),
-            y.data_ptr(),
-            *map(address, (dz, partials, scale, bias, dz_scale)),
-            *map(address, (pairs.image_ids, pairs.text_ids, pairs.image_weights, pairs.text_weights)),
-            x.stride(0),
-            y.stride(0),
-            0 if dz is None else dz.stride(0),
-            r,
-            c,
-            x.shape[1],
-            pairs.offset_within(r, c),
-            loss_only,
-            DTYPES[x.dtype],
-            x.device.index,
+            x=address(x),
+            y=address(y),
+            dz=address(dz),
+            partials=address(partials),
+            scale=address(task.scale),
+            bias=address(task.bias),
+            dz_scale=address(task.dz_scale),
+            image_ids=address(pairs.image_ids),
+            text_ids=address(pairs.text_ids),
+            image_weights=address(pairs.image_weights),
+            text_weights=address(pairs.text_weights),
+            x_stride=x.stride(0),
+            y_stride=y.stride(0),
+            dz_stride=0 if dz is None else dz.stride(0),
+            rows=r,
+            cols=c,
+            features=x.shape[1],
+            offset=pairs.offset_within(r, c),
+            loss_only=task.loss_only,
+            dtype=DTYPES[x.dtype],
+            device=x.device.index,
         )
         with torch.cuda.device(x.device):
             stream = torch.cuda.current_stream().cuda_stream
             error = library.siglip_sm90_block(ctypes.byref(block), stream)
         if error:
             raise RuntimeError(f"backend='cuda' failed to launch: {library.siglip_sm90_error(error).decode()}")
-        written = 1 if loss_only else 3
-        torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
+        written = 1 if task.loss_only else 3
+        torch.sum(partials[:written], dim=1, dtype=task.sums.dtype, out=task.sums[:written])
 
 
 @functools.cache

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from siglip_kernels.backends.base import BlockKernel, Problem
+from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
+from siglip_kernels.gemm import accumulates_in_float32, gemm_
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.products import accumulates_in_float32, matmul_
-from siglip_kernels.stats import measure
+from siglip_kernels.stats import measure_logits
 
 
 class Workspace(NamedTuple):
@@ -45,37 +45,24 @@ class EagerBlockKernel(BlockKernel):
         dtype = torch.float64 if problem.dtype is torch.float64 else torch.float32
         return Workspace(*(torch.empty(R, C, dtype=dtype, device=problem.device) for _ in Workspace._fields))
 
-    def block(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        pairs: PairSpec,
-        *,
-        sums: Tensor,
-        dz: Tensor | None,
-        dz_scale: Tensor | None,
-        workspace: Workspace,
-        loss_only: bool = False,
-        stats: Tensor | None = None,
-    ) -> None:
-        r, c = x.shape[0], y.shape[0]
-        u, a, terms = workspace if workspace.u.shape == (r, c) else (b.view(-1)[: r * c].view(r, c) for b in workspace)
+    def block(self, task: BlockTask) -> None:
+        pairs, dz, dz_scale, sums = task.pairs, task.dz, task.dz_scale, task.sums
+        shape = r, c = task.x.shape[0], task.y.shape[0]
+        u, a, terms = (b if b.shape == shape else b.view(-1)[: r * c].view(r, c) for b in task.workspace)
         positive = _Positives(pairs, r, c)
 
-        matmul_(u, x, y.T)
-        torch.mul(u, scale, out=a).add_(bias)
-        if stats is not None:
-            measure(a, pairs, stats)
+        gemm_(u, task.x, task.y.T)
+        torch.mul(u, task.scale, out=a).add_(task.bias)
+        if task.stats is not None:
+            measure_logits(a, pairs, task.stats)
         positive.negate_(a)
-        positive.leave_out_(a)
+        positive.exclude_(a)
         masses = None if pairs.image_masses is None else _Masses(pairs, positive.mask, a)
         torch.ops.aten.softplus.out(a, 1, 40, out=terms)
         if masses is not None:
             masses.share_terms_(terms)
-        sums[0] = _weigh_(terms, pairs).sum()
-        if loss_only:
+        sums[0] = _weight_(terms, pairs).sum()
+        if task.loss_only:
             return
 
         # Straight into dz where it is of the same kind.
@@ -84,7 +71,7 @@ class EagerBlockKernel(BlockKernel):
         if masses is not None:
             masses.share_gradient_(g)
         positive.negate_(g)
-        _weigh_(g, pairs)
+        _weight_(g, pairs)
         # Not torch.dot: its plain accumulation errs by 5e-6 of Σ|terms| over a block, the cascade of sum by 4e-8.
         sums[1] = u.mul_(g).sum()
         sums[2] = g.sum()
@@ -106,14 +93,14 @@ class _Positives:
         elif self.offset is not None:
             a.diagonal(self.offset).neg_()
 
-    def leave_out_(self, a: Tensor) -> None:
+    def exclude_(self, a: Tensor) -> None:
         """Softplus and sigmoid of -inf are 0."""
         if self.ignored is not None:
             a.masked_fill_(self.ignored, -math.inf)
 
 
 class _Masses:
-    """What a positive pair has of its anchors' masses: f, and 1 for every other pair.
+    """The part f of its anchors' masses that a positive pair has; 1 for every other pair.
 
     "weights": the term and dz times f. "soft_targets": f·softplus(a) + (1 - f)·softplus(-a), f·σ(a) - (1 - f)·σ(-a).
     """
@@ -137,7 +124,7 @@ class _Masses:
             g.addcmul_(self.opposite.sigmoid(), 1 - self.f, value=-1)
 
 
-def _weigh_(a: Tensor, pairs: PairSpec) -> Tensor:
+def _weight_(a: Tensor, pairs: PairSpec) -> Tensor:
     if pairs.image_weights is not None and pairs.text_weights is not None:
         a.mul_(pairs.image_weights[:, None]).mul_(pairs.text_weights[None, :])
     return a

@@ -17,8 +17,9 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip2 import modeling_siglip2
 from transformers.utils import can_return_tuple
 
-from siglip_kernels.agreement import refusing
-from siglip_kernels.distributed import Exchange, route
+from siglip_kernels.distributed import Exchange
+from siglip_kernels.distributed.exchange import exchange_spec
+from siglip_kernels.distributed.handshake import propagate_errors
 from siglip_kernels.loss import sigmoid_loss
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def _refuse_batch(M: int, N: int, process_group: Any) -> None:
     error = ValueError(f"pixel_values hold {M} images, input_ids {N} texts; with return_loss expected as many of both")
     if process_group is None:
         raise error
-    with refusing(route(process_group).process_groups()):
+    with propagate_errors(exchange_spec(process_group).process_groups()):
         raise error
 
 

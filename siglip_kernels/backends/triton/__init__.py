@@ -8,9 +8,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, Problem, even_blocks
+from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_blocks
 from siglip_kernels.backends.triton import configs
-from siglip_kernels.pairs import PairSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -19,7 +18,7 @@ class TritonBlockKernel(BlockKernel):
     """One launch a block: of the logits nothing reaches memory but dz and three sums a tile."""
 
     name = "triton"
-    aligns = True
+    pads_to_alignment = True
 
     def __init__(
         self,
@@ -63,25 +62,10 @@ class TritonBlockKernel(BlockKernel):
         """[3 · tiles] float32: the sums of every tile, of the smallest tile that a ragged block may take."""
         return torch.empty(3 * configs.most_tiles(R, C, self.config), dtype=torch.float32, device=problem.device)
 
-    def block(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        pairs: PairSpec,
-        *,
-        sums: Tensor,
-        dz: Tensor | None,
-        dz_scale: Tensor | None,
-        workspace: Tensor,
-        loss_only: bool = False,
-        stats: Tensor | None = None,
-    ) -> None:
+    def block(self, task: BlockTask) -> None:
         from siglip_kernels.backends.triton.launch import launch_block
 
-        task = x, y, scale, bias, pairs, sums, dz, dz_scale, workspace, loss_only, stats
-        launch_block(architecture(x.device), *task, self.config)
+        launch_block(architecture(task.x.device), task, self.config)
 
 
 def architecture(device: torch.device) -> str:

@@ -11,74 +11,54 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from siglip_kernels.backends.base import BlockTask
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.configs import Config, Variant
 from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel
+from siglip_kernels.gemm import pad_to_alignment
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.products import aligned
-from siglip_kernels.stats import SIZE, merged
+from siglip_kernels.stats import SIZE, reduce_stats
 
 
-def launch_block(
-    arch: str,
-    x: Tensor,  # [M, D]
-    y: Tensor,  # [N, D]
-    scale: Tensor,  # [] float32
-    bias: Tensor,  # [] float32
-    pairs: PairSpec,
-    sums: Tensor,  # [3] float64, out
-    dz: Tensor | None,  # [M, N], out
-    dz_scale: Tensor | None,  # [] float32
-    partials: Tensor,  # at least 3 · tiles float32
-    loss_only: bool,
-    stats: Tensor | None = None,  # [8] float64, out
-    config: Config | None = None,  # in place of the shipped one
-) -> None:
-    x, y = aligned(x), aligned(y)
-    variant = variant_of(arch, x, y, pairs, dz is not None, loss_only, stats is not None, config)
-    programs = triton.cdiv(x.shape[0], variant.config.block_m) * triton.cdiv(y.shape[0], variant.config.block_n)
-    partials = partials[: 3 * programs].view(3, programs)
-    stats_partials = None if stats is None else partials.new_empty(SIZE, programs)
-    arguments = _arguments(variant, x, y, scale, bias, pairs, dz, dz_scale, partials, stats_partials)
+def launch_block(arch: str, task: BlockTask, config: Config | None = None) -> None:
+    """``config``: in place of the shipped one."""
+    task = task._replace(x=pad_to_alignment(task.x), y=pad_to_alignment(task.y))
+    variant = variant_of(arch, task, config)
+    programs = triton.cdiv(len(task.x), variant.config.block_m) * triton.cdiv(len(task.y), variant.config.block_n)
+    partials = task.workspace[: 3 * programs].view(3, programs)
+    stats_partials = None if task.stats is None else partials.new_empty(SIZE, programs)
 
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        _sigmoid_block_kernel[(programs,)](*arguments, **_constants(variant))
-    written = 1 if loss_only else 3
+    with torch.cuda.device(task.x.device) if task.x.is_cuda else contextlib.nullcontext():
+        _sigmoid_block_kernel[(programs,)](**_arguments(variant, task, partials, stats_partials))
+    sums, written = task.sums, 1 if task.loss_only else 3
     torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
-    if stats is not None and stats_partials is not None:
-        stats.copy_(merged([stats_partials.T.to(stats.dtype)], stats.device, stats.dtype))
+    if task.stats is not None and stats_partials is not None:
+        dtype = task.stats.dtype
+        task.stats.copy_(reduce_stats([stats_partials.T.to(dtype)], task.stats.device, dtype))
 
 
-def variant_of(
-    arch: str,
-    x: Tensor,  # [M, D] aligned
-    y: Tensor,  # [N, D]
-    pairs: PairSpec,
-    write_dz: bool,
-    loss_only: bool,
-    stats: bool,
-    config: Config | None = None,
-) -> Variant:
+def variant_of(arch: str, task: BlockTask, config: Config | None = None) -> Variant:
     """The compilation that a block asks for; ``config``: in place of the shipped one, narrowed where need be."""
-    (M, D), N = x.shape, y.shape[0]
+    (M, D), N = task.x.shape, task.y.shape[0]
+    pairs, stats = task.pairs, task.stats is not None
     labels, masses = _labels(pairs, M, N), pairs.multi_positive or "none"
     general = configs.is_general(labels, masses, stats)
     if config is None:
-        config = configs.choose(arch, M, N, D, x.dtype, general)
+        config = configs.choose(arch, M, N, D, task.x.dtype, general)
     elif general:
         config = configs.narrowed(config)
     return Variant(
         arch,
-        x.dtype,
+        task.x.dtype,
         config,
-        configs.family(arch) in configs.TMA,
-        configs.precision(arch, x.dtype, _tf32_allowed()),
-        labels,
-        pairs.has_weights,
-        loss_only,
-        write_dz,
-        masses,
-        stats,
+        use_tma=configs.family(arch) in configs.TMA,
+        precision=configs.precision(arch, task.x.dtype, _tf32_allowed()),
+        labels=labels,
+        has_weights=pairs.has_weights,
+        loss_only=task.loss_only,
+        write_dz=task.dz is not None,
+        masses=masses,
+        stats=stats,
     )
 
 
@@ -89,54 +69,54 @@ def compile_variant(variant: Variant) -> Any:
     """
     config, empty = variant.config, partial(torch.empty, dtype=torch.float32, device="meta")
     M, N, D = config.block_m, config.block_n, config.block_d
-    x, y = (empty(rows, D, dtype=variant.dtype) for rows in (M, N))
-    dz = empty(M, N, dtype=variant.dtype) if variant.write_dz else None
-    dz_scale = empty(()) if variant.write_dz and variant.dtype is torch.float16 else None
-    arguments = _arguments(
-        *(variant, x, y, empty(()), empty(()), _pairs_of(variant, M, N), dz, dz_scale, empty(3, 1)),
-        empty(SIZE, 1) if variant.stats else None,
+    task = BlockTask(
+        x=empty(M, D, dtype=variant.dtype),
+        y=empty(N, D, dtype=variant.dtype),
+        scale=empty(()),
+        bias=empty(()),
+        pairs=_pairs_of(variant, M, N),
+        sums=empty(3),
+        dz=empty(M, N, dtype=variant.dtype) if variant.write_dz else None,
+        dz_scale=empty(()) if variant.write_dz and variant.dtype is torch.float16 else None,
+        workspace=None,
     )
-    return _sigmoid_block_kernel.warmup(*arguments, grid=(1,), **_constants(variant))
+    stats_partials = empty(SIZE, 1) if variant.stats else None
+    return _sigmoid_block_kernel.warmup(grid=(1,), **_arguments(variant, task, empty(3, 1), stats_partials))
 
 
 def _arguments(
     variant: Variant,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    pairs: PairSpec,
-    dz: Tensor | None,
-    dz_scale: Tensor | None,
+    task: BlockTask,
     partials: Tensor,  # [3, programs]
     stats_partials: Tensor | None,  # [8, programs]
-) -> tuple[Any, ...]:
-    """The kernel's, up to its constants."""
-    config, use_tma = variant.config, variant.use_tma
-    (M, D), N = x.shape, y.shape[0]
-    return (
-        _operand(x, use_tma, config.block_m, config.block_d),
-        _operand(y, use_tma, config.block_n, config.block_d),
-        None if dz is None else _operand(dz, use_tma, config.block_m, config.block_n // 4),
-        partials,
-        scale,
-        bias,
-        dz_scale,
-        pairs.image_ids,
-        pairs.text_ids,
-        pairs.image_weights,
-        pairs.text_weights,
-        pairs.image_masses,
-        pairs.text_masses,
-        stats_partials,
-        M,
-        N,
-        D,
-        x.stride(0),
-        y.stride(0),
-        0 if dz is None else dz.stride(0),
-        pairs.offset_within(M, N),
-    )
+) -> dict[str, Any]:
+    """Everything that the kernel takes, and how it is launched."""
+    config, use_tma, pairs, dz = variant.config, variant.use_tma, task.pairs, task.dz
+    (M, D), N = task.x.shape, task.y.shape[0]
+    return {
+        "x": _operand(task.x, use_tma, config.block_m, config.block_d),
+        "y": _operand(task.y, use_tma, config.block_n, config.block_d),
+        "dz": None if dz is None else _operand(dz, use_tma, config.block_m, config.block_n // 4),
+        "partials_ptr": partials,
+        "scale_ptr": task.scale,
+        "bias_ptr": task.bias,
+        "dz_scale_ptr": task.dz_scale,
+        "image_ids_ptr": pairs.image_ids,
+        "text_ids_ptr": pairs.text_ids,
+        "image_weights_ptr": pairs.image_weights,
+        "text_weights_ptr": pairs.text_weights,
+        "image_masses_ptr": pairs.image_masses,
+        "text_masses_ptr": pairs.text_masses,
+        "stats_ptr": stats_partials,
+        "M": M,
+        "N": N,
+        "D": D,
+        "stride_xm": task.x.stride(0),
+        "stride_yn": task.y.stride(0),
+        "stride_dzm": 0 if dz is None else dz.stride(0),
+        "positive_offset": pairs.offset_within(M, N),
+        **_constants(variant),
+    }
 
 
 def _constants(variant: Variant) -> dict[str, Any]:

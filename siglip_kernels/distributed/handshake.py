@@ -1,4 +1,4 @@
-"""What the ranks of a group tell each other before an exchange, so that none waits for what will never come."""
+"""Metadata that the ranks of a group exchange before any features, so that none waits for what will never come."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 ALGORITHMS = ("ring", "gather")
 
 
-class Said(NamedTuple):
-    """One rank's part; all integers."""
+class RankMetadata(NamedTuple):
+    """Of one rank's call; all integers."""
 
-    ready: int = 1  # 0: it has refused its own arguments
+    ready: int = 1  # 0: an argument was bad, and this rank raises
     texts: int = 0  # N
     D: int = 0
     dtype: int = 0  # of the features, in FEATURE_DTYPES
@@ -31,10 +31,10 @@ class Said(NamedTuple):
     text_gradient_dtype: int = 0  # in FEATURE_DTYPES
     same_upstream: int = 0
     backward: int = 0  # the exchange belongs to backward
-    ids: int = 0  # given
-    text_weights: int = 0  # given
-    gradients: int = 0  # any is wanted
-    text_gradients: int = 0  # wanted
+    has_ids: int = 0
+    has_text_weights: int = 0
+    needs_grad: int = 0  # any
+    needs_text_grad: int = 0
     images: int = 0  # M
     ignore_ids: int = 0
     multi_positive: int = 0  # in MULTI_POSITIVE
@@ -43,73 +43,74 @@ class Said(NamedTuple):
 
 # What must be the same on every rank: how a message names it, and its value. The first that differs is named, so the
 # dtype comes before that of text gradients, which by default follows it.
-ALIKE: dict[str, tuple[str, Callable[[int], Any]]] = {
+MUST_MATCH: dict[str, tuple[str, Callable[[int], Any]]] = {
     "backward": ("being in backward", bool),
     "algorithm": ("process_group: the algorithm of the exchange", ALGORITHMS.__getitem__),
     "same_upstream": ("process_group: same_upstream", bool),
     "D": ("image_features and text_features: D", int),
     "dtype": ("image_features and text_features: the dtype", FEATURE_DTYPES.__getitem__),
     "text_gradient_dtype": ("process_group: text_gradient_dtype", FEATURE_DTYPES.__getitem__),
-    "ids": ("image_ids and text_ids: being given", bool),
+    "has_ids": ("image_ids and text_ids: being given", bool),
     "ignore_ids": ("ignore_ids", bool),
     "multi_positive": ("multi_positive", MULTI_POSITIVE.__getitem__),
     "anchors": ("anchors", tuple(ANCHORS).__getitem__),
 }
 
 
-def agree(groups: Sequence[ProcessGroup], said: Said) -> list[Said]:
-    """What every rank said, in order; the same ValueError on every rank where that does not go together."""
-    ranks = _all_said(groups, said)
-    refusing = [rank for rank, other in enumerate(ranks) if not other.ready]
-    if refusing:
-        raise ValueError(f"{_named(refusing)} refused the arguments; the error there says why")
-    for name, (what, value) in ALIKE.items():
+def handshake(groups: Sequence[ProcessGroup], metadata: RankMetadata) -> list[RankMetadata]:
+    """The metadata of every rank, in order; the same ValueError on every rank where they do not fit together."""
+    ranks = _all_gather_metadata(groups, metadata)
+    failed = [rank for rank, other in enumerate(ranks) if not other.ready]
+    if failed:
+        raise ValueError(f"{_names(failed)} refused the arguments; the error there says why")
+    for name, (what, value) in MUST_MATCH.items():
         found: dict[int, list[int]] = {}
         for rank, other in enumerate(ranks):
             found.setdefault(getattr(other, name), []).append(rank)
         if len(found) > 1:
-            values = "; ".join(f"{value(v)} on {_named(where)}" for v, where in found.items())
+            values = "; ".join(f"{value(v)} on {_names(where)}" for v, where in found.items())
             raise ValueError(f"{what} must be the same on every rank of the group, got {values}")
     _check_gradients(ranks)
     return ranks
 
 
-def _check_gradients(ranks: Sequence[Said]) -> None:
-    without = [rank for rank, said in enumerate(ranks) if not said.gradients]
-    unwanted = [rank for rank, said in enumerate(ranks) if not said.text_gradients]
+def _check_gradients(ranks: Sequence[RankMetadata]) -> None:
+    without = [rank for rank, metadata in enumerate(ranks) if not metadata.needs_grad]
+    unwanted = [rank for rank, metadata in enumerate(ranks) if not metadata.needs_text_grad]
     if len(unwanted) == len(ranks):
         return
     if without:
         raise ValueError(
-            f"text_features require grad on other ranks, but {_named(without)} called with gradients off, or with "
+            f"text_features require grad on other ranks, but {_names(without)} called with gradients off, or with "
             "nothing that requires grad: expected gradients on all ranks or on none"
         )
     if unwanted and not ranks[0].same_upstream:
         raise ValueError(
-            f"text_features do not require grad on {_named(unwanted)}, but on other ranks: with same_upstream=False "
+            f"text_features do not require grad on {_names(unwanted)}, but on other ranks: with same_upstream=False "
             "they must on all ranks or on none"
         )
 
 
 @contextlib.contextmanager
-def refusing(groups: Sequence[ProcessGroup]) -> Iterator[None]:
-    """Tell the other ranks if this one refuses its arguments inside: they would wait for it."""
+def propagate_errors(groups: Sequence[ProcessGroup]) -> Iterator[None]:
+    """A TypeError or ValueError inside is raised here, and makes the handshake of the other ranks raise too."""
     try:
         yield
     except (TypeError, ValueError):
         with contextlib.suppress(RuntimeError):
-            _all_said(groups, Said(ready=0))
+            _all_gather_metadata(groups, RankMetadata(ready=0))
         raise
 
 
-def _all_said(groups: Sequence[ProcessGroup], said: Said) -> list[Said]:
+def _all_gather_metadata(groups: Sequence[ProcessGroup], metadata: RankMetadata) -> list[RankMetadata]:
     if all(dist.get_world_size(group) == 1 for group in groups):
-        return [said]
+        return [metadata]
     device = _device(groups[0])
     # On a stream of its own, so that reading the answer waits for no kernel of the training step.
     with torch.cuda.stream(_stream(torch.cuda.current_device())) if device.type == "cuda" else contextlib.nullcontext():
-        every = all_gather(torch.tensor(said, dtype=torch.int64, device=device), groups).tolist()
-    return [Said(*every[i : i + len(said)]) for i in range(0, len(every), len(said))]
+        every = all_gather(torch.tensor(metadata, dtype=torch.int64, device=device), groups).tolist()
+    size = len(metadata)
+    return [RankMetadata._make(every[i : i + size]) for i in range(0, len(every), size)]
 
 
 @functools.cache
@@ -135,5 +136,5 @@ def all_gather(t: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
     return t
 
 
-def _named(ranks: Sequence[int]) -> str:
+def _names(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

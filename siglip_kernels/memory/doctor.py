@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from siglip_kernels.backends.base import BlockKernel
-from siglip_kernels.footprint import BATCH_MULTIPLE, Footprint, Job, block_kernel, footprints
+from siglip_kernels.memory.footprint import BATCH_MULTIPLE, Footprint, Job, block_kernel, footprints
 from siglip_kernels.validation import FEATURE_DTYPES
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FEATURE_DTYPES}

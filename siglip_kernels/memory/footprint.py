@@ -7,7 +7,7 @@ eager            max((5 + 3·(W - 1))·b² + (2·W - 1)·b·D, b² + 3·b·D, 4�
 torch.compile    max(W·b² + 2·W·b·D, 4·b·D)
 ours             max(accumulators + dz + workspace + copies of operands + what the exchange holds,
                  accumulators + gradients), each in its own dtype; of one dtype, the accumulators become the gradients;
-                 on the CPU a piece of 2 MiB is added where they are rounded
+                 on the CPU a chunk of 2 MiB is added where they are rounded
 
 eager is open_clip's SigLipLoss ("bidir", "shift"). At its peak there are logits, labels, their product, logsigmoid and,
 on the CPU alone, logsigmoid's buffer; autograd keeps labels, product and buffer of every block, its texts and the
@@ -32,9 +32,10 @@ from torch.overrides import TorchFunctionMode
 from siglip_kernels import backends
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.backends.triton import DTYPES as TRITON_DTYPES
-from siglip_kernels.ops import CPU_PIECE
-from siglip_kernels.ring import Lane, SumsRing, Texts, TextsRing, World
-from siglip_kernels.schedule import BlockLoop, Wanted
+from siglip_kernels.distributed.ring import GradRing, RingAxis, RingTopology, TextRing, TextShard
+from siglip_kernels.gradients import CPU_CHUNK
+from siglip_kernels.request import NeedsGrad, Request
+from siglip_kernels.schedule import BlockLoop
 
 BATCH_MULTIPLE = 64  # in which the largest batch is sought
 GLOO_SEGMENTS = 2 * 2**20  # bytes beyond that copy: 1.9 MiB were measured, at two sizes
@@ -139,25 +140,32 @@ def ours(job: Job, kernel: BlockKernel, gather: bool = False) -> int:
     """Of sigmoid_loss with every gradient, batches of one size, neither ids nor weights; ``gather``: over one group."""
     b, D, W = job.batch, job.D, job.ranks
     x = torch.empty(b, D, dtype=job.dtype, device="meta")
-    scale = bias = torch.empty((), dtype=torch.float32, device="meta")
+    scale = torch.empty((), dtype=torch.float32, device="meta")
     held: list[Any] = []
     exchanged = 0  # once the last block's operands are gone
     with _Allocations(x, scale) as made:
-        loop = BlockLoop(kernel, job.problem(b * W if gather else b), x, scale, bias, Wanted())
-        held.append(loop.empty(b))
+        problem = job.problem(b * W if gather else b)
+        loop = BlockLoop(kernel, problem, Request(x, x, scale, scale), NeedsGrad())
+        held.append(loop.new_rows(b))
         if gather:
-            held += [x.new_empty(b * W, D), loop.empty(b * W)]
+            held += [x.new_empty(b * W, D), loop.new_rows(b * W)]
             if job.device.type == "cpu":  # gloo's reduce_scatter works on a copy
                 exchanged = b * W * D * loop.dtype.itemsize + GLOO_SEGMENTS
         elif W > 1:
-            lanes = Lane(0, job.nodes), Lane(0, W // job.nodes)
-            world = World(*lanes, [b] * W, [True] * W, loop.dtype, scale)
-            held += [TextsRing(world, Texts(x, None, None)), SumsRing(world, loop)]
+            topology = RingTopology(
+                outer=RingAxis(size=job.nodes),
+                inner=RingAxis(size=W // job.nodes),
+                sizes=[b] * W,
+                needs_text_grad=[True] * W,
+                grad_dtype=loop.dtype,
+                grad_scale=scale,
+            )
+            held += [TextRing(topology, TextShard(x, None, None)), GradRing(topology, loop)]
     accumulators = 2 * b * D * loop.dtype.itemsize
     backward = accumulators
     if loop.dtype is not job.dtype:
-        piece = CPU_PIECE if job.device.type == "cpu" else 0
-        backward += job.features + min(piece, b * D) * loop.dtype.itemsize
+        chunk = CPU_CHUNK if job.device.type == "cpu" else 0
+        backward += job.features + min(chunk, b * D) * loop.dtype.itemsize
     return max(made.bytes() + max(_operands(loop, kernel), exchanged), backward)
 
 
@@ -168,7 +176,7 @@ def _operands(loop: BlockLoop, kernel: BlockKernel) -> int:
         # Of one side, a block's copy is made while that of the block before is still there.
         further = max(R if R < problem.M else 0, C if C < problem.N else 0)
         return (R + C + further) * problem.D * loop.operand.itemsize
-    if kernel.aligns and problem.D % 16:
+    if kernel.pads_to_alignment and problem.D % 16:
         return (R + C) * -(-problem.D // 16) * 16 * loop.operand.itemsize
     return 0
 

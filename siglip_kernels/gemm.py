@@ -1,4 +1,4 @@
-"""The library's matrix products into a float32 (or float64) result, and operands as GPU kernels take them."""
+"""The library's GEMMs into a float32 (or float64) result, and operands as GPU kernels take them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def accumulates_in_float32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def matmul_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
+def gemm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
     """``out = a @ b``, or ``out += a @ b``: a [m, k], b [k, n] of one dtype, out [m, n] of that dtype or float32."""
     if a.dtype is not out.dtype and accumulates_in_float32(out.device):
         if accumulate:
@@ -27,12 +27,12 @@ def matmul_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> N
         torch.mm(a, b, out=out)
 
 
-def aligned(t: Tensor) -> Tensor:
-    """``t`` [rows, D], or a copy with zeros beside it, as TMA and vector loads want it: D and row stride multiples of
-    16 elements, base on 16 bytes. So no kernel is compiled, or proven, for anything else."""
+def pad_to_alignment(t: Tensor) -> Tensor:
+    """``t`` [rows, D], or a copy padded with zeros, as TMA and vector loads require: D and the row stride multiples of
+    16 elements, the base on 16 bytes. No kernel is compiled, or tested, for anything else."""
     if t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0:
         return t
-    aligned = t.new_empty(t.shape[0], -(-t.shape[1] // 16) * 16)
-    aligned[:, : t.shape[1]] = t
-    aligned[:, t.shape[1] :] = 0
-    return aligned
+    padded = t.new_empty(t.shape[0], -(-t.shape[1] // 16) * 16)
+    padded[:, : t.shape[1]] = t
+    padded[:, t.shape[1] :] = 0
+    return padded

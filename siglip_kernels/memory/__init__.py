@@ -1,0 +1,1 @@
+"""How much memory the loss takes on a rank, and the batch that fits."""

@@ -1,0 +1,93 @@
+"""One call of the loss as a value: validated once, then taken whole by operator, schedule and process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.pairs import PairSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# The tensors of a request, as the public functions name them, in the order of Request.tensors.
+TENSOR_NAMES = (
+    *("image_features", "text_features", "logit_scale", "logit_bias"),
+    *("image_ids", "text_ids", "image_weights", "text_weights"),
+)
+
+
+class ExchangeSpec(NamedTuple):
+    """:class:`~siglip_kernels.distributed.Exchange` as an operator's schema can hold it: its groups by name."""
+
+    group_names: str = ""  # one a line. None: one process; two: the group across nodes, the group within the node
+    algorithm: str = "ring"
+    text_gradient_dtype: torch.dtype | None = None
+    same_upstream: bool = True
+
+    def process_groups(self) -> list[ProcessGroup]:
+        from torch.distributed.distributed_c10d import _resolve_process_group
+
+        return [_resolve_process_group(name) for name in self.group_names.splitlines()]  # type: ignore[arg-type]
+
+
+ONE_PROCESS = ExchangeSpec()
+
+
+class NeedsGrad(NamedTuple):
+    """The arguments that a gradient is formed for."""
+
+    x: bool = True
+    y: bool = True
+    scale: bool = True
+    bias: bool = True
+
+    @property
+    def dz(self) -> bool:
+        """Whether dz itself is needed, or only its sums."""
+        return self.x or self.y
+
+    @property
+    def any(self) -> bool:
+        return self.x or self.y or self.scale or self.bias
+
+
+NO_GRAD = NeedsGrad(x=False, y=False, scale=False, bias=False)
+
+
+class Request(NamedTuple):
+    """The arguments of :func:`siglip_kernels.sigmoid_loss`, validated."""
+
+    x: Tensor  # [M, D] image features, cast as autocast says
+    y: Tensor  # [N, D] text features
+    scale: Tensor  # one element, any floating dtype
+    bias: Tensor | None  # the same
+    pairs: PairSpec = PairSpec()
+    reduction: str = "batchmean"
+    backend: str = "auto"
+    return_stats: bool = False
+    exchange: ExchangeSpec = ONE_PROCESS
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no pair is left out or shares a mass, and no statistics are asked for."""
+        return not (self.return_stats or self.pairs.ignore_ids or self.pairs.multi_positive)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """As TENSOR_NAMES has them."""
+        pairs = self.pairs
+        return (
+            *(self.x, self.y, self.scale, self.bias),
+            *(pairs.image_ids, pairs.text_ids, pairs.image_weights, pairs.text_weights),
+        )
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Request:
+        """The same call on other tensors, in the order of :meth:`tensors`."""
+        x, y, scale, bias, image_ids, text_ids, image_weights, text_weights = tensors
+        pairs = self.pairs._replace(
+            image_ids=image_ids, text_ids=text_ids, image_weights=image_weights, text_weights=text_weights
+        )
+        return self._replace(x=x, y=y, scale=scale, bias=bias, pairs=pairs)
