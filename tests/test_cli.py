@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ import torch
 import siglip_kernels
 from siglip_kernels import backends, build, console, testing
 from siglip_kernels.__main__ import main
-from siglip_kernels.backends.base import BlockKernel, Problem
+from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
 
 ROOT = Path(siglip_kernels.__file__).parents[1]
@@ -70,10 +69,10 @@ def test_check_of_a_right_backend() -> None:
 class Broken(EagerBlockKernel):
     """Forgets the last image of every block, as a wrong mask would."""
 
-    def block(self, *inputs: Any, **out: Any) -> None:
-        super().block(*inputs, **out)
-        if out["dz"] is not None:
-            out["dz"][-1] = 0
+    def block(self, task: BlockTask) -> None:
+        super().block(task)
+        if task.dz is not None:
+            task.dz[-1] = 0
 
 
 class Unable(EagerBlockKernel):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from siglip_kernels import backends, build, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends import cpu
-from siglip_kernels.backends.base import Gradients, Problem
+from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.cpu import CpuBlockKernel
 from siglip_kernels.backends.cpu_native import LEVELS, Native, load
 from siglip_kernels.pairs import PairSpec
@@ -208,14 +208,15 @@ def test_softplus_and_sigmoid_from_minus_to_plus_100(level: str, dtype: torch.dt
     softplus = np.logaddexp(0, u.numpy().astype(np.longdouble))
     dz = torch.empty(1, len(u), dtype=dtype)
     workspace = kernel.workspace(Problem(1, len(u), 1, dtype, CPU), 1, len(u))
-    arguments: Any = {"pairs": PairSpec(None), "dz_scale": None, "workspace": workspace}
-    kernel.block(one.view(1, 1), u.view(-1, 1), one, zero, sums=torch.empty(3, dtype=torch.float64), dz=dz, **arguments)
+    x, y, sums = one.view(1, 1), u.view(-1, 1), torch.empty(3, dtype=torch.float64)
+    task = BlockTask(x, y, one, zero, PairSpec(None), sums, dz, dz_scale=None, workspace=workspace)
+    kernel.block(task)
     exact = 1 / (1 + np.exp(-u.numpy().astype(np.longdouble)))
     assert ulps(dz[0].numpy(), exact).max() < 4
     loss = torch.empty(len(u), 3, dtype=torch.float64)
     for i in range(0, len(u), 5):
         at = u[i : i + 1].view(-1, 1)
-        kernel.block(one.view(1, 1), at, one, zero, sums=loss[i], dz=dz[:, :1], **arguments)
+        kernel.block(task._replace(y=at, sums=loss[i], dz=dz[:, :1]))
     assert ulps(loss[::5, 0].to(dtype).numpy(), softplus[::5]).max() < 3
 
 
@@ -248,9 +249,9 @@ def test_step(level: str, dtype: torch.dtype, r: int, c: int, D: int, begun: boo
     before = dx.clone(), dy.clone()
     sums, workspace = torch.empty(3, dtype=torch.float64), kernel.workspace(problem, r, c)
     scalars = scale.detach().to(dx.dtype), bias.detach().to(dx.dtype)
-    gradients = Gradients(dx[1:-1], begun, dy[1:-1], begun)
-    out: Any = {"sums": sums, "dz": dz, "dz_scale": None}
-    kernel.step(x, y, *scalars, PairSpec(), gradients=gradients, workspace=workspace, **out)
+    task = BlockTask(x, y, *scalars, PairSpec(), sums, dz, dz_scale=None, workspace=workspace)
+    grads: Any = {"dx": dx[1:-1], "accumulate_dx": begun, "dy": dy[1:-1], "accumulate_dy": begun}
+    kernel.block_and_grads(task._replace(**grads))
     logits = scalars[0].double() * (x.double() @ y.double().T) + scalars[1].double()
     exact = logits.sigmoid() - torch.eye(r, c, dtype=torch.float64)
     assert relative_l2(dz, exact) < {torch.float64: 1e-13, torch.float32: 2e-6}.get(x.dtype, 3e-3)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from siglip_kernels import dispatch, ops, validation
+from siglip_kernels import dispatch, validation
+from siglip_kernels.backends.base import BlockTask
 from siglip_kernels.backends.cpu import CpuBlockKernel
 from siglip_kernels.pairs import PairSpec
 from tests import differential
@@ -65,18 +66,18 @@ def _scale_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _a_tangent_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_refuse_transforms", lambda call=(): None)
+    monkeypatch.setattr(dispatch, "refuse_transforms", lambda tensors=(): None)
 
 
 def _last_column_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = CpuBlockKernel.step
+    original = CpuBlockKernel.block_and_grads
 
-    def step(self: Any, x: Any, y: Any, *others: Any, gradients: Any, **out: Any) -> None:
-        original(self, x, y, *others, gradients=gradients, **out)
-        if gradients.dx is not None:
-            gradients.dx[:, -1:] = 0
+    def block_and_grads(self: Any, task: BlockTask) -> None:
+        original(self, task)
+        if task.dx is not None:
+            task.dx[:, -1:] = 0
 
-    monkeypatch.setattr(CpuBlockKernel, "step", step)
+    monkeypatch.setattr(CpuBlockKernel, "block_and_grads", block_and_grads)
 
 
 MUTATIONS = (

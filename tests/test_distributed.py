@@ -15,8 +15,9 @@ from torch import Tensor
 
 import siglip_kernels
 from bench import load_module
-from siglip_kernels import SigLipLoss, distributed, ring, schedule, sigmoid_loss, sigmoid_loss_and_grads
-from siglip_kernels.distributed import Exchange
+from siglip_kernels import SigLipLoss, schedule, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels.distributed import Exchange, ring
+from siglip_kernels.distributed import schedule as distributed_schedule
 from siglip_kernels.testing import make_inputs, relative_l2
 from tests.ranks import Ranks, slices
 
@@ -349,24 +350,28 @@ def test_open_clips_own_loss(open_clip_loss_file: Path, world: int) -> None:
 
 # Changes to the exchange that the tests above must see.
 def positives_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    against = ring.against
-    monkeypatch.setattr(ring, "against", lambda pairs, texts, own: against(pairs, texts, True))
+    pairs_with = ring.pairs_with
+    monkeypatch.setattr(ring, "pairs_with", lambda pairs, texts, is_own: pairs_with(pairs, texts, True))
 
 
 def gradients_lost_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = ring.SumsRing.send
+    send = ring.GradRing.accumulate_and_send
 
-    def lossy(self: ring.SumsRing, o: int, i: int) -> None:
-        if self.world.rank == 1:
-            self.part.zero_()
+    def lossy(self: ring.GradRing, o: int, i: int) -> None:
+        if self.topology.rank == 1:
+            self.local.zero_()
         send(self, o, i)
 
-    monkeypatch.setattr(ring.SumsRing, "send", lossy)
+    monkeypatch.setattr(ring.GradRing, "accumulate_and_send", lossy)
 
 
-def own_gain_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = ring.World
-    monkeypatch.setattr(distributed, "World", lambda *parts: world(*parts[:-1], torch.ones_like(parts[-1])))
+def own_scale_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = ring.RingTopology
+
+    def without_scale(*, grad_scale: torch.Tensor, **parts: Any) -> ring.RingTopology:
+        return topology(**parts, grad_scale=torch.ones_like(grad_scale))
+
+    monkeypatch.setattr(distributed_schedule, "RingTopology", without_scale)
 
 
 def own_texts_only_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,11 +380,14 @@ def own_texts_only_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counts_of_the_own_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_with_masses_of_all", lambda pairs, dtype, *others: pairs.with_masses(dtype))
+    monkeypatch.setattr(
+        distributed_schedule, "_with_masses_of_all", lambda pairs, dtype, *others: pairs.with_masses(dtype)
+    )
 
 
 def masses_stay_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "Texts", lambda *parts: ring.Texts(*parts[:3], torch.zeros_like(parts[3])))
+    shard = ring.TextShard
+    monkeypatch.setattr(distributed_schedule, "TextShard", lambda *parts: shard(*parts[:3], torch.zeros_like(parts[3])))
 
 
 def call_mutated(rank: int, group: Any, batch: Batch, mutate: Callable[[pytest.MonkeyPatch], None]) -> Any:
@@ -389,7 +397,7 @@ def call_mutated(rank: int, group: Any, batch: Batch, mutate: Callable[[pytest.M
 
 
 @pytest.mark.parametrize(
-    "mutate", [positives_everywhere, gradients_lost_on_the_way, own_gain_for_every_rank, own_texts_only_in_the_mean]
+    "mutate", [positives_everywhere, gradients_lost_on_the_way, own_scale_for_every_rank, own_texts_only_in_the_mean]
 )
 def test_a_mutated_exchange_fails(ranks: Ranks, mutate: Callable[[pytest.MonkeyPatch], None]) -> None:
     batch = even(3, reduction="mean")

@@ -24,12 +24,13 @@ from torch.utils._pytree import tree_leaves
 
 from bench import contenders, load_module
 from bench.timing import MIB, peak_bytes
-from siglip_kernels import backends, doctor, footprint, sigmoid_loss
+from siglip_kernels import backends, sigmoid_loss
 from siglip_kernels.__main__ import main
 from siglip_kernels.backends.eager import EagerBlockKernel, Workspace
 from siglip_kernels.backends.triton import TritonBlockKernel
 from siglip_kernels.distributed import Exchange
-from siglip_kernels.footprint import COPIES, Job
+from siglip_kernels.memory import doctor, footprint
+from siglip_kernels.memory.footprint import COPIES, Job
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
@@ -297,7 +298,9 @@ def test_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_time_only_of_this_very_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """And of the backend that was measured, at the nearest batch."""
-    monkeypatch.setattr("siglip_kernels.footprint.backends.choose", lambda name, problem: backends.BACKENDS["eager"])
+    monkeypatch.setattr(
+        "siglip_kernels.memory.footprint.backends.choose", lambda name, problem: backends.BACKENDS["eager"]
+    )
     arguments = "base", "--batch", "5000", "--device", "cpu"
     monkeypatch.setattr(doctor, "_device_name", lambda device: doctor.TIMES[0].device)
     assert "no measurement on this device" in printed(capsys, *arguments)

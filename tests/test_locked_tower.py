@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
 from bench import load_module
+from siglip_kernels import gemm
 from siglip_kernels.backends.eager import EagerBlockKernel
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -31,22 +32,22 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 class Counted:
-    """What the eager kernel multiplies: the logits' product by block, a gradient's by matmul_."""
+    """What the eager kernel multiplies: the logits by block, a gradient by gemm.gemm_."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.blocks = self.gradients = 0
-        block, matmul_ = EagerBlockKernel.block, EagerBlockKernel.matmul_
+        block, gemm_ = EagerBlockKernel.block, gemm.gemm_
 
         def counted_block(kernel: EagerBlockKernel, *arguments: Any, **named: Any) -> None:
             self.blocks += 1
             block(kernel, *arguments, **named)
 
-        def counted_matmul_(kernel: EagerBlockKernel, *arguments: Any, **named: Any) -> None:
+        def counted_gemm_(*arguments: Any, **named: Any) -> None:
             self.gradients += 1
-            matmul_(kernel, *arguments, **named)
+            gemm_(*arguments, **named)
 
         monkeypatch.setattr(EagerBlockKernel, "block", counted_block)
-        monkeypatch.setattr(EagerBlockKernel, "matmul_", counted_matmul_)
+        monkeypatch.setattr(gemm, "gemm_", counted_gemm_)
 
     @property
     def products(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from siglip_kernels import backends, pairs, products, schedule, sigmoid_loss
+from siglip_kernels import backends, gemm, pairs, schedule, sigmoid_loss
 from siglip_kernels.backends import eager
+from siglip_kernels.backends.base import BlockTask
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.pairs import ANCHORS, PairSpec
 from siglip_kernels.testing import Report, check
@@ -30,119 +30,120 @@ class Kernel(EagerBlockKernel):
 
 
 class NegativesDropped(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        super().block(x, y, scale, bias, pairs, **out)
-        out["sums"].zero_()
-        if out["dz"] is not None:
-            out["dz"].mul_(pairs.positive_mask(*out["dz"].shape, x.device))
+    def block(self, task: BlockTask) -> None:
+        super().block(task)
+        task.sums.zero_()
+        if task.dz is not None:
+            task.dz.mul_(task.pairs.positive_mask(*task.dz.shape, task.x.device))
 
 
 class DiagonalOffByOne(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        offset = pairs.positive_offset
-        moved = PairSpec(None if offset is None else offset + 1, *list(vars(pairs).values())[1:])
-        super().block(x, y, scale, bias, moved, **out)
+    def block(self, task: BlockTask) -> None:
+        offset = task.pairs.positive_offset
+        moved = task.pairs._replace(positive_offset=None if offset is None else offset + 1)
+        super().block(task._replace(pairs=moved))
 
 
 class LastRaggedTileSkipped(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        whole = x.shape[0] // 16 * 16
-        rows, cols = slice(0, whole), slice(0, y.shape[0])
-        dz = out.pop("dz")
+    def block(self, task: BlockTask) -> None:
+        whole = task.x.shape[0] // 16 * 16
+        rows, cols = slice(0, whole), slice(0, task.y.shape[0])
+        dz = task.dz
         if dz is not None:
             dz.zero_()
             dz = dz[:whole]
-        super().block(x[:whole], y, scale, bias, pairs.block(rows, cols), dz=dz, **out)
+        super().block(task._replace(x=task.x[:whole], pairs=task.pairs.block(rows, cols), dz=dz))
 
 
 class WeightIgnored(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+    def block(self, task: BlockTask) -> None:
+        pairs = task.pairs
         unweighted = PairSpec(pairs.positive_offset, pairs.image_ids, pairs.text_ids, pairs.image_weights)
-        super().block(x, y, scale, bias, unweighted, **out)
+        super().block(task._replace(pairs=unweighted))
 
 
 class IdsIgnored(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        super().block(x, y, scale, bias, PairSpec(pairs.positive_offset, None, None, *pairs_weights(pairs)), **out)
+    def block(self, task: BlockTask) -> None:
+        pairs = task.pairs
+        weights = pairs.image_weights, pairs.text_weights
+        super().block(task._replace(pairs=PairSpec(pairs.positive_offset, None, None, *weights)))
 
 
 class Zeros(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        out["sums"].zero_()
-        if out["dz"] is not None:
-            out["dz"].zero_()
+    def block(self, task: BlockTask) -> None:
+        task.sums.zero_()
+        if task.dz is not None:
+            task.dz.zero_()
 
 
 class ZeroGradients(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        super().block(x, y, scale, bias, pairs, **out)
-        if out["dz"] is not None:
-            out["dz"].zero_()
+    def block(self, task: BlockTask) -> None:
+        super().block(task)
+        if task.dz is not None:
+            task.dz.zero_()
 
 
 class NothingWritten(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+    def block(self, task: BlockTask) -> None:
         pass
 
 
 class BiasIgnored(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        super().block(x, y, scale, torch.zeros_like(bias), pairs, **out)
+    def block(self, task: BlockTask) -> None:
+        super().block(task._replace(bias=torch.zeros_like(task.bias)))
 
 
 class NaiveSoftplus(Kernel):
     """log(1 + e) instead of log1p(e)."""
 
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        super().block(x, y, scale, bias, pairs, **out)
-        if not pairs.has_weights:
-            z = scale * (x @ y.T) + bias
-            z = torch.where(pairs.positive_mask(*z.shape, z.device), -z, z)
-            out["sums"][0] = (z.clamp(min=0) + torch.log(1 + torch.exp(-z.abs()))).sum()
+    def block(self, task: BlockTask) -> None:
+        super().block(task)
+        if not task.pairs.has_weights:
+            z = task.scale * (task.x @ task.y.T) + task.bias
+            z = torch.where(task.pairs.positive_mask(*z.shape, z.device), -z, z)
+            task.sums[0] = (z.clamp(min=0) + torch.log(1 + torch.exp(-z.abs()))).sum()
 
 
 class OneImageMass(Kernel):
     """k of the images is taken for 1."""
 
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+    def block(self, task: BlockTask) -> None:
+        pairs = task.pairs
         if pairs.image_masses is not None:
-            pairs = replace(pairs, image_masses=torch.full_like(pairs.image_masses, ANCHORS[pairs.anchors][0]))
-        super().block(x, y, scale, bias, pairs, **out)
+            pairs = pairs._replace(image_masses=torch.full_like(pairs.image_masses, ANCHORS[pairs.anchors][0]))
+        super().block(task._replace(pairs=pairs))
 
 
 class TextMassDropped(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
+    def block(self, task: BlockTask) -> None:
+        pairs = task.pairs
         if pairs.text_masses is not None:
-            pairs = replace(pairs, text_masses=torch.zeros_like(pairs.text_masses))
-        super().block(x, y, scale, bias, pairs, **out)
+            pairs = pairs._replace(text_masses=torch.zeros_like(pairs.text_masses))
+        super().block(task._replace(pairs=pairs))
 
 
 class TargetsAreWeights(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        kind = pairs.multi_positive and "weights"
-        super().block(x, y, scale, bias, replace(pairs, multi_positive=kind), **out)
+    def block(self, task: BlockTask) -> None:
+        kind = task.pairs.multi_positive and "weights"
+        super().block(task._replace(pairs=task.pairs._replace(multi_positive=kind)))
 
 
 class IgnoredPairsAreNegative(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        if pairs.ignore_ids:
-            pairs = PairSpec(pairs.positive_offset)
-        super().block(x, y, scale, bias, pairs, **out)
+    def block(self, task: BlockTask) -> None:
+        if task.pairs.ignore_ids:
+            task = task._replace(pairs=PairSpec(task.pairs.positive_offset))
+        super().block(task)
 
 
 class IgnoredPairsArePositive(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        super().block(x, y, scale, bias, replace(pairs, ignore_ids=False), **out)
+    def block(self, task: BlockTask) -> None:
+        super().block(task._replace(pairs=task.pairs._replace(ignore_ids=False)))
 
 
 class DiagonalIgnoredToo(Kernel):
-    def block(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: PairSpec, **out: Any) -> None:
-        offset = None if pairs.ignore_ids else pairs.positive_offset
-        super().block(x, y, scale, bias, replace(pairs, positive_offset=offset), **out)
-
-
-def pairs_weights(pairs: PairSpec) -> tuple[Tensor | None, Tensor | None]:
-    return pairs.image_weights, pairs.text_weights
+    def block(self, task: BlockTask) -> None:
+        offset = None if task.pairs.ignore_ids else task.pairs.positive_offset
+        super().block(task._replace(pairs=task.pairs._replace(positive_offset=offset)))
 
 
 def run_check(monkeypatch: pytest.MonkeyPatch, kernel: EagerBlockKernel, **selection: Any) -> Report:
@@ -209,11 +210,11 @@ def denominator_of_the_texts(original: Callable[..., Any]) -> Callable[..., Any]
 
 
 def products_rounded_to_bfloat16(original: Callable[..., Any]) -> Callable[..., Any]:
-    def matmul_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
+    def gemm_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
         original(out, a, b, accumulate=accumulate)
         out.copy_(out.bfloat16())
 
-    return matmul_
+    return gemm_
 
 
 def padding_counts(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,14 +226,14 @@ def one_is_missing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MUTATIONS = [
-    (pairs, "marked", padding_counts),
+    (pairs, "ids_and_validity", padding_counts),
     (pairs, "count_equal", one_is_missing),
     (schedule, "_blocks", last_block_skipped),
-    (products, "matmul_", products_overwrite),
-    (products, "matmul_", products_always_accumulate),
-    (products, "matmul_", products_rounded_to_bfloat16),
+    (gemm, "gemm_", products_overwrite),
+    (gemm, "gemm_", products_always_accumulate),
+    (gemm, "gemm_", products_rounded_to_bfloat16),
     (schedule, "denominator", denominator_of_the_texts),
-    (eager, "matmul_", products_rounded_to_bfloat16),
+    (eager, "gemm_", products_rounded_to_bfloat16),
 ]
 
 

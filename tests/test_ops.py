@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import checks
-from siglip_kernels import SigmoidLoss, backends, ops, products, sigmoid_loss, sigmoid_loss_and_grads
-from siglip_kernels.backends.base import Problem
+from siglip_kernels import SigmoidLoss, backends, gemm, ops, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
-from siglip_kernels.distributed import Route
+from siglip_kernels.request import ONE_PROCESS
 from siglip_kernels.testing import COLUMNS, Grads, Inputs, check, differentiate, gold, make_inputs, relative_l2
 
 loss_fn = partial(sigmoid_loss, backend="eager")
@@ -68,7 +68,7 @@ def operands(
     weights = [arguments.get(name) for name in ("image_weights", "text_weights")]
     kinds = [arguments.get("ignore_ids", False), arguments.get("multi_positive"), arguments.get("anchors", "both")]
     pairs = (*labels, *weights, *kinds)
-    return (x, y, t, b if bias else None, *pairs, arguments["reduction"], "eager", *Route(), *wanted, stats, None)
+    return (x, y, t, b if bias else None, *pairs, arguments["reduction"], "eager", stats, *ONE_PROCESS, *wanted, None)
 
 
 def test_uninitialised_memory_is_nan() -> None:
@@ -87,10 +87,10 @@ def test_uninitialised_memory_is_nan() -> None:
 @pytest.mark.parametrize("buffer", ["sums", "dz"])
 def test_an_unwritten_element_shows(monkeypatch: pytest.MonkeyPatch, buffer: str) -> None:
     class Forgetful(EagerBlockKernel):
-        def block(self, *inputs: Any, **out: Any) -> None:
+        def block(self, task: BlockTask) -> None:
             # The third sum, or row, is left as it was allocated.
-            tensor = out[buffer]
-            super().block(*inputs, **{**out, buffer: tensor.clone()})
+            tensor = getattr(task, buffer)
+            super().block(task._replace(**{buffer: tensor.clone()}))
             tensor[:2] = 0
 
     monkeypatch.setitem(backends.BACKENDS, "eager", Forgetful())
@@ -167,23 +167,23 @@ class RecordingKernel(EagerBlockKernel):
     def __init__(self) -> None:
         self.asked: list[tuple[bool, bool]] = []
 
-    def block(self, *inputs: Any, **out: Any) -> None:
-        self.asked.append((out["dz"] is not None, out.get("loss_only", False)))
-        super().block(*inputs, **out)
+    def block(self, task: BlockTask) -> None:
+        self.asked.append((task.dz is not None, task.loss_only))
+        super().block(task)
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[RecordingKernel, list[int]]:
     """The kernel in place of eager, and the rows of each feature-gradient product's result."""
     kernel, rows = RecordingKernel(), list[int]()
-    original = products.matmul_
+    original = gemm.gemm_
 
-    def matmul_(out: Tensor, *inputs: Tensor, **options: Any) -> None:
+    def gemm_(out: Tensor, *inputs: Tensor, **options: Any) -> None:
         rows.append(out.shape[0])
         original(out, *inputs, **options)
 
     monkeypatch.setitem(backends.BACKENDS, "eager", kernel)
-    monkeypatch.setattr(products, "matmul_", matmul_)
+    monkeypatch.setattr(gemm, "gemm_", gemm_)
     return kernel, rows
 
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels import products, schedule
+from siglip_kernels import gemm, schedule
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.schedule import Wanted
+from siglip_kernels.request import NeedsGrad, Request
+from siglip_kernels.schedule import Result
 from siglip_kernels.testing import gold, make_inputs, relative_l2
 
 
@@ -32,6 +33,10 @@ class Kernel(EagerBlockKernel):
         return super().workspace(problem, R, C)
 
 
+def run(kernel: EagerBlockKernel, request: Request, needs_grad: NeedsGrad = NeedsGrad()) -> Result:  # noqa: B008
+    return schedule.run(kernel, schedule.problem_of(request, needs_grad), request, needs_grad)
+
+
 # One block; exact multiples; ragged last blocks a side; one-row and one-column blocks; blocks beyond the problem.
 @pytest.mark.parametrize("block", [(60, 90), (20, 30), (7, 64), (1, 90), (60, 1), (1000, 1000)])
 @pytest.mark.parametrize("pairs", ["offset", "ids", "weights", "none"])
@@ -45,16 +50,16 @@ def test_any_split_gives_the_same_answer(block: tuple[int, int], pairs: str) -> 
     }[pairs]
     inputs = make_inputs(M, N, 24, torch.float64)
     expected = gold(inputs, **arguments)
-    result = schedule.run(Kernel(*block), *inputs, PairSpec(**arguments), "batchmean", Wanted())
-    _, dscale, dbias, gain = result.scalars
-    values = (result.loss, gain * result.dx, gain * result.dy, dscale, dbias)
+    result = run(Kernel(*block), Request(*inputs, PairSpec(**arguments)))
+    _, dscale, dbias, grad_scale = result.scalars
+    values = (result.loss, grad_scale * result.dx, grad_scale * result.dy, dscale, dbias)
     for name, value, right in zip(expected._fields, values, expected, strict=True):
         assert relative_l2(value, right) < 1e-12, (name, block, pairs)
 
 
 @pytest.mark.parametrize(("M", "N"), [(0, 5), (5, 0), (0, 0)])
 def test_no_pairs_give_zeros_not_uninitialised_memory(M: int, N: int) -> None:
-    result = schedule.run(Kernel(4, 4), *make_inputs(M, N, 8, torch.float32), PairSpec(), "sum", Wanted())
+    result = run(Kernel(4, 4), Request(*make_inputs(M, N, 8, torch.float32), reduction="sum"))
     assert result.loss == 0
     assert result.dx.shape == (M, 8)
     assert result.dy.shape == (N, 8)
@@ -68,22 +73,24 @@ def test_the_workspace_does_not_grow_with_the_batch() -> None:
     assert kernel.block_shape(problems[0]) == kernel.block_shape(problems[1])
     counted = Kernel(16, 32)
     for B in (64, 256):
-        schedule.run(counted, *make_inputs(B, B, 8, torch.float32), PairSpec(), "sum", Wanted())
+        run(counted, Request(*make_inputs(B, B, 8, torch.float32)))
     assert counted.elements == [16 * 32, 16 * 32]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "count"),
-    [(Wanted(), 2), (Wanted(dx=False), 1), (Wanted(dy=False), 1), (Wanted(dx=False, dy=False), 0)],
+    ("needs_grad", "count"),
+    [(NeedsGrad(), 2), (NeedsGrad(x=False), 1), (NeedsGrad(y=False), 1), (NeedsGrad(x=False, y=False), 0)],
 )
-def test_only_the_wanted_products_are_formed(monkeypatch: pytest.MonkeyPatch, wanted: Wanted, count: int) -> None:
+def test_only_the_needed_products_are_formed(
+    monkeypatch: pytest.MonkeyPatch, needs_grad: NeedsGrad, count: int
+) -> None:
     calls: list[Tensor] = []
-    original = products.matmul_
-    monkeypatch.setattr(products, "matmul_", lambda out, a, b, **k: (calls.append(out), original(out, a, b, **k)))
-    result = schedule.run(Kernel(8, 8), *make_inputs(8, 8, 4, torch.float32), PairSpec(), "sum", wanted)
+    original = gemm.gemm_
+    monkeypatch.setattr(gemm, "gemm_", lambda out, a, b, **k: (calls.append(out), original(out, a, b, **k)))
+    result = run(Kernel(8, 8), Request(*make_inputs(8, 8, 4, torch.float32)), needs_grad)
     assert len(calls) == count
-    assert result.dx.numel() == 32 * wanted.dx
-    assert result.dy.numel() == 32 * wanted.dy
+    assert result.dx.numel() == 32 * needs_grad.x
+    assert result.dy.numel() == 32 * needs_grad.y
 
 
 def test_float16_dz_is_carried_by_a_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +107,7 @@ def test_float16_dz_is_carried_by_a_power_of_two(monkeypatch: pytest.MonkeyPatch
             ),
             **pairs,
         )
-        result = schedule.run(Kernel(32, 64), x, y, scale, bias, PairSpec(**pairs), "batchmean", Wanted())
+        result = run(Kernel(32, 64), Request(x, y, scale, bias, PairSpec(**pairs)))
         return relative_l2(result.scalars[3] * result.dx, expected.image_features)
 
     heavy = {"image_weights": torch.full((64,), 1000.0), "text_weights": torch.full((64,), 0.3)}
@@ -116,6 +123,6 @@ def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(60, 90, 24, torch.float32)
     expected = gold(inputs, reduction="mean", **arguments)
     monkeypatch.setattr(schedule, "sum_dtype", lambda device: torch.float32)
-    result = schedule.run(Kernel(16, 32), *inputs, PairSpec(**arguments), "mean", Wanted())
+    result = run(Kernel(16, 32), Request(*inputs, PairSpec(**arguments), reduction="mean"))
     assert relative_l2(result.loss, expected.loss) < 1e-6
     assert relative_l2(result.scalars[3] * result.dx, expected.image_features) < 1e-6

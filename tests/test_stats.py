@@ -148,7 +148,7 @@ def swapped(original: Any) -> Any:
 
 
 def test_swapped_extremes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.eager, "measure", swapped(stats.measure))
+    monkeypatch.setattr(backends.eager, "measure_logits", swapped(stats.measure_logits))
     inputs = make_inputs(*SHAPE, torch.float32)
     _, found = sigmoid_loss(*inputs, backend="eager", return_stats=True)
     with pytest.raises(AssertionError, match="_min"):

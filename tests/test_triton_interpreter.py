@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels import products
+from siglip_kernels import gemm
 from siglip_kernels.backends import triton as backend
-from siglip_kernels.backends.base import Problem
+from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.pairs import PairSpec
 
@@ -106,18 +106,19 @@ def run_block(
     if dz is None and needs_dz:
         dz = torch.empty(M, -(-N // 16) * 16, dtype=x.dtype)[:, :N]
     sums = torch.empty(3, dtype=torch.float64)
-    kernel.block(
-        x,
-        y,
-        scale,
-        bias,
-        pairs,
+    task = BlockTask(
+        x=x,
+        y=y,
+        scale=scale,
+        bias=bias,
+        pairs=pairs,
         sums=sums,
         dz=dz,
         dz_scale=None if dz_scale is None else torch.tensor(dz_scale),
         workspace=kernel.workspace(problem, M, N),
         loss_only=loss_only,
     )
+    kernel.block(task)
     return Block(sums, dz)
 
 
@@ -292,7 +293,7 @@ def test_bitwise_repeatable() -> None:
 @pytest.mark.parametrize(("width", "columns"), [(32, slice(None)), (33, slice(None)), (48, slice(1, 33))])
 def test_operands_are_aligned(width: int, columns: slice) -> None:
     t = torch.randn(5, width)[:, columns]
-    aligned = products.aligned(t)
+    aligned = gemm.pad_to_alignment(t)
     assert aligned.data_ptr() % 16 == aligned.stride(0) % 16 == aligned.shape[1] % 16 == 0
     assert torch.equal(aligned[:, : t.shape[1]], t)
     assert not aligned[:, t.shape[1] :].any()

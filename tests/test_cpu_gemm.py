@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels import backends, sigmoid_loss, sigmoid_loss_and_grads
-from siglip_kernels.backends.cpu import CpuBlockKernel, products
+from siglip_kernels.backends.cpu import CpuBlockKernel, choose_gemm
 from siglip_kernels.backends.cpu_native import LEVELS, Machine, Native
 from siglip_kernels.testing import DTYPES, check, make_inputs, relative_l2
 
@@ -72,7 +72,7 @@ MACHINES = {
 @pytest.mark.parametrize(("machine", "float32", "bfloat16", "float16"), MACHINES.values(), ids=MACHINES)
 def test_products_of_a_machine(machine: Machine, float32: str, bfloat16: str, float16: str) -> None:
     dtypes = torch.float32, torch.bfloat16, torch.float16, torch.float64
-    assert [products(machine, dtype) for dtype in dtypes] == [float32, bfloat16, float16, "blas"]
+    assert [choose_gemm(machine, dtype) for dtype in dtypes] == [float32, bfloat16, float16, "blas"]
 
 
 def test_the_machine_at_hand(native: Native) -> None:
@@ -88,9 +88,9 @@ def test_the_machine_at_hand(native: Native) -> None:
 def test_a_level_under_test_has_no_vendor(native: Native, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that our own products are tested on Intel too."""
     monkeypatch.setattr(native, "machine", MACHINES["Sapphire Rapids, AMX masked"][0])
-    assert CpuBlockKernel()._products(torch.bfloat16) == "widened"
-    assert CpuBlockKernel("avx512_bf16")._products(torch.bfloat16) == "ours"
-    assert CpuBlockKernel("avx512_bf16")._products(torch.float16) == "widened"
+    assert CpuBlockKernel()._gemm(torch.bfloat16) == "widened"
+    assert CpuBlockKernel("avx512_bf16")._gemm(torch.bfloat16) == "ours"
+    assert CpuBlockKernel("avx512_bf16")._gemm(torch.float16) == "widened"
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_torch_multiplies_where_less_than_float32_is_allowed(
 def test_float16_by_mkl(kernel: CpuBlockKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs anywhere, only slower."""
     monkeypatch.setattr(kernel, "_machine", kernel._machine._replace(float16_products=True))
-    assert kernel._products(torch.float16) == "blas"
+    assert kernel._gemm(torch.float16) == "blas"
     report = check(partial(sigmoid_loss, backend="cpu"), dtypes=[torch.float16], shapes=[(130, 200, 96), (300, 40, 7)])
     assert report.ok, report
 
