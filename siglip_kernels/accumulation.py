@@ -8,13 +8,14 @@ through which those gradients are sent. The towers never hold more than one micr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from siglip_kernels.loss import sigmoid_loss
+from siglip_kernels.loss import LossArguments, sigmoid_loss
+from siglip_kernels.stats import LogitStats
 
 T = TypeVar("T")
 
@@ -28,14 +29,45 @@ class Encoded(NamedTuple):
     logit_bias: float | Tensor | None = None
 
 
+@overload
 def accumulate(
     micro_batches: Iterable[T],
     encode: Callable[[T], tuple[Any, ...] | Mapping[str, Any]],
     *,
     gradient: float | Tensor | None = None,
     no_sync: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    **loss_arguments: Any,
-) -> Any:
+    return_stats: Literal[False] = False,
+    **loss_arguments: Unpack[LossArguments],
+) -> Tensor: ...
+@overload
+def accumulate(
+    micro_batches: Iterable[T],
+    encode: Callable[[T], tuple[Any, ...] | Mapping[str, Any]],
+    *,
+    gradient: float | Tensor | None = None,
+    no_sync: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    return_stats: Literal[True],
+    **loss_arguments: Unpack[LossArguments],
+) -> tuple[Tensor, LogitStats]: ...
+@overload
+def accumulate(
+    micro_batches: Iterable[T],
+    encode: Callable[[T], tuple[Any, ...] | Mapping[str, Any]],
+    *,
+    gradient: float | Tensor | None = None,
+    no_sync: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    return_stats: bool,
+    **loss_arguments: Unpack[LossArguments],
+) -> Tensor | tuple[Tensor, LogitStats]: ...
+def accumulate(
+    micro_batches: Iterable[T],
+    encode: Callable[[T], tuple[Any, ...] | Mapping[str, Any]],
+    *,
+    gradient: float | Tensor | None = None,
+    no_sync: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    return_stats: bool = False,
+    **loss_arguments: Unpack[LossArguments],
+) -> Tensor | tuple[Tensor, LogitStats]:
     """One loss over all micro-batches; its gradients are added to every parameter, as ``loss.backward()`` would.
 
     They are those of the joined batch, the scale's and the bias's too. The memory is that of one micro-batch's graph
@@ -50,10 +82,11 @@ def accumulate(
         gradient: of the loss, as in ``Tensor.backward``: ``scaler.scale(torch.ones(()))`` under a GradScaler. None: 1.
         no_sync: of the DistributedDataParallel that ``encode`` runs; every backward but the last is inside. With
             static_graph=True torch refuses it. FSDP2 needs none.
-        loss_arguments: of :func:`sigmoid_loss`: ids and weights of the joined batch, reduction, backend, process_group.
+        return_stats, loss_arguments: of :func:`sigmoid_loss`: ids and weights of the joined batch, reduction, backend,
+            process_group.
 
     Returns:
-        The loss, a detached scalar; with ``return_stats``, and the :class:`~siglip_kernels.LogitStats`.
+        The loss, a detached scalar; with ``return_stats``, (loss, :class:`~siglip_kernels.LogitStats`).
 
     Raises:
         TypeError, ValueError: ``micro_batches`` is empty, ``encode`` returned something else, or as ``sigmoid_loss``.
@@ -63,7 +96,7 @@ def accumulate(
     if not batches:
         raise ValueError("micro_batches is empty; expected at least one")
     if len(batches) == 1:
-        return _backward(sigmoid_loss(*_encoded(encode(batches[0])), **loss_arguments), gradient)
+        return _backward(_loss([_encoded(encode(batches[0]))], return_stats, loss_arguments), gradient)
     grad_mode = torch.is_grad_enabled()
     states: list[Any] = []
     cached: list[Encoded] = []
@@ -73,14 +106,11 @@ def accumulate(
         with no_sync(), torch.set_grad_enabled(grad_mode and not cached):
             encoded = _encoded(encode(batch))
         if not cached:
-            wanted = [grad_mode and isinstance(t, Tensor) and t.requires_grad for t in encoded]
-        encoded = Encoded._make(map(_leaf, encoded, wanted))
+            needs_grad = [grad_mode and isinstance(t, Tensor) and t.requires_grad for t in encoded]
+        encoded = Encoded._make(map(_leaf, encoded, needs_grad))
         cached.append(encoded)
 
-    images, texts, *_ = zip(*cached, strict=True)
-    # Scale and bias are the last one's, whose backward is the one that DistributedDataParallel syncs.
-    loss = sigmoid_loss(torch.cat(images), torch.cat(texts), *cached[-1][2:], **loss_arguments)
-    loss = _backward(loss, gradient)
+    result = _backward(_loss(cached, return_stats, loss_arguments), gradient)
     for i, batch in enumerate(batches if grad_mode else []):
         with no_sync() if i + 1 < len(batches) else contextlib.nullcontext():
             _restore(states[i])
@@ -90,7 +120,21 @@ def accumulate(
             if pairs:
                 outputs, gradients = zip(*pairs, strict=True)
                 torch.autograd.backward(outputs, gradients)
-    return loss
+    return result
+
+
+def _loss(
+    batches: Sequence[Encoded], return_stats: bool, arguments: LossArguments
+) -> Tensor | tuple[Tensor, LogitStats]:
+    """Of the joined micro-batches."""
+    # Scale and bias are the last one's, whose backward is the one that DistributedDataParallel syncs.
+    scale, bias = batches[-1].logit_scale, batches[-1].logit_bias
+    if len(batches) == 1:
+        images, texts = batches[0].image_features, batches[0].text_features
+    else:
+        images = torch.cat([batch.image_features for batch in batches])
+        texts = torch.cat([batch.text_features for batch in batches])
+    return sigmoid_loss(images, texts, scale, bias, return_stats=return_stats, **arguments)
 
 
 def _leaf(value: Any, requires_grad: bool) -> Any:
@@ -102,12 +146,14 @@ def _gradient(leaf: Any) -> Tensor | None:
     return leaf.grad if isinstance(leaf, Tensor) else None
 
 
-def _backward(loss_and_stats: Any, gradient: float | Tensor | None) -> Any:
+def _backward(
+    result: Tensor | tuple[Tensor, LogitStats], gradient: float | Tensor | None
+) -> Tensor | tuple[Tensor, LogitStats]:
     """What ``sigmoid_loss`` returned, without its graph."""
-    loss, *stats = loss_and_stats if isinstance(loss_and_stats, tuple) else (loss_and_stats,)
+    loss, stats = result if isinstance(result, tuple) else (result, None)
     if loss.requires_grad:
         loss.backward(None if gradient is None else torch.as_tensor(gradient, dtype=loss.dtype, device=loss.device))
-    return (loss.detach(), *stats) if stats else loss.detach()
+    return loss.detach() if stats is None else (loss.detach(), stats)
 
 
 def _check_repeated(i: int, before: Encoded, again: Encoded) -> None:

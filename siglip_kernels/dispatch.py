@@ -22,6 +22,24 @@ _keys_of = torch._C._dispatch_keys
 _included = torch._C._dispatch_tls_local_include_set
 
 
+def _raw(*names: str) -> int:
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return functools.reduce(operator.or_, keys).raw_repr()
+
+
+# Of dense tensors on each device, made in inference mode or not.
+_ORDINARY_KEYS = {
+    device: (
+        _raw(device.upper(), f"Autocast{device.upper()}", f"Autograd{device.upper()}", "ADInplaceOrView"),
+        _raw(device.upper(), f"Autocast{device.upper()}"),
+    )
+    for device in DEVICES
+}
+_ORDINARY_KEYS_ANYWHERE = frozenset(keys for of_device in _ORDINARY_KEYS.values() for keys in of_device)
+# Of a thread without any mode, in inference mode or not.
+_DEFAULT_KEYS = _raw("BackendSelect", "ADInplaceOrView"), _raw("BackendSelect")
+
+
 def has_no_mode() -> bool:
     """Whether no compiler, dispatch mode, tracer or transform has to see this thread's calls, nor a forward-mode level.
 
@@ -29,17 +47,16 @@ def has_no_mode() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return _included().raw_repr() in _default_keys() and forward_ad._current_level < 0
+    return _included().raw_repr() in _DEFAULT_KEYS and forward_ad._current_level < 0
 
 
-def are_ordinary(tensors: Iterable[Tensor | None], device_type: str) -> bool:
-    """Whether all are dense tensors with memory of their own on ``device_type``, of torch's own class.
+def are_ordinary(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all are dense tensors of torch's own class, with memory of their own on one of DEVICES.
 
-    No dispatch key says otherwise, as those of any other kind do. Never on a device that is not of DEVICES.
+    No dispatch key says otherwise, as those of any other kind do.
     """
-    keys = _ordinary_keys(device_type)
-    for t in tensors:  # noqa: SIM110, a generator takes 1 µs more
-        if t is not None and not (type(t) in _CLASSES and _keys_of(t).raw_repr() in keys):
+    for t in tensors:
+        if t is not None and not (type(t) in _CLASSES and _keys_of(t).raw_repr() in _ORDINARY_KEYS_ANYWHERE):
             return False
     return True
 
@@ -47,7 +64,7 @@ def are_ordinary(tensors: Iterable[Tensor | None], device_type: str) -> bool:
 def may_be_read(t: Tensor) -> bool:
     """Whether nothing is known against what the dispatcher has handed on: of any class, on any device."""
     device_type = t.device.type
-    return device_type not in DEVICES or _keys_of(t).raw_repr() in _ordinary_keys(device_type)
+    return device_type not in DEVICES or _keys_of(t).raw_repr() in _ORDINARY_KEYS[device_type]
 
 
 def is_traced(*tensors: Tensor) -> bool:
@@ -94,24 +111,3 @@ def refuse_transforms(tensors: Iterable[Tensor | None] = ()) -> None:
             raise NotImplementedError(
                 "sigmoid_loss has no forward-mode derivative: use backward or torch.autograd.grad"
             )
-
-
-@functools.cache
-def _default_keys() -> tuple[int, ...]:
-    """Of a thread without any mode, in inference mode or not."""
-    return _raw("BackendSelect", "ADInplaceOrView"), _raw("BackendSelect")
-
-
-@functools.cache
-def _ordinary_keys(device_type: str) -> tuple[int, ...]:
-    """Of dense tensors, made in inference mode or not."""
-    if device_type not in DEVICES:
-        return ()
-    name = device_type.upper()
-    in_inference = name, f"Autocast{name}"
-    return _raw(*in_inference, f"Autograd{name}", "ADInplaceOrView"), _raw(*in_inference)
-
-
-def _raw(*names: str) -> int:
-    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
-    return functools.reduce(operator.or_, keys).raw_repr()

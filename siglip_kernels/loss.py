@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from siglip_kernels import backends, ops
 from siglip_kernels.distributed import Exchange
 from siglip_kernels.distributed.exchange import validate
-from siglip_kernels.stats import logit_stats
+from siglip_kernels.stats import LogitStats, logit_stats
 from siglip_kernels.validation import REDUCTIONS, one_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,52 @@ class SigmoidLossGrads(NamedTuple):
     logit_bias: Tensor | None  # likewise; None without a bias
 
 
+class LossArguments(TypedDict, total=False):
+    """The keyword arguments of :func:`sigmoid_loss` but for ``return_stats``, for type checkers."""
+
+    positive_offset: int | None
+    image_ids: Tensor | None
+    text_ids: Tensor | None
+    image_weights: Tensor | None
+    text_weights: Tensor | None
+    ignore_ids: bool
+    multi_positive: MultiPositive | None
+    anchors: Anchors
+    reduction: Reduction
+    backend: Backend
+    process_group: ProcessGroup | DeviceMesh | Exchange | None
+
+
+@overload
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **arguments: Unpack[LossArguments],
+) -> Tensor: ...
+@overload
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **arguments: Unpack[LossArguments],
+) -> tuple[Tensor, LogitStats]: ...
+@overload
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    return_stats: bool,
+    **arguments: Unpack[LossArguments],
+) -> Tensor | tuple[Tensor, LogitStats]: ...
 def sigmoid_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -70,7 +116,7 @@ def sigmoid_loss(
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
     process_group: ProcessGroup | DeviceMesh | Exchange | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, LogitStats]:
     """Sigmoid loss of every image-text pair, without ever holding the [M, N] logits.
 
     Args:
@@ -138,13 +184,40 @@ def sigmoid_loss(
         backend=backend,
         process_group=process_group,
     )
-    result = ops.differentiable(request)
-    if not return_stats:
-        return result
-    loss, totals = result
-    return loss, logit_stats(totals, loss.dtype)
+    loss, totals = ops.differentiable(request)
+    return loss if totals is None else (loss, logit_stats(totals, loss.dtype))
 
 
+@overload
+def sigmoid_loss_and_grads(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **arguments: Unpack[LossArguments],
+) -> SigmoidLossGrads: ...
+@overload
+def sigmoid_loss_and_grads(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **arguments: Unpack[LossArguments],
+) -> tuple[SigmoidLossGrads, LogitStats]: ...
+@overload
+def sigmoid_loss_and_grads(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    return_stats: bool,
+    **arguments: Unpack[LossArguments],
+) -> SigmoidLossGrads | tuple[SigmoidLossGrads, LogitStats]: ...
 def sigmoid_loss_and_grads(
     image_features: Tensor,
     text_features: Tensor,
@@ -163,7 +236,7 @@ def sigmoid_loss_and_grads(
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
     process_group: ProcessGroup | DeviceMesh | Exchange | None = None,
-) -> Any:
+) -> SigmoidLossGrads | tuple[SigmoidLossGrads, LogitStats]:
     """The loss and all its gradients at once, outside autograd: the building block of gradient caching.
 
     Takes the arguments of :func:`sigmoid_loss`, whether or not they require grad. Under autocast too, the gradients of
@@ -242,12 +315,21 @@ class SigmoidLoss(nn.Module):
         if self.logit_bias is not None and self.init_logit_bias is not None:
             nn.init.constant_(self.logit_bias, self.init_logit_bias)
 
-    def forward(self, image_features: Tensor, text_features: Tensor, **pairs: Any) -> Any:
-        """What :func:`sigmoid_loss` returns; ``pairs`` are its labels, weights and so on, by keyword."""
-        arguments = {"reduction": self.reduction, "backend": self.backend, **pairs}
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        *,
+        return_stats: bool = False,
+        **arguments: Unpack[LossArguments],
+    ) -> Tensor | tuple[Tensor, LogitStats]:
+        """What :func:`sigmoid_loss` returns, of its other keyword arguments."""
+        given: LossArguments = {"reduction": self.reduction, "backend": self.backend, **arguments}
         # In half precision exp would round the scale to eight or eleven bits.
         exact = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32))
-        return sigmoid_loss(image_features, text_features, exact.exp(), self.logit_bias, **arguments)
+        return sigmoid_loss(
+            image_features, text_features, exact.exp(), self.logit_bias, return_stats=return_stats, **given
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """A checkpoint's scalars in this module's shape, be they [] or [1]."""

@@ -158,7 +158,7 @@ def _is_direct(request: Request) -> bool:
     if not dispatch.has_no_mode():
         return False
     tensors = request.tensors()
-    if not dispatch.are_ordinary(tensors, request.x.device.type):
+    if not dispatch.are_ordinary(tensors):
         return False
     dispatch.check_memory(TENSOR_NAMES, tensors)
     return True
@@ -234,9 +234,7 @@ class _SigmoidLoss(torch.autograd.Function):
             dispatch.refuse_transforms()
             dy = ctx.compute(ctx.request.with_tensors(tensors), NO_GRAD._replace(y=True), grad).dy
             dy_scale = torch.ones_like(dx_scale)  # the upstream gradient is in dy, each rank's own
-        in_place = (
-            ctx.compute is _compute and dispatch.has_no_mode() and dispatch.are_ordinary((grad,), grad.device.type)
-        )
+        in_place = ctx.compute is _compute and dispatch.has_no_mode() and dispatch.are_ordinary((grad,))
         scale, overwrite = scaled if in_place else scaled_out_of_place, in_place and _is_last_backward(dx)
         needs_grad = ctx.needs_grad
         return (
@@ -250,8 +248,8 @@ class _SigmoidLoss(torch.autograd.Function):
         )
 
 
-def differentiable(request: Request) -> Any:
-    """The loss, with those gradients to come that autograd will ask for; with ``return_stats``: (loss, stats [8])."""
+def differentiable(request: Request) -> tuple[Tensor, Tensor | None]:
+    """(loss, stats [8]): with those gradients to come that autograd will ask for; stats None without return_stats."""
     if not _is_direct(request):
         dispatch.refuse_transforms(request.tensors())
         compute: Compute = _dispatched
@@ -264,7 +262,7 @@ def differentiable(request: Request) -> Any:
     if needs_grad.any:
         return _apply(request, needs_grad, compute)
     result = compute(request, needs_grad, None)
-    return (result.loss, result.stats) if request.return_stats else result.loss
+    return result.loss, result.stats if request.return_stats else None
 
 
 def loss_and_grads(request: Request, x_dtype: torch.dtype, y_dtype: torch.dtype) -> LossAndGrads:
@@ -289,9 +287,11 @@ def loss_and_grads(request: Request, x_dtype: torch.dtype, y_dtype: torch.dtype)
     )
 
 
-def _apply(request: Request, needs_grad: NeedsGrad, compute: Compute) -> Any:
-    # autograd sees only the tensors among a Function's own arguments.
-    return _SigmoidLoss.apply(request.x, request.y, request.scale, request.bias, request, needs_grad, compute)
+def _apply(request: Request, needs_grad: NeedsGrad, compute: Compute) -> tuple[Tensor, Tensor | None]:
+    # autograd sees only the tensors among a Function's own arguments, and those that it returns.
+    tensors = request.x, request.y, request.scale, request.bias
+    outputs = _SigmoidLoss.apply(*tensors, request, needs_grad, compute)
+    return outputs if request.return_stats else (outputs, None)
 
 
 def _dispatched(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -> Result:
@@ -341,11 +341,17 @@ def _derivative(run: Callable[..., Any], run_below_autograd: Callable[..., Any],
     def compute(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -> Result:
         return Result(*run(**_flatten(request, needs_grad, upstream)))
 
-    outputs = _apply(request, needs_grad, compute)
-    loss, stats = outputs if request.return_stats else (outputs, _new_stats(x, 0))
+    loss, stats = _apply(request, needs_grad, compute)
+    stats = _new_stats(x, 0) if stats is None else stats
     # Of the gradients nothing was asked for.
     none = x.new_empty((0, x.shape[1]), dtype=loss.dtype)
-    return loss, x.new_full((4,), math.nan, dtype=loss.dtype), none, none.clone(), stats
+    return (
+        loss,
+        x.new_full((4,), math.nan, dtype=loss.dtype),
+        none,
+        none.clone(),
+        _new_stats(x, 0) if stats is None else stats,
+    )
 
 
 def _sigmoid_loss_derivative(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:

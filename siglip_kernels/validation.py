@@ -207,7 +207,7 @@ def _dense(name: str, t: Tensor) -> None:
 
 def _readable(name: str, t: Tensor) -> None:
     """What is read before the operator looks at its memory."""
-    if not torch.compiler.is_compiling() and are_ordinary((t,), t.device.type):
+    if not torch.compiler.is_compiling() and are_ordinary((t,)):
         check_memory([name], [t])
 
 

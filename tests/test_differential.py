@@ -30,7 +30,7 @@ def test_a_sample_of_random_calls() -> None:
 
 def _short_cut_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every tensor were ordinary: lazily negated ones are read as they lie."""
-    monkeypatch.setattr(dispatch, "are_ordinary", lambda tensors, device_type: True)
+    monkeypatch.setattr(dispatch, "are_ordinary", lambda tensors: True)
     monkeypatch.setattr(dispatch, "check_memory", lambda names, tensors: None)
 
 

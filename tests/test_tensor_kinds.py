@@ -189,10 +189,10 @@ def test_what_is_ordinary() -> None:
     t = torch.ones(3, 4)
     assert dispatch.has_no_mode()
     for ordinary in (t, t[1:, ::2], t.int(), nn.Parameter(t), KINDS["inference"](t)):
-        assert dispatch.are_ordinary((ordinary, None), "cpu")
+        assert dispatch.are_ordinary((ordinary, None))
         dispatch.check_memory(["t"], [ordinary])
     for other in (torch._neg_view(t), t.to_sparse(), Wrapper(t), t.as_subclass(Named), t.to("meta")):
-        assert not dispatch.are_ordinary((t, other), "cpu")
+        assert not dispatch.are_ordinary((t, other))
     # Nothing is known of a device that torch has no name for: its tensors go by the dispatcher, and are not refused.
     assert dispatch.may_be_read(t.to("meta"))
     assert not dispatch.may_be_read(torch._neg_view(t))
