@@ -169,22 +169,22 @@ def _new_stats(x: Tensor, size: int) -> Tensor:
 
 
 @torch.library.register_fake("siglip_kernels::sigmoid_loss", lib=_library)
-def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake(*arguments: Any) -> Result:
     request, needs_grad, upstream = _restore(*arguments)
     x, y = request.x, request.y
     forms_dy = needs_grad.y and (request.exchange.same_upstream or upstream is not None)
     dtype = schedule.accumulator_dtype(x.dtype)
-    return (
-        x.new_empty((), dtype=dtype),
-        x.new_empty((4,), dtype=dtype),
-        x.new_empty((x.shape[0] if needs_grad.x else 0, x.shape[1]), dtype=dtype),
-        x.new_empty((y.shape[0] if forms_dy else 0, y.shape[1]), dtype=dtype),
-        _new_stats(x, SIZE if request.return_stats else 0),
+    return Result(
+        loss=x.new_empty((), dtype=dtype),
+        scalars=x.new_empty((4,), dtype=dtype),
+        dx=x.new_empty((x.shape[0] if needs_grad.x else 0, x.shape[1]), dtype=dtype),
+        dy=x.new_empty((y.shape[0] if forms_dy else 0, y.shape[1]), dtype=dtype),
+        stats=_new_stats(x, SIZE if request.return_stats else 0),
     )
 
 
 @torch.library.register_fake("siglip_kernels::exchange", lib=_library)
-def _exchange_fake(_order: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _exchange_fake(_order: Tensor, *arguments: Any) -> Result:
     return _fake(*arguments)
 
 
@@ -321,13 +321,13 @@ def _first_needed(request: Request, needs_grad: NeedsGrad) -> Tensor | None:
     return request.bias if needs_grad.bias else request.x if needs_grad.x else request.y
 
 
-def _derivative(run: Callable[..., Any], run_below_autograd: Callable[..., Any], *arguments: Any) -> tuple[Tensor, ...]:
+def _derivative(run: Callable[..., Any], run_below_autograd: Callable[..., Any], *arguments: Any) -> Result:
     """The operator as autograd meets it: with the gradients that it will ask for, and a loss that has a derivative."""
     request, asked, _ = _restore(*arguments)
     dispatch.refuse_transforms(request.tensors())
     needs_grad = _needed_by_autograd(request)
     if not needs_grad.any:
-        return run_below_autograd(*arguments)
+        return Result(*run_below_autograd(*arguments))
     if asked.any:
         raise RuntimeError(
             "sigmoid_loss is in a graph that was traced with its gradients, and cannot be differentiated twice: run "
@@ -342,24 +342,18 @@ def _derivative(run: Callable[..., Any], run_below_autograd: Callable[..., Any],
         return Result(*run(**_flatten(request, needs_grad, upstream)))
 
     loss, stats = _apply(request, needs_grad, compute)
-    stats = _new_stats(x, 0) if stats is None else stats
     # Of the gradients nothing was asked for.
     none = x.new_empty((0, x.shape[1]), dtype=loss.dtype)
-    return (
-        loss,
-        x.new_full((4,), math.nan, dtype=loss.dtype),
-        none,
-        none.clone(),
-        _new_stats(x, 0) if stats is None else stats,
-    )
+    scalars = x.new_full((4,), math.nan, dtype=loss.dtype)
+    return Result(loss, scalars, none, none.clone(), _new_stats(x, 0) if stats is None else stats)
 
 
-def _sigmoid_loss_derivative(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+def _sigmoid_loss_derivative(keys: Any, *arguments: Any) -> Result:
     operator = torch.ops.siglip_kernels.sigmoid_loss.default
     return _derivative(operator, partial(operator.redispatch, keys & torch._C._after_autograd_keyset), *arguments)
 
 
-def _exchange_derivative(keys: Any, order: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _exchange_derivative(keys: Any, order: Tensor, *arguments: Any) -> Result:
     operator = torch.ops.siglip_kernels.exchange.default
     below_autograd = partial(operator.redispatch, keys & torch._C._after_autograd_keyset, order)
     return _derivative(partial(operator, order), below_autograd, *arguments)

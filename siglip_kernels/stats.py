@@ -38,13 +38,16 @@ class LogitStats(NamedTuple):
 def logit_stats(totals: Tensor, dtype: torch.dtype) -> LogitStats:
     """Of ``totals`` [8], as block kernels write them and :func:`reduce_stats` adds them up."""
     positive_sum, negative_sum, positives, negatives, *extremes = totals.unbind()
-    means = positive_sum / positives, negative_sum / negatives
-    mean, others = (m.to(dtype) for m in means), (m.to(dtype) for m in extremes)
-    positive_mean, negative_mean = mean
-    positive_min, negative_min, positive_max, negative_max = others
+    positive_min, negative_min, positive_max, negative_max = (extreme.to(dtype) for extreme in extremes)
     return LogitStats(
-        *(positive_mean, positive_min, positive_max, positives.to(torch.int64)),
-        *(negative_mean, negative_min, negative_max, negatives.to(torch.int64)),
+        positive_mean=(positive_sum / positives).to(dtype),
+        positive_min=positive_min,
+        positive_max=positive_max,
+        positive_count=positives.to(torch.int64),
+        negative_mean=(negative_sum / negatives).to(dtype),
+        negative_min=negative_min,
+        negative_max=negative_max,
+        negative_count=negatives.to(torch.int64),
     )
 
 
