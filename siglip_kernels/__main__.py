@@ -36,19 +36,19 @@ def describe(device: torch.device) -> str:
     return f"{platform.machine()} {instructions}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
-def plain_calls(device: torch.device) -> dict[torch.dtype, Problem]:
+def sample_problems(device: torch.device) -> dict[torch.dtype, Problem]:
     """A call of each dtype that any backend should run."""
     return {dtype: Problem(M=1024, N=1024, D=768, dtype=dtype, device=device) for dtype in testing.DTYPES}
 
 
 def why_not(backend: str, device: torch.device) -> list[str]:
     """The reasons against a call in the dtype that suits the backend best, as known without compiling."""
-    reasons = fewest(backends.why_not(backend, call) for call in plain_calls(device).values())
+    reasons = fewest_reasons(backends.why_not(backend, call) for call in sample_problems(device).values())
     is_built = backend in build.TARGETS and build.is_built(build.TARGETS[backend])
     return reasons or (backends.BACKENDS[backend].prepare() if is_built else [])
 
 
-def fewest(reasons: Iterable[list[str]]) -> list[str]:
+def fewest_reasons(reasons: Iterable[list[str]]) -> list[str]:
     """Of one backend's in several dtypes, those in the dtype that suits it best."""
     return min(reasons, key=lambda found: len(found))
 
@@ -68,7 +68,7 @@ def info() -> int:
     return 0
 
 
-def build_ahead() -> int:
+def build_all() -> int:
     """Compile every target, those that failed before too; 1 when any fails."""
     build.remove_leftovers()
     failed = 0
@@ -92,12 +92,12 @@ def check(only: str | None, only_device: torch.device | None, quick: bool) -> in
     checked, failed = 0, 0
     for device in devices() if only_device is None else [only_device]:
         for backend in backends.NAMES[1:] if only is None else [only]:
-            plain = plain_calls(device)
-            reasons = {dtype: backends.unprepared(backend, call) for dtype, call in plain.items()}
+            plain = sample_problems(device)
+            reasons = {dtype: backends.why_not_prepared(backend, call) for dtype, call in plain.items()}
             possible = [dtype for dtype in plain if not reasons[dtype]]
             title = f"{backend} on {device} ({describe(device)})"
             if not possible:
-                print(f"{title}: not run: {'; '.join(fewest(reasons.values()))}")
+                print(f"{title}: not run: {'; '.join(fewest_reasons(reasons.values()))}")
                 continue
             report = judge(backend, device, possible, shapes, _progress)
             _progress(None)
@@ -117,7 +117,7 @@ def judge(
 ) -> testing.Report:
     """One backend against float64, on those of ``shapes`` and the pairs that it runs."""
     loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
-    only_plain = backends.only_plain(backend, plain_calls(device)[dtypes[0]])
+    only_plain = backends.runs_only_plain(backend, sample_problems(device)[dtypes[0]])
     return testing.check(
         loss_fn,
         device=device,
@@ -128,7 +128,7 @@ def judge(
     )
 
 
-def device_here(name: str) -> torch.device:
+def available_device(name: str) -> torch.device:
     """The device of that name, if it holds values and gives them back; else argparse prints the error."""
     try:
         torch.zeros(1, dtype=torch.float32, device=name).item()
@@ -151,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("build", help="compile ahead, for images and clusters; tries again what failed before")
     check_parser = commands.add_parser("check", help="gradient check against float64")
     check_parser.add_argument("--backend", choices=backends.NAMES[1:], help="only this one")
-    check_parser.add_argument("--device", type=device_here, help="only this one (default: every kind at hand)")
+    check_parser.add_argument(
+        "--device", type=available_device, help="only this one (default: every kind here)"
+    )
     check_parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
     doctor_parser = commands.add_parser("doctor", help="what eager and ours would take, and the batch that would fit")
     doctor.add_arguments(doctor_parser)
@@ -160,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return doctor.doctor(doctor_parser, chosen)
     if chosen.command == "check":
         return check(chosen.backend, chosen.device, chosen.quick)
-    return info() if chosen.command == "info" else build_ahead()
+    return info() if chosen.command == "info" else build_all()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ COMPILERS = {
     "nvcc": (("nvcc", "/usr/local/cuda/bin/nvcc"), ("-Xcompiler", "-fPIC")),
 }
 # What comes before those: a user's own commands, as conda and CUDA's installers set them.
-OWN_COMPILERS = {"cxx": ("$CXX",), "nvcc": ("$CUDACXX", "$NVCC", "$CUDA_HOME/bin/nvcc", "$CUDA_PATH/bin/nvcc")}
+COMPILER_VARIABLES = {"cxx": ("$CXX",), "nvcc": ("$CUDACXX", "$NVCC", "$CUDA_HOME/bin/nvcc", "$CUDA_PATH/bin/nvcc")}
 
 
 class BuildError(RuntimeError):
@@ -76,7 +76,7 @@ _X86 = (
     Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=avx512", *_AVX512)),
     Source("cpu/product.cpp", (*_AVX512, "-mavx512bf16")),
 )
-CPU_ANYWHERE = (
+CPU_PORTABLE_SOURCES = (
     Source("cpu/interface.cpp"),
     Source("cpu/machine.cpp"),
     Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=portable",)),
@@ -89,7 +89,7 @@ _SM90_HEADERS = (
 TARGETS = {  # by the backend's name
     "cpu": Target(
         "cpu",
-        CPU_ANYWHERE + (_X86 if platform.machine().lower() in ("x86_64", "amd64") else ()),
+        CPU_PORTABLE_SOURCES + (_X86 if platform.machine().lower() in ("x86_64", "amd64") else ()),
         headers=tuple(f"cpu/{name}.h" for name in _CPU_HEADERS),
         flags=("-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"),
     ),
@@ -110,19 +110,19 @@ TARGETS = {  # by the backend's name
 # What this process knows already: the library, or the reason why there is none.
 _outcomes: dict[Target, ctypes.CDLL | str] = {}
 # Those that the next ``load`` compiles even where what was built does not load.
-_forgotten: set[Target] = set()
+_to_retry: set[Target] = set()
 
 
 def load(target: Target) -> ctypes.CDLL:
     """The shared library, compiled now if no cache holds one that loads. BuildError, always the same, without one."""
-    outcome = _known(target)
+    outcome = _cached_outcome(target)
     if outcome is None:
         try:
             outcome = _build(target)
         except (BuildError, OSError) as error:
             outcome = str(error)
     _outcomes[target] = outcome
-    _forgotten.discard(target)
+    _to_retry.discard(target)
     if isinstance(outcome, str):
         raise BuildError(outcome)
     return outcome
@@ -135,13 +135,13 @@ def library(target: Target) -> Path:
 
 def why_not(target: Target) -> list[str]:
     """Why there is no library, as far as it is known without compiling; empty where ``load`` may succeed."""
-    outcome = _known(target)
+    outcome = _cached_outcome(target)
     return [outcome] if isinstance(outcome, str) else []
 
 
 def is_built(target: Target) -> bool:
     """Whether ``load`` succeeds without compiling."""
-    outcome = _known(target)
+    outcome = _cached_outcome(target)
     return outcome is not None and not isinstance(outcome, str)
 
 
@@ -156,25 +156,25 @@ def forget_failure(target: Target) -> None:
     """Let the next ``load`` compile what failed before, or did not load."""
     if isinstance(_outcomes.get(target), str):
         del _outcomes[target]
-    _forgotten.add(target)
+    _to_retry.add(target)
     with suppress(BuildError):
-        for folder in _folders(target, _compiler(target)[1], []):
+        for folder in _candidate_folders(target, _compiler(target)[1], []):
             with suppress(OSError):
                 (folder / "failed.txt").unlink()
 
 
 def remove_leftovers() -> None:
     """Remove what builds left that were killed."""
-    for root in _caches([]):
+    for root in _cache_roots([]):
         cache.remove_leftovers(root, TIMEOUT)
 
 
-def _known(target: Target) -> ctypes.CDLL | str | None:
+def _cached_outcome(target: Target) -> ctypes.CDLL | str | None:
     """The library, or why there is none; None where only compiling can tell."""
     outcome = _outcomes.get(target)
     if outcome is None:
         try:
-            outcome = _find(target)
+            outcome = _find_built(target)
         except (BuildError, OSError) as error:
             return str(error)
         if outcome is not None:
@@ -182,30 +182,30 @@ def _known(target: Target) -> ctypes.CDLL | str | None:
     return outcome
 
 
-def _find(target: Target) -> ctypes.CDLL | None:
+def _find_built(target: Target) -> ctypes.CDLL | None:
     """The library in a cache; None where it is still to be built. BuildError where that failed before, or cannot be."""
     if os.name != "posix":
         raise BuildError("native code is compiled on Linux and macOS only")
     refusals: list[str] = []
     try:
-        folders = _folders(target, _compiler(target)[1], refusals)
+        folders = _candidate_folders(target, _compiler(target)[1], refusals)
     except BuildError as error:
-        by_any = [folder for path in _folders(target, "*", []) for folder in path.parent.glob(path.name)]
-        found, reasons = _open(target, by_any)
+        by_any = [folder for path in _candidate_folders(target, "*", []) for folder in path.parent.glob(path.name)]
+        found, reasons = _load_first(target, by_any)
         if found is None:
             raise BuildError("; ".join([str(error), *reasons])) from None
         return found
     may_build, failure = False, ""
     for folder in folders:
-        found, reasons = _open(target, [folder])
+        found, reasons = _load_first(target, [folder])
         if found is not None:
             return found
-        reasons = reasons or cache.unusable(folder)
+        reasons = reasons or cache.why_unusable(folder)
         may_build |= not reasons
         refusals += reasons
         with suppress(OSError):
             failure = failure or (folder / "failed.txt").read_text(encoding="utf-8", errors="replace")
-    if failure and target not in _forgotten:
+    if failure and target not in _to_retry:
         raise BuildError(f"{failure} (remembered: python -m siglip_kernels build tries again)")
     _ninja()
     if not may_build:
@@ -213,16 +213,16 @@ def _find(target: Target) -> ctypes.CDLL | None:
     return None
 
 
-def _open(target: Target, folders: Iterable[Path]) -> tuple[ctypes.CDLL | None, list[str]]:
+def _load_first(target: Target, folders: Iterable[Path]) -> tuple[ctypes.CDLL | None, list[str]]:
     """The library in one of the folders, loaded; and why those do not load that count as built."""
     reasons = []
     for folder in folders:
-        for path in cache.whole(folder, target.name):
+        for path in cache.intact(folder, target.name):
             try:
                 return ctypes.CDLL(str(path)), []
             except OSError as error:
-                reasons.append(_words_of(error, folder.parent))
-    return None, [] if target in _forgotten else reasons
+                reasons.append(_describe_error(error, folder.parent))
+    return None, [] if target in _to_retry else reasons
 
 
 def _build(target: Target) -> ctypes.CDLL:
@@ -230,14 +230,14 @@ def _build(target: Target) -> ctypes.CDLL:
     command, key = _compiler(target)
     remove_leftovers()
     refusals: list[str] = []
-    for folder in _folders(target, key, refusals, make=True):
-        found, reasons = _open(target, [folder])  # another process may have built it meanwhile
-        reasons = reasons or cache.unusable(folder)
+    for folder in _candidate_folders(target, key, refusals, make=True):
+        found, reasons = _load_first(target, [folder])  # another process may have built it meanwhile
+        reasons = reasons or cache.why_unusable(folder)
         if found is None and not reasons:
             try:
                 found = ctypes.CDLL(str(_build_in(folder, target, command)))
             except OSError as error:
-                reasons = [_words_of(error, folder.parent)]
+                reasons = [_describe_error(error, folder.parent)]
         if found is not None:
             return found
         refusals += reasons
@@ -248,7 +248,7 @@ def _build_in(folder: Path, target: Target, command: list[str]) -> Path:
     """The library, compiled in a private folder below ``folder``; OSError where that does not serve."""
     folder.mkdir(parents=True, exist_ok=True)
     failed = folder / "failed.txt"
-    with cache.private(folder) as private:
+    with cache.private_folder(folder) as private:
         try:
             _compile(target, command, private)
         except BuildError as error:
@@ -262,7 +262,7 @@ def _build_in(folder: Path, target: Target, command: list[str]) -> Path:
         return cache.store(private / f"{target.name}.so", folder)
 
 
-def _words_of(error: OSError, path: Path) -> str:
+def _describe_error(error: OSError, path: Path) -> str:
     """The system's words, with the path, which the loader's words begin with."""
     words = error.strerror or str(error)
     return words if str(path) in words else f"{path}: {words}"
@@ -270,8 +270,8 @@ def _words_of(error: OSError, path: Path) -> str:
 
 def _compile(target: Target, command: list[str], folder: Path) -> None:
     """Run ninja in ``folder``."""
-    places = f"compiler = {_words(*command)}\nincludes = -I{_words(str(CSRC))}\ncsrc = {_dollars(str(CSRC))}\n"
-    (folder / "build.ninja").write_text(places + _rules(target), encoding="utf-8")
+    places = f"compiler = {_quote(*command)}\nincludes = -I{_quote(str(CSRC))}\ncsrc = {_escape_dollars(str(CSRC))}\n"
+    (folder / "build.ninja").write_text(places + _ninja_rules(target), encoding="utf-8")
     name = shlex.join([Path(command[0]).name, *command[1:]])
     with subprocess.Popen(
         [_ninja()],
@@ -297,22 +297,22 @@ def _compile(target: Target, command: list[str], folder: Path) -> None:
         raise BuildError(f"{name}: {_first_errors(output)}")
 
 
-def _rules(target: Target) -> str:
+def _ninja_rules(target: Target) -> str:
     """What ninja is told, but for the places of the compiler and of csrc/."""
-    flags, link_flags = _words(*COMPILERS[target.compiler][1], *target.flags), _words(*target.link_flags)
+    flags, link_flags = _quote(*COMPILERS[target.compiler][1], *target.flags), _quote(*target.link_flags)
     text = f"rule compile\n  command = $compiler {flags} $includes $flags -c $in -o $out\n"
     text += f"rule link\n  command = $compiler -shared $in -o $out {link_flags}\n"
     for i, source in enumerate(target.sources):
-        path = _dollars(source.path).replace(" ", "$ ").replace(":", "$:")
-        text += f"build {i}.o: compile $csrc/{path}\n  flags = {_words(*source.flags)}\n"
+        path = _escape_dollars(source.path).replace(" ", "$ ").replace(":", "$:")
+        text += f"build {i}.o: compile $csrc/{path}\n  flags = {_quote(*source.flags)}\n"
     return text + f"build {target.name}.so: link {' '.join(f'{i}.o' for i in range(len(target.sources)))}\n"
 
 
-def _words(*words: str) -> str:
-    return _dollars(shlex.join(words))
+def _quote(*words: str) -> str:
+    return _escape_dollars(shlex.join(words))
 
 
-def _dollars(text: str) -> str:
+def _escape_dollars(text: str) -> str:
     return text.replace("$", "$$")
 
 
@@ -339,7 +339,7 @@ def _ninja() -> str:
 def _compiler(target: Target) -> tuple[list[str], str]:
     """The command and its key: the user's own, else the first usual one on the PATH."""
     reasons = []
-    for command, otherwise in _commands(target.compiler):
+    for command, otherwise in _compiler_commands(target.compiler):
         try:
             if command:
                 done = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=TIMEOUT)
@@ -350,17 +350,17 @@ def _compiler(target: Target) -> tuple[list[str], str]:
     raise BuildError("no compiler: " + "; ".join(reasons))
 
 
-def _commands(compiler: str) -> Iterator[tuple[list[str], str]]:
+def _compiler_commands(compiler: str) -> Iterator[tuple[list[str], str]]:
     """What may be run, by preference; none and why where there is no such program."""
-    for name in OWN_COMPILERS[compiler]:
+    for name in COMPILER_VARIABLES[compiler]:
         text = os.path.expandvars(name)
         if text not in (name, ""):  # the variable is set
-            yield _command(text), f"{name} is {text!r}, which names no program"
+            yield _resolve_command(text), f"{name} is {text!r}, which names no program"
     names = COMPILERS[compiler][0]
-    yield next(filter(None, map(_command, names)), []), f"none of {', '.join(names)} is on the PATH"
+    yield next(filter(None, map(_resolve_command, names)), []), f"none of {', '.join(names)} is on the PATH"
 
 
-def _command(text: str) -> list[str]:
+def _resolve_command(text: str) -> list[str]:
     """A program's path, which may hold spaces, or a command's words, as ``ccache g++``; none where it is not there."""
     with suppress(ValueError):  # a quotation without its end
         for words in ([text], shlex.split(text)):
@@ -370,23 +370,26 @@ def _command(text: str) -> list[str]:
     return []
 
 
-def _folders(target: Target, compiler_key: str, refusals: list[str], make: bool = False) -> Iterator[Path]:
+def _candidate_folders(target: Target, compiler_key: str, refusals: list[str], make: bool = False) -> Iterator[Path]:
     """The target's folder in each cache, by preference; ``refusals`` takes the reasons why there are no more."""
-    parts = [_rules(target).encode(), repr((torch.__version__, sysconfig.get_platform(), platform.libc_ver())).encode()]
+    parts = [
+        _ninja_rules(target).encode(),
+        repr((torch.__version__, sysconfig.get_platform(), platform.libc_ver())).encode(),
+    ]
     try:
         for path in [*(source.path for source in target.sources), *target.headers]:
             parts += [path.encode(), (CSRC / path).read_bytes()]
     except OSError as error:
         raise BuildError(f"a source of {target.name!r} cannot be read: {error}") from error
     name = f"{target.name}-{_digest(*parts)}-{compiler_key}"
-    return (root / name for root in _caches(refusals, make))
+    return (root / name for root in _cache_roots(refusals, make))
 
 
 def _digest(*parts: bytes) -> str:
     return cache.digest(b"".join(hashlib.sha256(part).digest() for part in parts))
 
 
-def _caches(refusals: list[str], make: bool = False) -> Iterator[Path]:
+def _cache_roots(refusals: list[str], make: bool = False) -> Iterator[Path]:
     """The user's folder, then one below the temporary folder that only this user can write to: ``make`` makes that."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # A relative one is to be ignored, as the XDG standard says; a user without a home keeps the ~.
@@ -395,6 +398,6 @@ def _caches(refusals: list[str], make: bool = False) -> Iterator[Path]:
     else:
         refusals.append(f"{base} is no absolute path")
     try:
-        yield cache.below_temporary("siglip_kernels", make)
+        yield cache.temporary_root("siglip_kernels", make)
     except OSError as error:
         refusals.append(str(error))

@@ -16,25 +16,25 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-PRIVATE = "build-"
+PRIVATE_PREFIX = "build-"
 
 
-def whole(folder: Path, name: str) -> list[Path]:
+def intact(folder: Path, name: str) -> list[Path]:
     """The ``name.<digest>.so`` whose bytes have that digest, the newest first."""
     found = []
     for path in folder.glob(f"{name}.*.so"):
         with suppress(OSError):
-            if path.is_file() and path.name == _stored_name(path, name):
+            if path.is_file() and path.name == _content_name(path, name):
                 found.append((path.stat().st_mtime_ns, path))
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def store(file: Path, folder: Path) -> Path:
-    """Rename ``file``, a .so, to its place in ``folder``, where those of its name that are not whole are removed."""
-    place = folder / _stored_name(file, file.stem)
-    with locked(folder) as held:
+    """Rename ``file``, a .so, to its place in ``folder``, where those of its name that are not intact are removed."""
+    place = folder / _content_name(file, file.stem)
+    with folder_lock(folder) as held:
         if held:  # else another process may repair one between the look at it and its removal
-            for other in set(folder.glob(f"{file.stem}*.so")) - {place, *whole(folder, file.stem)}:
+            for other in set(folder.glob(f"{file.stem}*.so")) - {place, *intact(folder, file.stem)}:
                 with suppress(OSError):
                     other.unlink()
         os.replace(file, place)
@@ -42,27 +42,27 @@ def store(file: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def private(folder: Path) -> Iterator[Path]:
+def private_folder(folder: Path) -> Iterator[Path]:
     """A new folder in ``folder``, which is removed at the end; OSError where that cannot be written."""
     with ExitStack() as stack:
-        with locked(folder):  # as it is by whoever looks for leftovers
-            path = Path(tempfile.mkdtemp(dir=folder, prefix=PRIVATE))
-            stack.enter_context(locked(path))
+        with folder_lock(folder):  # as it is by whoever looks for leftovers
+            path = Path(tempfile.mkdtemp(dir=folder, prefix=PRIVATE_PREFIX))
+            stack.enter_context(folder_lock(path))
         try:
             yield path
         finally:
-            _remove(path)
+            _remove_tree(path)
 
 
 def remove_leftovers(root: Path, seconds: float) -> None:
     """Remove the private folders of dead builders from the folders in ``root``; without locks, those that old."""
-    for path in root.glob(f"*/{PRIVATE}*"):
-        with suppress(OSError), locked(path.parent), locked(path, wait=False) as held:
+    for path in root.glob(f"*/{PRIVATE_PREFIX}*"):
+        with suppress(OSError), folder_lock(path.parent), folder_lock(path, wait=False) as held:
             if held or (held is None and time.time() - path.stat().st_mtime > seconds):
-                _remove(path)
+                _remove_tree(path)
 
 
-def below_temporary(name: str, make: bool) -> Path:
+def temporary_root(name: str, make: bool) -> Path:
     """A folder that only this user can write to, which ``make`` makes; OSError where it is another's."""
     folder = Path(tempfile.gettempdir(), f"{name}-{os.getuid()}")
     if make:
@@ -75,7 +75,7 @@ def below_temporary(name: str, make: bool) -> Path:
     return folder
 
 
-def unusable(folder: Path) -> list[str]:
+def why_unusable(folder: Path) -> list[str]:
     """Why ``folder``, which need not be there yet, takes no library to be loaded, as far as it shows without trying."""
     while not os.path.lexists(folder):
         folder = folder.parent
@@ -87,7 +87,7 @@ def unusable(folder: Path) -> list[str]:
 
 
 @contextmanager
-def locked(folder: Path, wait: bool = True) -> Iterator[bool | None]:
+def folder_lock(folder: Path, wait: bool = True) -> Iterator[bool | None]:
     """Hold the folder's lock: True. False where another process has it; None where the file system has no locks."""
     import fcntl  # not on Windows
 
@@ -113,11 +113,11 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _stored_name(file: Path, name: str) -> str:
+def _content_name(file: Path, name: str) -> str:
     return f"{name}.{digest(file.read_bytes())}.so"
 
 
-def _remove(folder: Path) -> None:
+def _remove_tree(folder: Path) -> None:
     # A compiler that outlived its builder may write into it once more.
     for _ in range(3):
         shutil.rmtree(folder, ignore_errors=True)

@@ -27,14 +27,14 @@ ASCII = {
     "Π": "prod",
     "μ": "u",
 }
-INTERRUPTED, NO_READER = 130, 141  # as a shell reports what SIGINT and SIGPIPE end
+SIGINT_STATUS, SIGPIPE_STATUS = 130, 141  # as a shell reports what SIGINT and SIGPIPE end
 
 
 class OutputError(Exception):
     """Standard output cannot be written to, for the OSError given; no OSError itself, which argparse would swallow."""
 
 
-class Stream:
+class GuardedStream:
     """A standard stream: what it cannot write is an OutputError, or ignored."""
 
     def __init__(self, stream: Any, ignore: bool = False) -> None:
@@ -62,23 +62,23 @@ def run(main: Callable[[], int]) -> int:
     """``main``'s exit status; 130 after Ctrl-C, 141 where the reader has gone, 1 where the output is lost otherwise."""
     _open_streams()
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr, ignore=True)
+    sys.stdout, sys.stderr = GuardedStream(sys.stdout), GuardedStream(sys.stderr, ignore=True)
     try:
         try:
             return main()
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return SIGINT_STATUS
     except OutputError as error:
         (cause,) = error.args
         if isinstance(cause, BrokenPipeError):
-            return NO_READER
+            return SIGPIPE_STATUS
         print(f"error: the output cannot be written: {cause.strerror}", file=sys.stderr)
         return 1
     finally:
         sys.stdout, sys.stderr = streams
-        _give_up_unwritten()
+        _discard_unwritten()
 
 
 def _open_streams() -> None:
@@ -90,13 +90,13 @@ def _open_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
-    codecs.register_error("siglip_kernels.ascii", _in_ascii)
+    codecs.register_error("siglip_kernels.ascii", _to_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="siglip_kernels.ascii")
 
 
-def _give_up_unwritten() -> None:
+def _discard_unwritten() -> None:
     """The interpreter would try again at its end, and say so."""
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -105,7 +105,7 @@ def _give_up_unwritten() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+def _to_ascii(error: UnicodeError) -> tuple[str, int]:
     """The characters that cannot be encoded, by others that can."""
     if not isinstance(error, UnicodeEncodeError):
         raise error

@@ -78,7 +78,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(build, "CSRC", place.csrc)
     monkeypatch.setattr(build, "_outcomes", {})
-    monkeypatch.setattr(build, "_forgotten", set())
+    monkeypatch.setattr(build, "_to_retry", set())
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     return place

@@ -66,7 +66,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
-def native() -> cpu_native.Native:
+def native() -> cpu_native.CpuLibrary:
     """The CPU backend's library."""
     library = cpu_native.load()
     if isinstance(library, str):

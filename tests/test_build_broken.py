@@ -243,7 +243,7 @@ def test_the_command_removes_what_is_left(place: Place, monkeypatch: pytest.Monk
         assert not old.exists()
         assert young.exists()
         assert value(build.library(replace(TARGET, flags=("-O2",)))) == 42
-    with cache.locked(young):
+    with cache.folder_lock(young):
         assert main(["build"]) == 0
         assert young.exists(), "its builder is alive"
     assert main(["build"]) == 0

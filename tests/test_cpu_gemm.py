@@ -13,12 +13,12 @@ from torch import Tensor
 
 from siglip_kernels import backends, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends.cpu import CpuBlockKernel, choose_gemm
-from siglip_kernels.backends.cpu_native import LEVELS, Machine, Native
+from siglip_kernels.backends.cpu_native import LEVELS, CpuLibrary, Machine
 from siglip_kernels.testing import DTYPES, check, make_inputs, relative_l2
 
 
 @pytest.fixture
-def kernel(native: Native, monkeypatch: pytest.MonkeyPatch) -> CpuBlockKernel:
+def kernel(native: CpuLibrary, monkeypatch: pytest.MonkeyPatch) -> CpuBlockKernel:
     """The backend "cpu" where it has MKL's products and none of our own."""
     if not set(DTYPES) <= set(native.gemm):
         pytest.skip("this torch has no MKL, or an old one")
@@ -75,7 +75,7 @@ def test_products_of_a_machine(machine: Machine, float32: str, bfloat16: str, fl
     assert [choose_gemm(machine, dtype) for dtype in dtypes] == [float32, bfloat16, float16, "blas"]
 
 
-def test_the_machine_at_hand(native: Native) -> None:
+def test_the_machine_at_hand(native: CpuLibrary) -> None:
     """As the operating system has it."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     said = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.+)$", cpuinfo.split("\n\n")[0], re.MULTILINE))
@@ -85,7 +85,7 @@ def test_the_machine_at_hand(native: Native) -> None:
     assert (native.machine.family, native.machine.model) == (int(said["cpu family"]), int(said["model"]))
 
 
-def test_a_level_under_test_has_no_vendor(native: Native, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_level_under_test_has_no_vendor(native: CpuLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that our own products are tested on Intel too."""
     monkeypatch.setattr(native, "machine", MACHINES["Sapphire Rapids, AMX masked"][0])
     assert CpuBlockKernel()._gemm(torch.bfloat16) == "widened"
@@ -110,7 +110,7 @@ def by_torch(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_past_torch(
-    native: Native, dtype: torch.dtype, by_torch: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    native: CpuLibrary, dtype: torch.dtype, by_torch: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MKL's own functions give what torch.mm gives, which is for torch without MKL."""
     inputs = make_inputs(130, 200, 96, dtype)

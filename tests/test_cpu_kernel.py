@@ -20,7 +20,7 @@ from siglip_kernels import backends, build, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends import cpu
 from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.cpu import CpuBlockKernel
-from siglip_kernels.backends.cpu_native import LEVELS, Native, load
+from siglip_kernels.backends.cpu_native import LEVELS, CpuLibrary, load
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.testing import DTYPES, SHAPES, check, gold, make_inputs, relative_l2
 
@@ -153,7 +153,7 @@ def ulps(value: NDArray[Any], exact: NDArray[np.longdouble]) -> NDArray[np.longd
     return np.abs(value.astype(np.longdouble) - exact) / spacing
 
 
-def evaluate(native: Native, level: str, function: int, x: Tensor, out: Tensor) -> Tensor:
+def evaluate(native: CpuLibrary, level: str, function: int, x: Tensor, out: Tensor) -> Tensor:
     wide = EVALUATE_FLOAT64 if x.dtype is torch.float64 else EVALUATE_FLOAT32
     native.evaluate(LEVELS.index(level), function, wide, x.data_ptr(), out.data_ptr(), x.numel())
     return out
@@ -171,7 +171,7 @@ FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 
 
 @FLOATS
-def test_exp_within_two_ulp(native: Native, level: str, dtype: torch.dtype) -> None:
+def test_exp_within_two_ulp(native: CpuLibrary, level: str, dtype: torch.dtype) -> None:
     x = dense(dtype, -104.5 if dtype is torch.float32 else -746.0, 0.0)
     got = evaluate(native, level, EXP, x, torch.empty_like(x))
     error = ulps(got.numpy(), np.exp(x.numpy().astype(np.longdouble)))
@@ -179,7 +179,7 @@ def test_exp_within_two_ulp(native: Native, level: str, dtype: torch.dtype) -> N
 
 
 @FLOATS
-def test_log1p_within_two_ulp(native: Native, level: str, dtype: torch.dtype) -> None:
+def test_log1p_within_two_ulp(native: CpuLibrary, level: str, dtype: torch.dtype) -> None:
     x = torch.cat([dense(dtype, 0.0, 2.0), dense(dtype, 0.0, 300.0), torch.logspace(0, 30, 99_999, dtype=dtype)])
     got = evaluate(native, level, LOG1P, x, torch.empty_like(x))
     error = ulps(got.numpy(), np.log1p(x.numpy().astype(np.longdouble)))
@@ -187,7 +187,7 @@ def test_log1p_within_two_ulp(native: Native, level: str, dtype: torch.dtype) ->
 
 
 @FLOATS
-def test_exp_and_log1p_at_the_edges(native: Native, level: str, dtype: torch.dtype) -> None:
+def test_exp_and_log1p_at_the_edges(native: CpuLibrary, level: str, dtype: torch.dtype) -> None:
     nan, inf = float("nan"), float("inf")
 
     def values(function: int, *x: float) -> list[float]:
@@ -221,7 +221,7 @@ def test_softplus_and_sigmoid_from_minus_to_plus_100(level: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize(("function", "dtype"), [(TO_BFLOAT16, torch.bfloat16), (TO_FLOAT16, torch.float16)])
-def test_rounding_is_torchs(native: Native, level: str, function: int, dtype: torch.dtype) -> None:
+def test_rounding_is_torchs(native: CpuLibrary, level: str, function: int, dtype: torch.dtype) -> None:
     """To nearest even, with subnormals, overflow to inf, and NaN: on 4 million bit patterns and on every tie."""
     bits = torch.arange(-(2**31), 2**31, 1021, dtype=torch.int64).to(torch.int32)
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int64).to(torch.int16).view(dtype).float().view(torch.int32)
@@ -285,7 +285,7 @@ def test_features_elsewhere_are_a_reason() -> None:
     assert CpuBlockKernel().why_not(on_cuda) == ["features are on cuda, expected the CPU"]
 
 
-def test_a_level_that_is_not_here_is_a_reason(native: Native, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_level_that_is_not_here_is_a_reason(native: CpuLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "level", LEVELS.index("avx2"))
     assert CpuBlockKernel("avx512").prepare() == ["this CPU's level is avx2, below avx512"]
     assert CpuBlockKernel("portable").prepare() == []
@@ -299,7 +299,7 @@ def test_no_library_is_a_reason_and_auto_goes_on(monkeypatch: pytest.MonkeyPatch
             sigmoid_loss(*make_inputs(4, 4, 8, torch.float32), backend="cpu")
 
 
-def test_auto_takes_it(native: Native) -> None:
+def test_auto_takes_it(native: CpuLibrary) -> None:
     assert backends.choose("auto", plain_call()).name == "cpu"
 
 
@@ -354,4 +354,4 @@ def test_cpp_on_arm(tmp_path: Path) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
-    assert_ok(emulator, cpp_tests(compiler, build.CPU_ANYWHERE, tmp_path, "-static", "-pthread"))
+    assert_ok(emulator, cpp_tests(compiler, build.CPU_PORTABLE_SOURCES, tmp_path, "-static", "-pthread"))

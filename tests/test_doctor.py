@@ -72,7 +72,7 @@ def peak(rank: int, group: Any, form: str, job: Job) -> float:
 def predicted(form: str, job: Job) -> int:
     """The same by the model."""
     if form in COPIES:
-        return footprint.materialised(job, form) - job.features
+        return footprint.peak_materialised(job, form) - job.features
     backend = form.removeprefix("ours ") if form.startswith("ours ") else "auto"
     kernel = footprint.block_kernel(job) if backend == "auto" else backends.BACKENDS[backend]
     return footprint.ours(job, kernel, gather=form == "gather") - job.features
@@ -103,7 +103,7 @@ SHAPES = [(1024, 768, f32), (3000, 1152, bf16), (2048, 2048, f32)]
 def test_one_process(two: Ranks, form: str, b: int, D: int, dtype: torch.dtype) -> None:
     job = Job(b, D, dtype, CPU)
     backend = form.removeprefix("ours ")
-    if backend != form and (reasons := backends.unprepared(backend, job.problem(b))):
+    if backend != form and (reasons := backends.why_not_prepared(backend, job.problem(b))):
         pytest.skip("; ".join(reasons))
     assert_as_measured(two, form, job)
 
@@ -264,7 +264,7 @@ def test_nothing_fits() -> None:
 
 def test_eager_takes_more_with_every_image() -> None:
     for form in COPIES:
-        taken = [footprint.materialised(Job(b, 64, f32, CUDA, ranks=2), form) for b in range(1, 4000, 37)]
+        taken = [footprint.peak_materialised(Job(b, 64, f32, CUDA, ranks=2), form) for b in range(1, 4000, 37)]
         assert taken == sorted(taken)
 
 
@@ -330,7 +330,7 @@ def test_needs_no_triton() -> None:
     [("base", 768), ("large-patch16-256", 1024), ("google/siglip2-so400m-patch16-naflex", 1152), ("giant-opt", 1536)],
 )
 def test_model_shapes(text: str, D: int) -> None:
-    assert doctor.width(text) == D
+    assert doctor.model_dim(text) == D
 
 
 @pytest.mark.parametrize(
@@ -338,14 +338,14 @@ def test_model_shapes(text: str, D: int) -> None:
     [("80GiB", 80 * 2**30), ("80gb", 80 * 10**9), ("1.5 TiB", 3 * 2**39), ("512MiB", 2**29), ("7B", 7)],
 )
 def test_sizes(text: str, expected: int) -> None:
-    assert doctor.size(text) == expected
+    assert doctor.parse_size(text) == expected
 
 
 @pytest.mark.parametrize(
     ("size", "text"), [(0, "0 B"), (2**30, "1.0 GiB"), (1000 * 2**20, "1.0 GiB"), (999 * 2**20, "999 MiB")]
 )
 def test_readable_sizes(size: int, text: str) -> None:
-    assert doctor.readable(size) == text
+    assert doctor.format_size(size) == text
 
 
 SMALL = "--batch 8 --memory 8GiB"

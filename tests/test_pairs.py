@@ -17,7 +17,7 @@ B, D = 40, 32
 
 @pytest.fixture(params=["eager", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> Any:
-    reasons = backends.unprepared(request.param, Problem(B, B, D, torch.float32, torch.device("cpu")))
+    reasons = backends.why_not_prepared(request.param, Problem(B, B, D, torch.float32, torch.device("cpu")))
     if reasons:
         pytest.skip("; ".join(reasons))
     return request.param

@@ -32,7 +32,7 @@ BACKENDS = [
 
 
 def runs(name: str, dtype: torch.dtype) -> None:
-    reasons = backends.unprepared(name, Problem(*SHAPE, dtype, CPU))
+    reasons = backends.why_not_prepared(name, Problem(*SHAPE, dtype, CPU))
     if reasons:
         pytest.skip("; ".join(reasons))
 

@@ -48,7 +48,7 @@ def test_family(arch: str, family: str) -> None:
 def test_large_tiles_only_where_there_are_enough(arch: str, dtype: torch.dtype) -> None:
     key = configs.family(arch), dtype.itemsize
     large, small = configs.LARGE[key], configs.SMALL[key]
-    side = configs.ENOUGH_TILES // 8
+    side = configs.MIN_LARGE_TILES // 8
     enough = side * large.block_m, 8 * large.block_n
     assert configs.choose(arch, *enough, 64, dtype) == large
     assert configs.choose(arch, enough[0] - large.block_m, enough[1], 64, dtype) == small
@@ -85,7 +85,7 @@ def test_the_stages_fit_in_shared_memory(key: tuple[str, int], config: Config) -
 def test_most_tiles_bounds_every_configuration(M: int, N: int) -> None:
     every = [config for _, config in CONFIGS] + [configs.narrowed(config) for _, config in CONFIGS]
     tiles = [-(-M // config.block_m) * -(-N // config.block_n) for config in every]
-    assert configs.most_tiles(M, N) == max(tiles)
+    assert configs.max_tiles(M, N) == max(tiles)
 
 
 def test_precision() -> None:
@@ -108,7 +108,7 @@ def test_shipped_covers_every_configuration_once() -> None:
     for dtype in backend.DTYPES:
         assert {v.labels for v in variants if v.dtype is dtype} == set(configs.LABELS)
     every = list(configs.shipped(every=True))
-    assert len(every) == len(set(every)) == len(variants) // len(configs.USES) * len(configs.EVERY_USE)
+    assert len(every) == len(set(every)) == len(variants) // len(configs.USES) * len(configs.ALL_USES)
     assert set(variants) < set(every)
 
 
@@ -200,5 +200,5 @@ def test_why_not_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_never_automatic_on_the_cpu() -> None:
-    assert not TritonBlockKernel().automatic(make_problem())
-    assert TritonBlockKernel().automatic(make_problem(device=torch.device("cuda", 0)))
+    assert not TritonBlockKernel().is_automatic(make_problem())
+    assert TritonBlockKernel().is_automatic(make_problem(device=torch.device("cuda", 0)))

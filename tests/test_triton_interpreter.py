@@ -167,7 +167,7 @@ def default_dz_scale(dtype: torch.dtype) -> float | None:
 @pytest.fixture(params=["large", "small"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every problem on the tiles of one table."""
-    monkeypatch.setattr(configs, "ENOUGH_TILES", 1 if request.param == "large" else math.inf)
+    monkeypatch.setattr(configs, "MIN_LARGE_TILES", 1 if request.param == "large" else math.inf)
     return request.param
 
 
@@ -305,8 +305,10 @@ def drop_positives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def repeat_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
-    quarters = kernels._quarters
-    monkeypatch.setattr(kernels, "_quarters", lambda *arguments: (*quarters(*arguments)[:3], quarters(*arguments)[2]))
+    quarters = kernels._split_quarters
+    monkeypatch.setattr(
+        kernels, "_split_quarters", lambda *arguments: (*quarters(*arguments)[:3], quarters(*arguments)[2])
+    )
 
 
 def leave_the_edge_unmasked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,15 +19,15 @@ def choose(name: str, problem: Problem) -> BlockKernel:
     """The block kernel that runs ``problem``; ValueError with every reason where the named one cannot."""
     if name == "auto":
         for kernel in BACKENDS.values():
-            if kernel.automatic(problem) and not kernel.why_not(problem) and not kernel.prepare():
+            if kernel.is_automatic(problem) and not kernel.why_not(problem) and not kernel.prepare():
                 return kernel
-    reasons = unprepared(name, problem)
+    reasons = why_not_prepared(name, problem)
     if reasons:
         raise ValueError(f"backend={name!r} cannot run this call: " + "; ".join(reasons))
     return BACKENDS[name]
 
 
-def unprepared(name: str, problem: Problem) -> list[str]:
+def why_not_prepared(name: str, problem: Problem) -> list[str]:
     """Every reason why the named backend cannot run ``problem``, found by preparing it if need be."""
     return why_not(name, problem) or BACKENDS[name].prepare()
 
@@ -37,6 +37,6 @@ def why_not(name: str, problem: Problem) -> list[str]:
     return BACKENDS[name].why_not(problem)
 
 
-def only_plain(name: str, problem: Problem) -> bool:
+def runs_only_plain(name: str, problem: Problem) -> bool:
     """Whether the named backend, where it runs ``problem``, does so only as long as it is plain."""
     return bool(why_not(name, problem._replace(plain=False)))

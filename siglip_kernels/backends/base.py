@@ -67,7 +67,7 @@ class BlockKernel(abc.ABC):
     pads_to_alignment: bool = False  # features are copied where their rows are not aligned, by gemm.pad_to_alignment
     unproven: str = ""  # what it has not shown yet, if anything: then only its name reaches it
 
-    def automatic(self, problem: Problem) -> bool:
+    def is_automatic(self, problem: Problem) -> bool:
         """Whether backend="auto" may take this kernel, where it can run."""
         return not self.unproven
 

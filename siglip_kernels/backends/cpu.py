@@ -15,7 +15,7 @@ from torch import Tensor
 
 from siglip_kernels import build
 from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
-from siglip_kernels.backends.cpu_native import DTYPES, LEVELS, Block, Machine, Native, address, load
+from siglip_kernels.backends.cpu_native import DTYPES, LEVELS, Block, CpuLibrary, Machine, address, load
 from siglip_kernels.gemm import gemm_
 
 AVX512, AVX512_BF16, AMX = (LEVELS.index(name) for name in ("avx512", "avx512_bf16", "amx"))
@@ -70,7 +70,7 @@ class CpuBlockKernel(BlockKernel):
         return []
 
     @functools.cached_property
-    def _native(self) -> Native:
+    def _native(self) -> CpuLibrary:
         native = load()
         if isinstance(native, str):
             raise RuntimeError(native)

@@ -74,7 +74,7 @@ class Machine(NamedTuple):
     mkl: frozenset[torch.dtype]  # operands of the products into float32 (of float64: into that) that MKL exports
 
 
-class Native:
+class CpuLibrary:
     """The library, loaded."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -129,10 +129,10 @@ def _libtorch() -> ctypes.CDLL:
 
 
 @functools.cache
-def load() -> Native | str:
+def load() -> CpuLibrary | str:
     """The library, compiled where it is not yet; or the reason why there is none."""
     try:
-        return Native(build.load(build.TARGETS["cpu"]))
+        return CpuLibrary(build.load(build.TARGETS["cpu"]))
     except (build.BuildError, OSError, AttributeError) as error:
         return str(error)
 

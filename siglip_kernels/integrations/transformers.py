@@ -66,7 +66,7 @@ def fuse_loss(
     if not isinstance(model, _Fused):
         cls: Any = type(model)
         if cls.forward is not host.forward:
-            raise TypeError(f"model must have the forward of {host.__name__}, but {_named(model)} has its own")
+            raise TypeError(f"model must have the forward of {host.__name__}, but {_class_name(model)} has its own")
         _check_forward(model)
         model.__class__ = _fused_class(cls)
     model._fused_loss = _Settings(process_group, return_logits)  # type: ignore[assignment]
@@ -88,7 +88,7 @@ def unfuse_loss(model: Model) -> Model:
         return model
     _check_forward(model)
     if _fused_class(model._host) is not type(model):
-        raise ValueError(f"model became a {_named(model)} after fuse_loss; expected it as fuse_loss left it")
+        raise ValueError(f"model became a {_class_name(model)} after fuse_loss; expected it as fuse_loss left it")
     model.__class__ = model._host
     del model._fused_loss
     return model
@@ -170,9 +170,9 @@ def _with_loss(model: Any, output: type, images: dict[str, Any], texts: dict[str
     settings: _Settings = model._fused_loss
     vision_output = model.vision_model(**images, **kwargs)
     text_output = model.text_model(**texts, **kwargs)
-    x, y = _normalised(vision_output.pooler_output), _normalised(text_output.pooler_output)
+    x, y = _normalize(vision_output.pooler_output), _normalize(text_output.pooler_output)
     if len(x) != len(y):
-        _refuse_batch(len(x), len(y), settings.process_group)
+        _check_batch(len(x), len(y), settings.process_group)
     # A device_map may have the towers on two devices.
     images_there, scale, bias = (t.to(y.device) for t in (x, model.logit_scale, model.logit_bias))
     logits = y @ images_there.T * scale.exp() + bias if settings.return_logits else None
@@ -189,12 +189,12 @@ def _with_loss(model: Any, output: type, images: dict[str, Any], texts: dict[str
     )
 
 
-def _normalised(t: Tensor) -> Tensor:
+def _normalize(t: Tensor) -> Tensor:
     """In the dtype of ``t``, as theirs: the embeddings are an output too."""
     return t / t.norm(dim=-1, keepdim=True)
 
 
-def _refuse_batch(M: int, N: int, process_group: Any) -> None:
+def _check_batch(M: int, N: int, process_group: Any) -> None:
     error = ValueError(f"pixel_values hold {M} images, input_ids {N} texts; with return_loss expected as many of both")
     if process_group is None:
         raise error
@@ -220,7 +220,7 @@ def _host(model: Any) -> Any:
         if isinstance(model, host):
             return host
     hint = "; give the model that it wraps" if isinstance(model, nn.Module) and _wraps(model) else ""
-    raise TypeError(f"model must be a {' or '.join(h.__name__ for h in _FUSED)}, got {_named(model)}{hint}")
+    raise TypeError(f"model must be a {' or '.join(h.__name__ for h in _FUSED)}, got {_class_name(model)}{hint}")
 
 
 def _wraps(model: nn.Module) -> bool:
@@ -235,6 +235,6 @@ def _check_forward(model: nn.Module) -> None:
         )
 
 
-def _named(model: Any) -> str:
+def _class_name(model: Any) -> str:
     cls = type(model)
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -23,8 +23,8 @@ from siglip_kernels.validation import FEATURE_DTYPES
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FEATURE_DTYPES}
 # D of the published checkpoints, by the size that their names begin with.
-WIDTHS = {"base": 768, "large": 1024, "so400m": 1152, "giant-opt": 1536}
-SHAPE = re.compile(rf"(?:google/siglip2?-)?({'|'.join(WIDTHS)})(?:-patch\d+-(?:\d+|naflex)(?:-\w+)?)?")
+MODEL_DIMS = {"base": 768, "large": 1024, "so400m": 1152, "giant-opt": 1536}
+SHAPE = re.compile(rf"(?:google/siglip2?-)?({'|'.join(MODEL_DIMS)})(?:-patch\d+-(?:\d+|naflex)(?:-\w+)?)?")
 UNITS = {"b": 1} | {f"{p}{end}": base**n for n, p in enumerate("kmgt", 1) for end, base in (("ib", 1024), ("b", 1000))}
 SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})")
 # The tensors of any job, and of twice the largest that fits, have sizes that 64 bits hold.
@@ -75,11 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "shape",
         nargs="?",
-        type=width,
+        type=model_dim,
         metavar="MODEL-SHAPE",
         help="stands for D: base-patch16-224 or base (768), large-… (1024), so400m-… (1152), giant-opt-… (1536)",
     )
-    images, features, ranks = (partial(_whole, most) for most in (MOST_IMAGES, MOST_FEATURES, MOST_RANKS))
+    images, features, ranks = (partial(_bounded_int, most) for most in (MOST_IMAGES, MOST_FEATURES, MOST_RANKS))
     parser.add_argument("--batch", type=images, required=True, help="images, and texts, of one rank")
     parser.add_argument("--dim", type=features, metavar="D", help="width of the features, in place of a MODEL-SHAPE")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the features (default: %(default)s)")
@@ -88,8 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nodes", type=ranks, default=1, help="of a DeviceMesh nodes × GPUs, for a ring of two levels (default: 1)"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda, here or not)")
-    parser.add_argument("--memory", type=size, help="of a rank, as 80GiB or 85GB (default: what the device here has)")
-    parser.add_argument("--reserved", type=size, default=0, help="of it for the model and all else (default: 0B)")
+    parser.add_argument(
+        "--memory", type=parse_size, help="of a rank, as 80GiB or 85GB (default: what the device here has)"
+    )
+    parser.add_argument("--reserved", type=parse_size, default=0, help="of it for the model and all else (default: 0B)")
 
 
 def doctor(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
@@ -99,11 +101,11 @@ def doctor(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
     if chosen.world_size % chosen.nodes:
         parser.error(f"--nodes {chosen.nodes} must divide --world-size {chosen.world_size}")
     device = torch.device(chosen.device)
-    memory = _memory_here(device) if chosen.memory is None else chosen.memory
+    memory = _device_memory(device) if chosen.memory is None else chosen.memory
     if memory is None:
         parser.error("no CUDA device here: say --memory, as 80GiB")
     if chosen.reserved >= memory:
-        parser.error(f"--reserved {readable(chosen.reserved)} leaves nothing of {readable(memory)}")
+        parser.error(f"--reserved {format_size(chosen.reserved)} leaves nothing of {format_size(memory)}")
     dtype = DTYPES[chosen.dtype]
     job = Job(chosen.batch, chosen.dim or chosen.shape, dtype, device, chosen.world_size, chosen.nodes)
     print(report(job, block_kernel(job), memory, chosen.reserved))
@@ -115,11 +117,11 @@ def report(job: Job, kernel: BlockKernel, memory: int, reserved: int = 0) -> str
     name = str(job.dtype).removeprefix("torch.")
     ranks = f" a rank × {job.ranks:,} ranks = {job.batch * job.ranks:,}" if job.ranks > 1 else ""
     free = memory - reserved
-    left = f"{readable(memory)}" + f" - {readable(reserved)} reserved = {readable(free)}" * (reserved > 0)
+    left = f"{format_size(memory)}" + f" - {format_size(reserved)} reserved = {format_size(free)}" * (reserved > 0)
     return "\n".join(
         [
             f"Batch {job.batch:,}{ranks}; D = {job.D:,}, {name}, {job.device.type}; memory {left}",
-            f"Inputs and their gradients take {readable(2 * job.features)} a rank; the loss comes on top.",
+            f"Inputs and their gradients take {format_size(2 * job.features)} a rank; the loss comes on top.",
             "",
             *_table(footprints(job, kernel, free), free),
             "",
@@ -134,8 +136,8 @@ def _table(found: dict[str, Footprint], free: int) -> list[str]:
     lines = [head] + [
         (
             name,
-            readable(taken.above),
-            readable(taken.total),
+            format_size(taken.above),
+            format_size(taken.total),
             "yes" if taken.total <= free else "no",
             f"{taken.largest:,}" if taken.largest else f"below {BATCH_MULTIPLE}",
         )
@@ -175,18 +177,18 @@ def _times(job: Job, kernel: BlockKernel) -> list[str]:
     return [f"Time: no measurement on this device{' with several ranks' * (job.ranks > 1)}: memory only."]
 
 
-def width(text: str) -> int:
+def model_dim(text: str) -> int:
     """D of a MODEL-SHAPE; argparse prints the error."""
     found = SHAPE.fullmatch(text.lower())
     if found is None:
-        expected = ", ".join(f"{name} ({D})" for name, D in WIDTHS.items())
+        expected = ", ".join(f"{name} ({D})" for name, D in MODEL_DIMS.items())
         raise argparse.ArgumentTypeError(
             f"unknown model shape {text!r}; expected {expected}, alone or as base-patch16-224; or give --dim"
         )
-    return WIDTHS[found[1]]
+    return MODEL_DIMS[found[1]]
 
 
-def size(text: str) -> int:
+def parse_size(text: str) -> int:
     """Bytes of 80GiB, 85.9GB, 512MiB, …; argparse prints the error."""
     found = SIZE.fullmatch(text.strip().lower())
     taken = float(found[1]) * UNITS[found[2]] if found else math.inf
@@ -195,7 +197,7 @@ def size(text: str) -> int:
     return int(taken)
 
 
-def readable(size: int) -> str:
+def format_size(size: int) -> str:
     """Bytes as a text, at most four figures and a unit."""
     scaled, unit = float(max(size, 0)), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -205,13 +207,13 @@ def readable(size: int) -> str:
     return f"{scaled:,.0f} {unit}" if unit in ("B", "KiB") or scaled >= 100 else f"{scaled:,.1f} {unit}"
 
 
-def _whole(most: int, text: str) -> int:
+def _bounded_int(most: int, text: str) -> int:
     if not re.fullmatch(r"\d{1,12}", text) or not 1 <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {most:,}")
     return int(text)
 
 
-def _memory_here(device: torch.device) -> int | None:
+def _device_memory(device: torch.device) -> int | None:
     """Bytes of the first device of that kind; None where there is none."""
     if device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

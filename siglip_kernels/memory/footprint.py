@@ -91,13 +91,13 @@ Peak = Callable[[Job], int]  # bytes above the inputs, gradients included
 
 def footprints(job: Job, kernel: BlockKernel, memory: int) -> dict[str, Footprint]:
     """Of every form of the loss, by name; ``memory``: bytes for inputs, gradients and what is between them."""
-    peaks: dict[str, Peak] = {form: partial(materialised, form=form) for form in COPIES}
+    peaks: dict[str, Peak] = {form: partial(peak_materialised, form=form) for form in COPIES}
     name = f"ours ({kernel.name})"
     if job.ranks == 1:
-        peaks[name] = partial(ours, kernel=kernel)
+        peaks[name] = partial(peak_ours, kernel=kernel)
     else:
-        peaks[f"{name}, ring" + f" over {job.nodes} nodes" * (job.nodes > 1)] = partial(ours, kernel=kernel)
-        peaks[f"{name}, gather"] = partial(ours, kernel=kernel, gather=True)
+        peaks[f"{name}, ring" + f" over {job.nodes} nodes" * (job.nodes > 1)] = partial(peak_ours, kernel=kernel)
+        peaks[f"{name}, gather"] = partial(peak_ours, kernel=kernel, gather=True)
     found = {}
     for form, peak in peaks.items():
         taken = peak(job)
@@ -128,7 +128,7 @@ def largest_batch(peak: Peak, job: Job, memory: int) -> int:
     return low * BATCH_MULTIPLE
 
 
-def materialised(job: Job, form: str) -> int:
+def peak_materialised(job: Job, form: str) -> int:
     """Of eager, or of torch.compile: the formulae above."""
     copies, others = COPIES[form][job.device.type], job.ranks - 1
     wide, narrow = job.batch**2, job.batch * job.D
@@ -136,14 +136,14 @@ def materialised(job: Job, form: str) -> int:
     return max(at_peak, wide + 3 * narrow, 4 * narrow) * job.dtype.itemsize
 
 
-def ours(job: Job, kernel: BlockKernel, gather: bool = False) -> int:
+def peak_ours(job: Job, kernel: BlockKernel, gather: bool = False) -> int:
     """Of sigmoid_loss with every gradient, batches of one size, neither ids nor weights; ``gather``: over one group."""
     b, D, W = job.batch, job.D, job.ranks
     x = torch.empty(b, D, dtype=job.dtype, device="meta")
     scale = torch.empty((), dtype=torch.float32, device="meta")
     held: list[Any] = []
     exchanged = 0  # once the last block's operands are gone
-    with _Allocations(x, scale) as made:
+    with _AllocationCounter(x, scale) as made:
         problem = job.problem(b * W if gather else b)
         loop = BlockLoop(kernel, problem, Request(x, x, scale, scale), NeedsGrad())
         held.append(loop.new_rows(b))
@@ -166,10 +166,10 @@ def ours(job: Job, kernel: BlockKernel, gather: bool = False) -> int:
     if loop.dtype is not job.dtype:
         chunk = CPU_CHUNK if job.device.type == "cpu" else 0
         backward += job.features + min(chunk, b * D) * loop.dtype.itemsize
-    return max(made.bytes() + max(_operands(loop, kernel), exchanged), backward)
+    return max(made.bytes() + max(_operand_bytes(loop, kernel), exchanged), backward)
 
 
-def _operands(loop: BlockLoop, kernel: BlockKernel) -> int:
+def _operand_bytes(loop: BlockLoop, kernel: BlockKernel) -> int:
     """Bytes of the copies that the block kernel takes in place of the features: widened, or with their rows aligned."""
     (R, C), problem = loop.block_shape, loop.problem
     if loop.operand is not problem.dtype:
@@ -181,7 +181,7 @@ def _operands(loop: BlockLoop, kernel: BlockKernel) -> int:
     return 0
 
 
-class _Allocations(TorchFunctionMode):
+class _AllocationCounter(TorchFunctionMode):
     """Makes the tensors inside on the meta device, and counts their bytes but for those ``given``."""
 
     def __init__(self, *given: Tensor) -> None:

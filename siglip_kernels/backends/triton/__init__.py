@@ -29,7 +29,7 @@ class TritonBlockKernel(BlockKernel):
     ) -> None:
         self.dz_bytes, self.config, self.blocks = dz_bytes, config, blocks
 
-    def automatic(self, problem: Problem) -> bool:
+    def is_automatic(self, problem: Problem) -> bool:
         return problem.device.type != "cpu"  # the interpreter is for tests
 
     def why_not(self, problem: Problem) -> list[str]:
@@ -60,7 +60,7 @@ class TritonBlockKernel(BlockKernel):
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
         """[3 · tiles] float32: the sums of every tile, of the smallest tile that a ragged block may take."""
-        return torch.empty(3 * configs.most_tiles(R, C, self.config), dtype=torch.float32, device=problem.device)
+        return torch.empty(3 * configs.max_tiles(R, C, self.config), dtype=torch.float32, device=problem.device)
 
     def block(self, task: BlockTask) -> None:
         from siglip_kernels.backends.triton.launch import launch_block

@@ -46,7 +46,7 @@ SMALL = {
 # Columns of a tile where pairs are left out, have masses or are counted: at 128 that spills on all but sm_80.
 GENERAL_BLOCK_N = 64
 # A large tile must have this many siblings: about one for each multiprocessor of the parts above.
-ENOUGH_TILES = 128
+MIN_LARGE_TILES = 128
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TMA = ("sm_90", "sm_100")
 # How the kernel is told where the positives are; its LABELS_… constants.
@@ -69,7 +69,7 @@ def choose(arch: str, M: int, N: int, D: int, dtype: torch.dtype, general: bool 
     key = family(arch), dtype.itemsize
     large, small = (narrowed(table[key]) if general else table[key] for table in (LARGE, SMALL))
     tiles = -(-M // large.block_m) * -(-N // large.block_n)
-    return large if tiles >= ENOUGH_TILES else small
+    return large if tiles >= MIN_LARGE_TILES else small
 
 
 def narrowed(config: Config) -> Config:
@@ -77,7 +77,7 @@ def narrowed(config: Config) -> Config:
     return replace(config, block_n=min(config.block_n, GENERAL_BLOCK_N), num_warps=8)
 
 
-def most_tiles(M: int, N: int, config: Config | None = None) -> int:
+def max_tiles(M: int, N: int, config: Config | None = None) -> int:
     """An upper bound of the tiles that [M, N] pairs take, over every shipped configuration or with ``config``."""
     every = (*LARGE.values(), *SMALL.values()) if config is None else (narrowed(config),)
     return max(-(-M // c.block_m) * -(-N // c.block_n) for c in every)
@@ -126,7 +126,7 @@ USES: tuple[dict[str, Any], ...] = (
     {"labels": "ignore", "has_weights": True, "stats": True},
     {"labels": "ids", "has_weights": True, "masses": "soft_targets", "stats": True},
 )
-EVERY_USE: tuple[dict[str, Any], ...] = tuple(
+ALL_USES: tuple[dict[str, Any], ...] = tuple(
     {
         "labels": labels,
         "has_weights": has_weights,
@@ -145,13 +145,13 @@ EVERY_USE: tuple[dict[str, Any], ...] = tuple(
 
 
 def shipped(every: bool = False) -> Iterator[Variant]:
-    """Every configuration with USES; ``every``: with EVERY_USE."""
+    """Every configuration with USES; ``every``: with ALL_USES."""
     for arch in SHARED_MEMORY:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for table in (LARGE, SMALL):
                 config = table[arch, dtype.itemsize]
                 for precise in dict.fromkeys(precision(arch, dtype, tf32) for tf32 in (False, True)):
-                    for use in EVERY_USE if every else USES:
+                    for use in ALL_USES if every else USES:
                         plain = Variant(arch, dtype, config, arch in TMA, precise, **use)
                         general = is_general(plain.labels, plain.masses, plain.stats)
                         yield replace(plain, config=narrowed(config)) if general else plain

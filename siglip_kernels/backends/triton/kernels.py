@@ -15,7 +15,7 @@ LABELS_IDS = tl.constexpr(2)
 LABELS_IGNORE = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
 # Columns that the running product Π(1 + e) of a row keeps apart: at most BLOCK_N / 8 factors of 2 meet in one product.
-PRODUCTS = tl.constexpr(8)
+PRODUCT_COLUMNS = tl.constexpr(8)
 # Columns that the sums of a row keep apart until the tile's end: the threads of a tensor-core layout.
 LANES = tl.constexpr(4)
 
@@ -72,7 +72,7 @@ def _sigmoid_block_kernel(
     sum_loss = tl.zeros((BLOCK_M, LANES), tl.float32)
     sum_dzu = tl.zeros((BLOCK_M, LANES), tl.float32)
     sum_dz = tl.zeros((BLOCK_M, LANES), tl.float32)
-    product = tl.zeros((BLOCK_M, PRODUCTS), tl.float32)
+    product = tl.zeros((BLOCK_M, PRODUCT_COLUMNS), tl.float32)
     if HAS_WEIGHTS:
         image_weights = tl.load(image_weights_ptr + offs_m, mask=mask_m, other=0.0)
     if LABELS >= LABELS_IDS:
@@ -80,10 +80,10 @@ def _sigmoid_block_kernel(
     if image_masses_ptr is not None:
         image_masses = tl.load(image_masses_ptr + offs_m, mask=mask_m, other=0.0)
     if stats_ptr is not None:
-        positives, negatives = _no_logits(BLOCK_M), _no_logits(BLOCK_M)
+        positives, negatives = _init_stats(BLOCK_M), _init_stats(BLOCK_M)
 
     QUARTER: tl.constexpr = BLOCK_N // 4
-    quarters = _quarters(acc, BLOCK_M, BLOCK_N)
+    quarters = _split_quarters(acc, BLOCK_M, BLOCK_N)
     for quarter in tl.static_range(4):
         u = quarters[quarter]
         start_n = pid_n * BLOCK_N + quarter * QUARTER
@@ -133,7 +133,7 @@ def _sigmoid_block_kernel(
                 sum_loss += _lane_sums(softplus * text_weights[None, :], BLOCK_M, QUARTER)
             else:
                 # Σ log1p(e) = log1p(p), where p gathers Π(1 + e) - 1 without forming 1 + e.
-                p = _gather_products(e, BLOCK_M, QUARTER)
+                p = _column_products(e, BLOCK_M, QUARTER)
                 product = product + p + product * p
                 sum_loss += _lane_sums(tl.maximum(a, 0.0), BLOCK_M, QUARTER)
 
@@ -145,13 +145,13 @@ def _sigmoid_block_kernel(
                 if LABELS == LABELS_IGNORE:
                     valid = valid & ((sign < 0) | (image_ids[:, None] != text_ids[None, :]))
                 if LABELS >= LABELS_IDS:
-                    positives = _add_logits(positives, z, valid & (sign < 0), BLOCK_M, QUARTER)
+                    positives = _update_stats(positives, z, valid & (sign < 0), BLOCK_M, QUARTER)
                     valid = valid & (sign > 0)
                 if LABELS == LABELS_OFFSET:
                     diagonal = (offs_m + positive_offset)[:, None] == offs_n[None, :]
-                    positives = _add_logits(positives, z, valid & diagonal, BLOCK_M, QUARTER)
+                    positives = _update_stats(positives, z, valid & diagonal, BLOCK_M, QUARTER)
                     valid = valid & ~diagonal
-                negatives = _add_logits(negatives, z, valid, BLOCK_M, QUARTER)
+                negatives = _update_stats(negatives, z, valid, BLOCK_M, QUARTER)
 
             if not LOSS_ONLY:
                 # σ(a) and σ(-a) are 1 and e over 1 + e; rsqrt squared is the shortest reciprocal.
@@ -184,15 +184,15 @@ def _sigmoid_block_kernel(
     if HAS_WEIGHTS:
         sum_loss = sum_loss * image_weights[:, None]
     else:
-        sum_loss += _lane_sums(_log1p(product), BLOCK_M, PRODUCTS)
+        sum_loss += _lane_sums(_log1p(product), BLOCK_M, PRODUCT_COLUMNS)
     programs = tl.num_programs(0)
     tl.store(partials_ptr + pid, tl.sum(sum_loss))
     if not LOSS_ONLY:
         tl.store(partials_ptr + programs + pid, tl.sum(sum_dzu))
         tl.store(partials_ptr + 2 * programs + pid, tl.sum(sum_dz))
     if stats_ptr is not None:
-        _store_logits(stats_ptr + pid, positives, programs)
-        _store_logits(stats_ptr + programs + pid, negatives, programs)
+        _store_stats(stats_ptr + pid, positives, programs)
+        _store_stats(stats_ptr + programs + pid, negatives, programs)
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def _log1p(p):
 
 
 @triton.jit
-def _no_logits(ROWS: tl.constexpr):
+def _init_stats(ROWS: tl.constexpr):
     """Σ z, number, least z and least -z of none, [ROWS, LANES] each."""
     zeros = tl.zeros((ROWS, LANES), tl.float32)
     inf = tl.full((ROWS, LANES), float("inf"), tl.float32)
@@ -263,9 +263,9 @@ def _no_logits(ROWS: tl.constexpr):
 
 
 @triton.jit
-def _add_logits(known, z, chosen, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """``known`` as from _no_logits, with the ``chosen`` of z [ROWS, COLS]."""
-    total, count, least, least_negated = known
+def _update_stats(stats, z, chosen, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``stats`` as from _init_stats, with the ``chosen`` of z [ROWS, COLS]."""
+    total, count, least, least_negated = stats
     inf = float("inf")
     total += _lane_sums(tl.where(chosen, z, 0.0), ROWS, COLS)
     count += _lane_sums(tl.where(chosen, 1.0, 0.0), ROWS, COLS)
@@ -275,9 +275,9 @@ def _add_logits(known, z, chosen, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _store_logits(at, known, programs):
+def _store_stats(at, stats, programs):
     """Into every other row of [8, programs], from ``at`` on."""
-    total, count, least, least_negated = known
+    total, count, least, least_negated = stats
     tl.store(at, tl.sum(total))
     tl.store(at + 2 * programs, tl.sum(count))
     tl.store(at + 4 * programs, tl.min(tl.min(least, 1), 0))
@@ -285,28 +285,28 @@ def _store_logits(at, known, programs):
 
 
 @triton.jit
-def _halves(t, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _split_halves(t, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Two [ROWS, COLS / 2]: left and right. In a tensor-core layout this moves no data."""
     return tl.split(tl.permute(tl.reshape(t, (ROWS, 2, COLS // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def _quarters(t, ROWS: tl.constexpr, COLS: tl.constexpr):
-    left, right = _halves(t, ROWS, COLS)
-    left0, left1 = _halves(left, ROWS, COLS // 2)
-    right0, right1 = _halves(right, ROWS, COLS // 2)
+def _split_quarters(t, ROWS: tl.constexpr, COLS: tl.constexpr):
+    left, right = _split_halves(t, ROWS, COLS)
+    left0, left1 = _split_halves(left, ROWS, COLS // 2)
+    right0, right1 = _split_halves(right, ROWS, COLS // 2)
     return left0, left1, right0, right1
 
 
 @triton.jit
-def _gather_products(p, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """[ROWS, PRODUCTS]: Π(1 + p) - 1 over the columns that meet."""
+def _column_products(p, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, PRODUCT_COLUMNS]: Π(1 + p) - 1 over the columns that meet."""
     # Without the else the compiler would go on below a true condition.
-    if COLS == PRODUCTS:
+    if COLS == PRODUCT_COLUMNS:
         return p
     else:
-        left, right = _halves(p, ROWS, COLS)
-        return _gather_products(left + right + left * right, ROWS, COLS // 2)
+        left, right = _split_halves(p, ROWS, COLS)
+        return _column_products(left + right + left * right, ROWS, COLS // 2)
 
 
 @triton.jit
@@ -316,7 +316,7 @@ def _lane_sums(t, ROWS: tl.constexpr, COLS: tl.constexpr):
         left, right = tl.split(tl.reshape(t, (ROWS, LANES, 2)))
         return left + right
     else:
-        left, right = _halves(t, ROWS, COLS)
+        left, right = _split_halves(t, ROWS, COLS)
         return _lane_sums(left + right, ROWS, COLS // 2)
 
 
@@ -327,5 +327,5 @@ def _lane_minima(t, ROWS: tl.constexpr, COLS: tl.constexpr):
         left, right = tl.split(tl.reshape(t, (ROWS, LANES, 2)))
         return tl.minimum(left, right)
     else:
-        left, right = _halves(t, ROWS, COLS)
+        left, right = _split_halves(t, ROWS, COLS)
         return _lane_minima(tl.minimum(left, right), ROWS, COLS // 2)
