@@ -151,9 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("build", help="compile ahead, for images and clusters; tries again what failed before")
     check_parser = commands.add_parser("check", help="gradient check against float64")
     check_parser.add_argument("--backend", choices=backends.NAMES[1:], help="only this one")
-    check_parser.add_argument(
-        "--device", type=available_device, help="only this one (default: every kind here)"
-    )
+    check_parser.add_argument("--device", type=available_device, help="only this one (default: every kind here)")
     check_parser.add_argument("--quick", action="store_true", help="fewer and smaller shapes")
     doctor_parser = commands.add_parser("doctor", help="what eager and ours would take, and the batch that would fit")
     doctor.add_arguments(doctor_parser)
