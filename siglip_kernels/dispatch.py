@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -83,13 +83,18 @@ def is_traced_before_dispatch() -> bool:
     return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
 
 
-def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+def check_memory(names: Iterable[str], tensors: Sequence[Tensor | None]) -> None:
     """ValueError for the name of a tensor on one of DEVICES whose storage is smaller than what it spans.
 
     FSDP and others free the memory of tensors that live on; torch itself reads it all the same.
     """
+    for t in tensors:
+        if t is not None and (t.untyped_storage().nbytes() < t.nbytes or not t.is_contiguous() or t.storage_offset()):
+            break
+    else:
+        return
     for name, t in zip(names, tensors, strict=True):
-        if t is None or (t.untyped_storage().nbytes() >= t.nbytes and t.is_contiguous() and not t.storage_offset()):
+        if t is None:
             continue
         last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
         end = (t.storage_offset() + last + 1) * t.itemsize if t.numel() else 0

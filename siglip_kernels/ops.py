@@ -10,7 +10,6 @@ ordinary call of ordinary tensors goes around the dispatcher, straight to :func:
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections.abc import Callable
@@ -126,19 +125,19 @@ def _restore(
 
 def _compute(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None = None) -> Result:
     """The implementation of the operator, for ordinary tensors."""
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(request.x.device.type):
+        # The GEMMs inside choose their own precision; autocast must not touch them.
+        with torch.autocast(request.x.device.type, enabled=False):
+            return _compute(request, needs_grad, upstream)
     problem, exchange = schedule.problem_of(request, needs_grad), request.exchange
     if not exchange.group_names:
         kernel = backends.choose(request.backend, problem)
     else:
         with propagate_errors(exchange.process_groups()):
             kernel = backends.choose(request.backend, problem)
-    # The GEMMs inside choose their own precision; autocast must not touch them.
-    device_type = problem.device.type
-    is_autocast = torch.is_autocast_enabled(device_type)
-    with torch.autocast(device_type, enabled=False) if is_autocast else contextlib.nullcontext():
-        if exchange.group_names:
-            return distributed_schedule.run(kernel, problem, request, needs_grad, upstream)
-        return schedule.run(kernel, problem, request, needs_grad)
+    if exchange.group_names:
+        return distributed_schedule.run(kernel, problem, request, needs_grad, upstream)
+    return schedule.run(kernel, problem, request, needs_grad)
 
 
 def _operator(*arguments: Any) -> Result:
@@ -306,12 +305,8 @@ def _needed_by_autograd(request: Request) -> NeedsGrad:
     if not torch.is_grad_enabled():
         return NO_GRAD
     bias = request.bias
-    return NeedsGrad(
-        x=request.x.requires_grad,
-        y=request.y.requires_grad,
-        scale=request.scale.requires_grad,
-        bias=bias is not None and bias.requires_grad,
-    )
+    needs_dbias = bias is not None and bias.requires_grad
+    return NeedsGrad(request.x.requires_grad, request.y.requires_grad, request.scale.requires_grad, needs_dbias)
 
 
 def _first_needed(request: Request, needs_grad: NeedsGrad) -> Tensor | None:

@@ -79,10 +79,8 @@ class Request(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """As TENSOR_NAMES has them."""
         pairs = self.pairs
-        return (
-            *(self.x, self.y, self.scale, self.bias),
-            *(pairs.image_ids, pairs.text_ids, pairs.image_weights, pairs.text_weights),
-        )
+        labels = pairs.image_ids, pairs.text_ids, pairs.image_weights, pairs.text_weights
+        return self.x, self.y, self.scale, self.bias, *labels
 
     def with_tensors(self, tensors: Sequence[Any]) -> Request:
         """The same call on other tensors, in the order of :meth:`tensors`."""

@@ -50,11 +50,13 @@ def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: Nee
     """The loss and its gradients by ``kernel``. Launches only: nothing is read back to the host."""
     y, pairs = request.y.contiguous(), request.pairs
     loop = BlockLoop(kernel, problem, request, needs_grad)
-    weights = pairs.image_weights, pairs.text_weights
-    loop.scale_dz(w.amax().to(loop.dtype) for w in weights if w is not None and w.numel())
+    if loop.operand is torch.float16:
+        weights = pairs.image_weights, pairs.text_weights
+        loop.scale_dz(w.amax().to(loop.dtype) for w in weights if w is not None and w.numel())
     dy = loop.new_rows(problem.N if needs_grad.y else 0)
     loop.add(y, pairs, dy if needs_grad.y else None)
-    images, texts = (n if w is None else total_weight(w) for n, w in zip((problem.M, problem.N), weights, strict=True))
+    images = problem.M if pairs.image_weights is None else total_weight(pairs.image_weights)
+    texts = problem.N if pairs.text_weights is None else total_weight(pairs.text_weights)
     return loop.result(denominator(request.reduction, images, texts), dy)
 
 
@@ -70,7 +72,7 @@ class BlockLoop:
             request.return_stats,
         )
         self.x = x = request.x.contiguous()
-        self.dtype = accumulator_dtype(x.dtype)
+        self.dtype, self.sum_dtype = accumulator_dtype(x.dtype), sum_dtype(x.device)
         self.operand = kernel.operand_dtype(problem)
         R, C = kernel.block_shape(problem)
         self.block_shape = R, C = min(R, problem.M), min(C, problem.N)
@@ -107,8 +109,9 @@ class BlockLoop:
                 dy.zero_()
             return
 
-        sums = torch.empty(len(blocks), 4, dtype=sum_dtype(y.device), device=y.device)
-        rows_of_sums = sums.unbind()
+        is_one = len(blocks) == 1  # without the views that it can do without: each costs as much as a small GEMM
+        sums = torch.empty((4,) if is_one else (len(blocks), 4), dtype=self.sum_dtype, device=y.device)
+        sums_of_blocks = (sums,) if is_one else sums.unbind()
         pairs = pairs.prepared(self.x, y, self.dtype)
         stats = self._new_stats(len(blocks)) if self.return_stats else None
         needs_dx, loss_only = self.needs_grad.x, not (self.problem.needs_dz or self.needs_grad.any)
@@ -123,7 +126,7 @@ class BlockLoop:
                 scale=self.scale,
                 bias=self.bias,
                 pairs=pairs.block(r, c),
-                sums=rows_of_sums[index],
+                sums=sums_of_blocks[index],
                 dz=self._dz(x_block.shape[0], y_block.shape[0]),
                 dz_scale=self.dz_scale,
                 workspace=self.workspace,
@@ -135,7 +138,7 @@ class BlockLoop:
                 accumulate_dy=accumulate_dy or r.start > rows.start,
             )
             self.kernel.block_and_grads(task)
-        self.sums.append(sums.sum(0) if len(blocks) > 1 else rows_of_sums[0])
+        self.sums.append(sums if is_one else sums.sum(0))
 
     def dx_scale(self) -> Tensor:
         """[] t over the scale of dz: times dz @ y, it gives dx but for the denominator."""
@@ -146,7 +149,7 @@ class BlockLoop:
         totals = self._totals()
         totals[3] = self.dx_scale()
         scalars = torch.div(totals, denominator, out=self.x.new_empty(4, dtype=self.dtype))
-        stats = reduce_stats(self.stats, self.x.device, sum_dtype(self.x.device)) if self.return_stats else None
+        stats = reduce_stats(self.stats, self.x.device, self.sum_dtype) if self.return_stats else None
         return Result(torch.select_copy(scalars, 0, 0), scalars, self.dx, dy, stats)
 
     def _dz(self, r: int, c: int) -> Tensor | None:
@@ -157,13 +160,13 @@ class BlockLoop:
 
     def _new_stats(self, blocks: int) -> Tensor:
         """[blocks, 8]"""
-        self.stats.append(torch.empty(blocks, SIZE, dtype=sum_dtype(self.x.device), device=self.x.device))
+        self.stats.append(torch.empty(blocks, SIZE, dtype=self.sum_dtype, device=self.x.device))
         return self.stats[-1]
 
     def _totals(self) -> Tensor:
         """[4] loss, Σ dz·u, Σ dz and room for grad_scale."""
         if not self.sums:
-            return self.x.new_zeros(4, dtype=sum_dtype(self.x.device))
+            return self.x.new_zeros(4, dtype=self.sum_dtype)
         return self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum(0)
 
 

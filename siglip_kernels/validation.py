@@ -80,7 +80,7 @@ def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
     if y.device != x.device:
         raise ValueError(f"text_features are on {y.device}, image_features on {x.device}; expected one device")
-    autocast = _autocast_dtype(x.device.type)
+    autocast = _autocast_dtype(x)
     cast_x, cast_y = x, y
     if autocast is not None:
         _readable("image_features", x)
@@ -94,8 +94,11 @@ def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
     return cast_x, cast_y
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """None outside autocast."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
+    device_type = x.device.type
     available = torch.amp.is_autocast_available(device_type)  # not for "meta"
     return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
 

@@ -108,10 +108,10 @@ class CpuBlockKernel(BlockKernel):
         dtype = self.operand_dtype(problem)
         if self._gemm(dtype) == "ours":
             words = _packed_words(R, C, problem.D, dtype)
-            return Workspace(None, torch.empty(words, dtype=torch.int32, device="cpu"))
+            return Workspace(None, torch.empty(words, dtype=torch.int32, device=problem.device))
         logits = _logits_dtype(dtype)
         in_dz = problem.needs_dz and dtype is logits
-        return Workspace(None if in_dz else torch.empty(R * C, dtype=logits, device="cpu"), None)
+        return Workspace(None if in_dz else torch.empty(R * C, dtype=logits, device=problem.device), None)
 
     def block(self, task: BlockTask) -> None:
         self._run(task, _block_struct(task), self._mkl_gemm(task.x.dtype))
