@@ -120,8 +120,8 @@ def sigmoid_loss(
     """Sigmoid loss of every image-text pair, without ever holding the [M, N] logits.
 
     Args:
-        image_features: [M, D] float16, bfloat16, float32 or float64; usually L2-normalised. Under autocast,
-            features are cast to the autocast dtype, as for a matmul; float64 features are not.
+        image_features: [M, D] float16, bfloat16, float32 or float64; usually L2-normalised. Under autocast, features
+            are cast to the autocast dtype, as for a matmul; float64 features are not.
         text_features: [N, D], the same dtype and device.
         logit_scale: t, already exponentiated: a float, or a floating tensor of one element on the features' device.
         logit_bias: b: the same, or None for no bias.

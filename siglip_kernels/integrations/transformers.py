@@ -215,7 +215,7 @@ def _restored(cls: type) -> Any:
 
 
 def _host(model: Any) -> Any:
-    """The library's class of which the model is an instance."""
+    """The library's class that the model is an instance of."""
     for host in _FUSED:
         if isinstance(model, host):
             return host

@@ -1,7 +1,7 @@
 """How much memory a loss takes on every rank: eager, torch.compile of it, and ours. Runs nothing and needs no GPU.
 
-Each of W ranks has b images and b texts of D features. Counted are elements of the features' dtype, at the peak of
-forward and backward, above the inputs, with the gradients that exist by then:
+Each of W ranks has b images and b texts of D features. The formulae count elements of the features' dtype, at the peak
+of forward and backward, above the inputs, with the gradients that exist by then:
 
 eager            max((5 + 3·(W - 1))·b² + (2·W - 1)·b·D, b² + 3·b·D, 4·b·D); on CUDA 4 and 2 in place of 5 and 3
 torch.compile    max(W·b² + 2·W·b·D, 4·b·D)
@@ -14,8 +14,8 @@ only on the CPU, logsigmoid's buffer. Autograd keeps labels, product and buffer 
 scaled images. torch.compile of the loss of one block keeps the logits and overwrites them with their gradient.
 
 Ours is not a formula: the objects that hold the buffers are built on the meta device, and their allocations are
-counted. All is tested against measurements on the CPU (tests/test_doctor.py). Nothing was measured on CUDA. Not counted
-are libraries, the CUDA context, and freed memory that an allocator keeps.
+counted. All is tested against measurements on the CPU (tests/test_doctor.py). Nothing was measured on CUDA. Libraries,
+the CUDA context, and freed memory that an allocator keeps are not counted.
 """
 
 from __future__ import annotations
