@@ -24,7 +24,7 @@ QUICK_SHAPES = ((1, 129, 33), (127, 129, 100), (600, 1100, 64))
 
 
 def devices() -> list[torch.device]:
-    """The kinds of device at hand, the CPU last."""
+    """The kinds of device on this machine, the CPU last."""
     return [torch.device(name) for name in ("cuda", "cpu") if name == "cpu" or torch.cuda.is_available()]
 
 
@@ -37,19 +37,19 @@ def describe(device: torch.device) -> str:
 
 
 def sample_problems(device: torch.device) -> dict[torch.dtype, Problem]:
-    """A call of each dtype that any backend should run."""
+    """For each dtype, a call that every backend for that dtype should run."""
     return {dtype: Problem(M=1024, N=1024, D=768, dtype=dtype, device=device) for dtype in testing.DTYPES}
 
 
 def why_not(backend: str, device: torch.device) -> list[str]:
-    """The reasons against a call in the dtype that suits the backend best, as known without compiling."""
+    """The reasons against a call in the dtype that suits the backend best, as far as known without compiling."""
     reasons = fewest_reasons(backends.why_not(backend, call) for call in sample_problems(device).values())
     is_built = backend in build.TARGETS and build.is_built(build.TARGETS[backend])
     return reasons or (backends.BACKENDS[backend].prepare() if is_built else [])
 
 
 def fewest_reasons(reasons: Iterable[list[str]]) -> list[str]:
-    """Of one backend's in several dtypes, those in the dtype that suits it best."""
+    """One backend's reasons in the dtype that suits it best; ``reasons``: its reasons in several dtypes."""
     return min(reasons, key=lambda found: len(found))
 
 
@@ -69,7 +69,7 @@ def info() -> int:
 
 
 def build_all() -> int:
-    """Compile every target, those that failed before too; 1 when any fails."""
+    """Compile every target, also those that failed before. Returns 1 if any fails."""
     build.remove_leftovers()
     failed = 0
     for name, target in build.TARGETS.items():
@@ -87,7 +87,7 @@ def build_all() -> int:
 
 
 def check(only: str | None, only_device: torch.device | None, quick: bool) -> int:
-    """Judge every backend that runs here against float64; 1 when any case fails, or when nothing could be checked."""
+    """Judge every backend that runs here against float64. Returns 1 if a case fails, or if nothing could be checked."""
     shapes = QUICK_SHAPES if quick else testing.SHAPES
     checked, failed = 0, 0
     for device in devices() if only_device is None else [only_device]:
@@ -115,7 +115,7 @@ def judge(
     shapes: Iterable[tuple[int, int, int]],  # M, N, D
     progress: Callable[[testing.Case], None] | None = None,
 ) -> testing.Report:
-    """One backend against float64, on those of ``shapes`` and the pairs that it runs."""
+    """Judge one backend against float64, on the ``shapes`` and the pairs that it runs."""
     loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
     only_plain = backends.runs_only_plain(backend, sample_problems(device)[dtypes[0]])
     return testing.check(
@@ -129,17 +129,17 @@ def judge(
 
 
 def available_device(name: str) -> torch.device:
-    """The device of that name, if it holds values and gives them back; else argparse prints the error."""
+    """The device of that name, if values can be stored on it and read back; else argparse prints the error."""
     try:
         torch.zeros(1, dtype=torch.float32, device=name).item()
         return torch.device(name)
-    except Exception as error:  # of a kind of its own for many devices
+    except Exception as error:  # many devices raise errors of their own kind
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise argparse.ArgumentTypeError(f"no device {name!r} here: {reason}") from error
 
 
 def _progress(case: testing.Case | None) -> None:
-    """Shows the case on a terminal's last line; None clears it."""
+    """Show the case on a terminal's last line; None clears it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{'' if case is None else case}", end="", file=sys.stderr, flush=True)
 

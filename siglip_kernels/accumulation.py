@@ -1,8 +1,8 @@
-"""Gradient accumulation whose gradients are those of the large batch: GradCache (Gao et al. 2021, arXiv 2101.06983).
+"""Gradient accumulation with the gradients of the large batch: GradCache (Gao et al. 2021, arXiv 2101.06983).
 
-A contrastive loss does not split into the losses of micro-batches. So every micro-batch is encoded twice: first without
-a graph, to cache its features; then, once the loss over all cached features has given their gradients, with a graph,
-through which those gradients are sent. The towers never hold more than one micro-batch's activations.
+A contrastive loss does not split into the losses of micro-batches. So every micro-batch is encoded twice. The first
+time, without a graph, its features are cached; the loss over all cached features then gives their gradients. The second
+time, with a graph, these gradients are sent through it. The towers never hold more than one micro-batch's activations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Encoded(NamedTuple):
-    """What ``encode`` returned, as open_clip's models do."""
+    """The output of ``encode``, with the names that open_clip's models use."""
 
     image_features: Tensor  # [m, D]
     text_features: Tensor  # [n, D]
@@ -68,29 +68,29 @@ def accumulate(
     return_stats: bool = False,
     **loss_arguments: Unpack[LossArguments],
 ) -> Tensor | tuple[Tensor, LogitStats]:
-    """One loss over all micro-batches; its gradients are added to every parameter, as ``loss.backward()`` would.
+    """One loss over all micro-batches. Adds its gradients to every parameter, as ``loss.backward()`` would.
 
-    They are those of the joined batch, the scale's and the bias's too. The memory is that of one micro-batch's graph
-    and of all inputs and features; the time is one forward of the towers more. Under no_grad, the loss alone.
+    They are the gradients of the joined batch, also for scale and bias. The memory is one micro-batch's graph plus all
+    inputs and features; the time is one more forward of the towers. Under no_grad it only computes the loss.
 
     Args:
-        micro_batches: what ``encode`` is given, one after another; their sizes may differ.
+        micro_batches: the inputs of ``encode``, one after another; their sizes may differ.
         encode: returns (image_features [m, D], text_features [n, D], logit_scale[, logit_bias]), or a mapping with
-            these names, as open_clip's models do; logit_scale already exponentiated. Of several micro-batches each is
-            encoded twice, with the same random numbers from torch's generators of the CPU and of CUDA devices, and must
-            come out the same: dropout is repeated, batch norm updates its statistics twice.
+            these names, as open_clip's models do. logit_scale is already exponentiated. With several micro-batches each
+            is encoded twice, with the same random numbers from torch's generators of the CPU and of CUDA devices. Both
+            outputs must be the same: dropout is repeated. Batch norm updates its statistics twice.
         gradient: of the loss, as in ``Tensor.backward``: ``scaler.scale(torch.ones(()))`` under a GradScaler. None: 1.
-        no_sync: of the DistributedDataParallel that ``encode`` runs; every backward but the last is inside. With
-            static_graph=True torch refuses it. FSDP2 needs none.
-        return_stats, loss_arguments: of :func:`sigmoid_loss`: ids and weights of the joined batch, reduction, backend,
-            process_group.
+        no_sync: the method of the DistributedDataParallel that ``encode`` runs; every backward except the last runs
+            inside it. With static_graph=True torch refuses it. FSDP2 needs none.
+        return_stats, loss_arguments: as for :func:`sigmoid_loss`: ids and weights of the joined batch, reduction,
+            backend, process_group.
 
     Returns:
         The loss, a detached scalar; with ``return_stats``, (loss, :class:`~siglip_kernels.LogitStats`).
 
     Raises:
         TypeError, ValueError: ``micro_batches`` is empty, ``encode`` returned something else, or as ``sigmoid_loss``.
-        RuntimeError: features had another shape the second time, or require grad in some micro-batches and not in all.
+        RuntimeError: features had another shape the second time, or require grad in some micro-batches but not in all.
     """
     batches = list(micro_batches)
     if not batches:
@@ -102,7 +102,7 @@ def accumulate(
     cached: list[Encoded] = []
     for batch in batches:
         states.append(_random_state())
-        # With a graph, at once dropped, the first tells what requires grad.
+        # The first one has a graph, which is dropped at once: it shows what requires grad.
         with no_sync(), torch.set_grad_enabled(grad_mode and not cached):
             encoded = _encoded(encode(batch))
         if not cached:
@@ -126,8 +126,8 @@ def accumulate(
 def _loss(
     batches: Sequence[Encoded], return_stats: bool, arguments: LossArguments
 ) -> Tensor | tuple[Tensor, LogitStats]:
-    """Of the joined micro-batches."""
-    # Scale and bias are the last one's, whose backward is the one that DistributedDataParallel syncs.
+    """The loss over the joined micro-batches."""
+    # Scale and bias are those of the last one: DistributedDataParallel syncs only the last backward.
     scale, bias = batches[-1].logit_scale, batches[-1].logit_bias
     if len(batches) == 1:
         images, texts = batches[0].image_features, batches[0].text_features
@@ -138,7 +138,7 @@ def _loss(
 
 
 def _leaf(value: Any, requires_grad: bool) -> Any:
-    """A leaf for the loss; AttributeError where a float takes the place of what required grad."""
+    """A leaf for the loss. AttributeError if a float replaces a tensor that required grad."""
     return value.detach().requires_grad_(requires_grad) if requires_grad or isinstance(value, Tensor) else value
 
 
@@ -149,7 +149,7 @@ def _gradient(leaf: Any) -> Tensor | None:
 def _backward(
     result: Tensor | tuple[Tensor, LogitStats], gradient: float | Tensor | None
 ) -> Tensor | tuple[Tensor, LogitStats]:
-    """What ``sigmoid_loss`` returned, without its graph."""
+    """Run the backward of what ``sigmoid_loss`` returned, and return it without its graph."""
     loss, stats = result if isinstance(result, tuple) else (result, None)
     if loss.requires_grad:
         loss.backward(None if gradient is None else torch.as_tensor(gradient, dtype=loss.dtype, device=loss.device))
@@ -157,7 +157,7 @@ def _backward(
 
 
 def _check_repeated(i: int, before: Encoded, again: Encoded) -> None:
-    """Same shapes, and grad where the first micro-batch requires it: else gradients would be lost."""
+    """Require the same shapes, and grad where the first micro-batch requires it: else gradients would be lost."""
     for name, expected, got in zip(Encoded._fields, map(_kind, before), map(_kind, again), strict=True):
         if got != expected:
             raise RuntimeError(f"encode gave {name} of {got} for micro-batch {i} in the replay; expected {expected}")
@@ -186,7 +186,7 @@ def _encoded(output: Any) -> Encoded:
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:
-    """Of the generators that a tower's dropout draws from."""
+    """The state of the generators that a tower's dropout draws from."""
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 

@@ -1,10 +1,10 @@
 """Compiles csrc/ into shared libraries on first use: once per content, with ninja, never on import.
 
-A library is ``<cache>/<name>-<content>-<compiler>/<name>.<digest>.so``. ``<cache>`` is below the user's cache folder,
-or the temporary one where the first cannot be written to, or nothing loads from it. ``<content>`` hashes what
-ninja is told to run, every source and header, torch's version and the platform; ``<compiler>`` the compiler's command
-and version; ``<digest>`` the library itself: one that was cut short counts as absent. Without a compiler, a library of
-any compiler and the same content serves, as in an image. A failure is remembered in the folder of the library to be.
+A library is ``<cache>/<name>-<content>-<compiler>/<name>.<digest>.so``. ``<cache>`` is below the user's cache folder;
+below the temporary folder if the first cannot be written to, or nothing loads from it. ``<content>`` hashes ninja's
+rules, every source and header, torch's version and the platform. ``<compiler>`` hashes the compiler's command and
+version. ``<digest>`` hashes the library: a truncated one counts as absent. Without a compiler, as in an image, any
+compiler's library of the same content is used. A failure is recorded in the folder where the library would be.
 """
 
 from __future__ import annotations
@@ -27,30 +27,29 @@ import torch
 
 from siglip_kernels import cache
 
-# Inside the package in a wheel, beside it in a source tree.
-_INSIDE = Path(__file__).parent / "csrc"
+_INSIDE = Path(__file__).parent / "csrc"  # in a wheel; a source tree has it beside the package
 CSRC = _INSIDE if _INSIDE.is_dir() else _INSIDE.parents[1] / "csrc"
 TIMEOUT = 300.0  # seconds a build may take
-# Programs by preference, and the flags without which their objects cannot become a shared library.
+# Programs by preference, and the flags that their objects need for a shared library.
 COMPILERS = {
     "cxx": (("c++", "g++", "clang++"), ("-fPIC",)),
     "nvcc": (("nvcc", "/usr/local/cuda/bin/nvcc"), ("-Xcompiler", "-fPIC")),
 }
-# What comes before those: a user's own commands, as conda and CUDA's installers set them.
+# These come first: the user's own commands, as conda and CUDA's installers set them.
 COMPILER_VARIABLES = {"cxx": ("$CXX",), "nvcc": ("$CUDACXX", "$NVCC", "$CUDA_HOME/bin/nvcc", "$CUDA_PATH/bin/nvcc")}
 
 
 class BuildError(RuntimeError):
-    """Why there is no library: the compiler's own first errors, or what is missing here."""
+    """Why there is no library: the compiler's first errors, or what is missing on this machine."""
 
 
 class InterruptedBuildError(BuildError):
-    """By a signal: that says nothing of the next build."""
+    """A signal ended the build: the next one may succeed."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file below csrc/ and the flags of its own; a target may compile one file in several ways."""
+    """A file below csrc/ and its own flags. A target may compile one file in several ways."""
 
     path: str
     flags: tuple[str, ...] = ()
@@ -62,7 +61,7 @@ class Target:
 
     name: str
     sources: tuple[Source, ...]
-    headers: tuple[str, ...] = ()  # below csrc/, all that the sources include: a change in one builds anew
+    headers: tuple[str, ...] = ()  # below csrc/, all that the sources include: a change triggers a new build
     flags: tuple[str, ...] = ()  # for every source; csrc/ is on the include path
     link_flags: tuple[str, ...] = ()
     compiler: str = "cxx"  # or "nvcc"
@@ -70,7 +69,7 @@ class Target:
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
-# The epilogue for each instruction set, whatever this machine has: the library chooses when it runs.
+# The epilogue for each instruction set, whatever this machine has: the library chooses at run time.
 _X86 = (
     Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=avx2", "-mavx2", "-mfma")),
     Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=avx512", *_AVX512)),
@@ -107,14 +106,12 @@ TARGETS = {  # by the backend's name
     ),
 }
 
-# What this process knows already: the library, or the reason why there is none.
-_outcomes: dict[Target, ctypes.CDLL | str] = {}
-# Those that the next ``load`` compiles even where what was built does not load.
-_to_retry: set[Target] = set()
+_outcomes: dict[Target, ctypes.CDLL | str] = {}  # known to this process: the library, or why there is none
+_to_retry: set[Target] = set()  # the next ``load`` compiles these even if a built library does not load
 
 
 def load(target: Target) -> ctypes.CDLL:
-    """The shared library, compiled now if no cache holds one that loads. BuildError, always the same, without one."""
+    """The shared library, compiled now if no cache holds one that loads. BuildError, always the same, if it fails."""
     outcome = _cached_outcome(target)
     if outcome is None:
         try:
@@ -129,12 +126,12 @@ def load(target: Target) -> ctypes.CDLL:
 
 
 def library(target: Target) -> Path:
-    """The file of ``load``."""
+    """The path of the library that ``load`` returns."""
     return Path(load(target)._name)
 
 
 def why_not(target: Target) -> list[str]:
-    """Why there is no library, as far as it is known without compiling; empty where ``load`` may succeed."""
+    """Why there is no library, as far as known without compiling; empty if ``load`` may succeed."""
     outcome = _cached_outcome(target)
     return [outcome] if isinstance(outcome, str) else []
 
@@ -153,7 +150,7 @@ def has_compiler(target: Target) -> bool:
 
 
 def forget_failure(target: Target) -> None:
-    """Let the next ``load`` compile what failed before, or did not load."""
+    """Let the next ``load`` compile a target that failed before, or did not load."""
     if isinstance(_outcomes.get(target), str):
         del _outcomes[target]
     _to_retry.add(target)
@@ -164,13 +161,13 @@ def forget_failure(target: Target) -> None:
 
 
 def remove_leftovers() -> None:
-    """Remove what builds left that were killed."""
+    """Remove what killed builds left behind."""
     for root in _cache_roots([]):
         cache.remove_leftovers(root, TIMEOUT)
 
 
 def _cached_outcome(target: Target) -> ctypes.CDLL | str | None:
-    """The library, or why there is none; None where only compiling can tell."""
+    """The library, or why there is none; None if only compiling can tell."""
     outcome = _outcomes.get(target)
     if outcome is None:
         try:
@@ -183,7 +180,7 @@ def _cached_outcome(target: Target) -> ctypes.CDLL | str | None:
 
 
 def _find_built(target: Target) -> ctypes.CDLL | None:
-    """The library in a cache; None where it is still to be built. BuildError where that failed before, or cannot be."""
+    """The library in a cache; None if it must be built first. BuildError if that failed before, or is impossible."""
     if os.name != "posix":
         raise BuildError("native code is compiled on Linux and macOS only")
     refusals: list[str] = []
@@ -214,7 +211,7 @@ def _find_built(target: Target) -> ctypes.CDLL | None:
 
 
 def _load_first(target: Target, folders: Iterable[Path]) -> tuple[ctypes.CDLL | None, list[str]]:
-    """The library in one of the folders, loaded; and why those do not load that count as built."""
+    """The first library in the folders that loads, and the reasons why built ones do not load."""
     reasons = []
     for folder in folders:
         for path in cache.intact(folder, target.name):
@@ -226,7 +223,7 @@ def _load_first(target: Target, folders: Iterable[Path]) -> tuple[ctypes.CDLL | 
 
 
 def _build(target: Target) -> ctypes.CDLL:
-    """Compile in the first folder from which the library then loads."""
+    """Compile in the first folder that the library then loads from."""
     command, key = _compiler(target)
     remove_leftovers()
     refusals: list[str] = []
@@ -245,7 +242,7 @@ def _build(target: Target) -> ctypes.CDLL:
 
 
 def _build_in(folder: Path, target: Target, command: list[str]) -> Path:
-    """The library, compiled in a private folder below ``folder``; OSError where that does not serve."""
+    """Compile the library in a private folder below ``folder``. OSError if ``folder`` cannot be used."""
     folder.mkdir(parents=True, exist_ok=True)
     failed = folder / "failed.txt"
     with cache.private_folder(folder) as private:
@@ -258,12 +255,12 @@ def _build_in(folder: Path, target: Target, command: list[str]) -> Path:
                     os.replace(private / failed.name, failed)
             raise
         with suppress(OSError):
-            failed.unlink()  # another process's
+            failed.unlink()  # written by another process
         return cache.store(private / f"{target.name}.so", folder)
 
 
 def _describe_error(error: OSError, path: Path) -> str:
-    """The system's words, with the path, which the loader's words begin with."""
+    """The system's message with the path. The loader's messages already begin with it."""
     words = error.strerror or str(error)
     return words if str(path) in words else f"{path}: {words}"
 
@@ -287,8 +284,7 @@ def _compile(target: Target, command: list[str], folder: Path) -> None:
         except subprocess.TimeoutExpired:
             raise BuildError(f"{name} took more than {TIMEOUT:g} s") from None
         finally:
-            # Not killed: ninja ends its compilers when it is asked to end.
-            ninja.terminate()
+            ninja.terminate()  # not kill: on SIGTERM ninja ends its compilers
     if ninja.returncode < 0 or "interrupted by user" in output:
         raise InterruptedBuildError(f"{name} was interrupted")
     if re.search("No space left on device|Disk quota exceeded", output):
@@ -298,7 +294,7 @@ def _compile(target: Target, command: list[str], folder: Path) -> None:
 
 
 def _ninja_rules(target: Target) -> str:
-    """What ninja is told, but for the places of the compiler and of csrc/."""
+    """ninja's rules, without the paths of the compiler and of csrc/."""
     flags, link_flags = _quote(*COMPILERS[target.compiler][1], *target.flags), _quote(*target.link_flags)
     text = f"rule compile\n  command = $compiler {flags} $includes $flags -c $in -o $out\n"
     text += f"rule link\n  command = $compiler -shared $in -o $out {link_flags}\n"
@@ -324,7 +320,7 @@ def _first_errors(output: str, most: int = 3) -> str:
 
 
 def _ninja() -> str:
-    """The program, or that of the PyPI module, whose folder need not be on the PATH."""
+    """The ninja program on the PATH, else that of the PyPI module, which need not be on the PATH."""
     program = shutil.which("ninja")
     if program is None:
         with suppress(ImportError):
@@ -337,7 +333,7 @@ def _ninja() -> str:
 
 
 def _compiler(target: Target) -> tuple[list[str], str]:
-    """The command and its key: the user's own, else the first usual one on the PATH."""
+    """The compiler's command and its key: the user's own, else the first usual one on the PATH."""
     reasons = []
     for command, otherwise in _compiler_commands(target.compiler):
         try:
@@ -351,7 +347,7 @@ def _compiler(target: Target) -> tuple[list[str], str]:
 
 
 def _compiler_commands(compiler: str) -> Iterator[tuple[list[str], str]]:
-    """What may be run, by preference; none and why where there is no such program."""
+    """(command, reason) by preference. If there is no such program, the command is empty and the reason says why."""
     for name in COMPILER_VARIABLES[compiler]:
         text = os.path.expandvars(name)
         if text not in (name, ""):  # the variable is set
@@ -361,8 +357,8 @@ def _compiler_commands(compiler: str) -> Iterator[tuple[list[str], str]]:
 
 
 def _resolve_command(text: str) -> list[str]:
-    """A program's path, which may hold spaces, or a command's words, as ``ccache g++``; none where it is not there."""
-    with suppress(ValueError):  # a quotation without its end
+    """The command in ``text``: a program's path, which may hold spaces, or words as ``ccache g++``. Empty if absent."""
+    with suppress(ValueError):  # an unclosed quotation
         for words in ([text], shlex.split(text)):
             program = shutil.which(words[0]) if words else None
             if program is not None:
@@ -371,7 +367,7 @@ def _resolve_command(text: str) -> list[str]:
 
 
 def _candidate_folders(target: Target, compiler_key: str, refusals: list[str], make: bool = False) -> Iterator[Path]:
-    """The target's folder in each cache, by preference; ``refusals`` takes the reasons why there are no more."""
+    """The target's folder in each cache, by preference. Reasons against further folders go to ``refusals``."""
     parts = [
         _ninja_rules(target).encode(),
         repr((torch.__version__, sysconfig.get_platform(), platform.libc_ver())).encode(),
@@ -390,9 +386,9 @@ def _digest(*parts: bytes) -> str:
 
 
 def _cache_roots(refusals: list[str], make: bool = False) -> Iterator[Path]:
-    """The user's folder, then one below the temporary folder that only this user can write to: ``make`` makes that."""
+    """The user's folder, then one below the temporary folder that only this user can write to; ``make`` creates it."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # A relative one is to be ignored, as the XDG standard says; a user without a home keeps the ~.
+    # The XDG standard says to ignore a relative path. Without a home the path still begins with ~, and is relative.
     if os.path.isabs(base):
         yield Path(base, "siglip_kernels")
     else:

@@ -1,7 +1,7 @@
-"""Folders that processes fill at the same time, and leave at any time.
+"""Folders that several processes fill at the same time, and in which any of them may die at any time.
 
-A file is named by a digest of its bytes, so half a file is none. It is made in a private folder, whose lock its builder
-holds while it lives, and is renamed into place under the lock of the folder.
+A file's name contains a digest of its bytes, so a partial file counts as absent. A builder makes the file in a private
+folder and holds that folder's lock while it lives. The file is renamed into place under the lock of the shared folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PRIVATE_PREFIX = "build-"
 
 
 def intact(folder: Path, name: str) -> list[Path]:
-    """The ``name.<digest>.so`` whose bytes have that digest, the newest first."""
+    """The files ``name.<digest>.so`` that match their digest, the newest first."""
     found = []
     for path in folder.glob(f"{name}.*.so"):
         with suppress(OSError):
@@ -30,10 +30,10 @@ def intact(folder: Path, name: str) -> list[Path]:
 
 
 def store(file: Path, folder: Path) -> Path:
-    """Rename ``file``, a .so, to its place in ``folder``, where those of its name that are not intact are removed."""
+    """Rename ``file``, a .so, to its place in ``folder``. Also remove files of its name there that are not intact."""
     place = folder / _content_name(file, file.stem)
     with folder_lock(folder) as held:
-        if held:  # else another process may repair one between the look at it and its removal
+        if held:  # else another process may repair one between the check and the removal
             for other in set(folder.glob(f"{file.stem}*.so")) - {place, *intact(folder, file.stem)}:
                 with suppress(OSError):
                     other.unlink()
@@ -43,9 +43,9 @@ def store(file: Path, folder: Path) -> Path:
 
 @contextmanager
 def private_folder(folder: Path) -> Iterator[Path]:
-    """A new folder in ``folder``, which is removed at the end; OSError where that cannot be written."""
+    """A new folder in ``folder``, removed at the end. OSError if ``folder`` cannot be written to."""
     with ExitStack() as stack:
-        with folder_lock(folder):  # as it is by whoever looks for leftovers
+        with folder_lock(folder):  # remove_leftovers takes the same lock
             path = Path(tempfile.mkdtemp(dir=folder, prefix=PRIVATE_PREFIX))
             stack.enter_context(folder_lock(path))
         try:
@@ -55,7 +55,7 @@ def private_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(root: Path, seconds: float) -> None:
-    """Remove the private folders of dead builders from the folders in ``root``; without locks, those that old."""
+    """Remove the private folders of dead builders below ``root``; without locks, those older than ``seconds``."""
     for path in root.glob(f"*/{PRIVATE_PREFIX}*"):
         with suppress(OSError), folder_lock(path.parent), folder_lock(path, wait=False) as held:
             if held or (held is None and time.time() - path.stat().st_mtime > seconds):
@@ -63,7 +63,7 @@ def remove_leftovers(root: Path, seconds: float) -> None:
 
 
 def temporary_root(name: str, make: bool) -> Path:
-    """A folder that only this user can write to, which ``make`` makes; OSError where it is another's."""
+    """A folder that only this user can write to; ``make`` creates it. OSError if it is open to others."""
     folder = Path(tempfile.gettempdir(), f"{name}-{os.getuid()}")
     if make:
         with suppress(FileExistsError):
@@ -76,7 +76,7 @@ def temporary_root(name: str, make: bool) -> Path:
 
 
 def why_unusable(folder: Path) -> list[str]:
-    """Why ``folder``, which need not be there yet, takes no library to be loaded, as far as it shows without trying."""
+    """Why libraries cannot be stored in ``folder`` and loaded, as far as known without trying. It need not exist."""
     while not os.path.lexists(folder):
         folder = folder.parent
     if not os.path.isdir(folder):
@@ -88,7 +88,7 @@ def why_unusable(folder: Path) -> list[str]:
 
 @contextmanager
 def folder_lock(folder: Path, wait: bool = True) -> Iterator[bool | None]:
-    """Hold the folder's lock: True. False where another process has it; None where the file system has no locks."""
+    """Hold the folder's lock: True. False if another process has it, None if the file system has no locks."""
     import fcntl  # not on Windows
 
     handle = os.open(folder, os.O_RDONLY)
@@ -103,7 +103,7 @@ def folder_lock(folder: Path, wait: bool = True) -> Iterator[bool | None]:
         try:
             yield held
         finally:
-            if held:  # closing is not enough: a process that was forked meanwhile has the handle too
+            if held:  # closing is not enough: a process forked meanwhile has the handle too
                 fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
         os.close(handle)
@@ -118,7 +118,7 @@ def _content_name(file: Path, name: str) -> str:
 
 
 def _remove_tree(folder: Path) -> None:
-    # A compiler that outlived its builder may write into it once more.
+    # A compiler that outlives its builder may still write into it.
     for _ in range(3):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

@@ -1,4 +1,4 @@
-"""Runs a command line whatever its streams are: readable text in any encoding, and an exit status that says enough."""
+"""Runs a command line on streams of any kind: readable text in any encoding, and a telling exit status."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-# For encodings that lack them; Unicode itself says that … is ... and ² is 2.
+# For encodings without these characters. Unicode itself decomposes … into ... and ² into 2.
 ASCII = {
     "×": "x",
     "·": "*",
@@ -27,15 +27,15 @@ ASCII = {
     "Π": "prod",
     "μ": "u",
 }
-SIGINT_STATUS, SIGPIPE_STATUS = 130, 141  # as a shell reports what SIGINT and SIGPIPE end
+SIGINT_STATUS, SIGPIPE_STATUS = 130, 141  # what a shell reports after SIGINT and SIGPIPE
 
 
 class OutputError(Exception):
-    """Standard output cannot be written to, for the OSError given; no OSError itself, which argparse would swallow."""
+    """Standard output cannot be written to; holds the OSError. It is no OSError itself: argparse would swallow that."""
 
 
 class GuardedStream:
-    """A standard stream: what it cannot write is an OutputError, or ignored."""
+    """A standard stream. A failed write raises OutputError, or is ignored."""
 
     def __init__(self, stream: Any, ignore: bool = False) -> None:
         self._stream, self._ignore = stream, ignore
@@ -59,7 +59,7 @@ class GuardedStream:
 
 
 def run(main: Callable[[], int]) -> int:
-    """``main``'s exit status; 130 after Ctrl-C, 141 where the reader has gone, 1 where the output is lost otherwise."""
+    """``main``'s exit status; 130 after Ctrl-C, 141 if the reader has gone, 1 if the output is lost otherwise."""
     _open_streams()
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = GuardedStream(sys.stdout), GuardedStream(sys.stderr, ignore=True)
@@ -82,7 +82,7 @@ def run(main: Callable[[], int]) -> int:
 
 
 def _open_streams() -> None:
-    """Closed ones read and write nothing, so that no other file takes their number; the others can encode any text."""
+    """Open closed streams on the null device, so that no other file gets their number. Let the rest encode any text."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -97,7 +97,7 @@ def _open_streams() -> None:
 
 
 def _discard_unwritten() -> None:
-    """The interpreter would try again at its end, and say so."""
+    """Drop unwritten output, which the interpreter would try to write again at exit, with an error message."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -106,7 +106,7 @@ def _discard_unwritten() -> None:
 
 
 def _to_ascii(error: UnicodeError) -> tuple[str, int]:
-    """The characters that cannot be encoded, by others that can."""
+    """Replacements in ASCII for the characters that cannot be encoded."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = unicodedata.normalize("NFKD", error.object[error.start : error.end])

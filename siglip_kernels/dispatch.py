@@ -1,8 +1,8 @@
-"""Whether a call may go round torch's dispatcher, and whether a tensor's memory is what its address says.
+"""Decides whether a call may bypass torch's dispatcher, and whether a tensor's address points to its values.
 
-The dispatcher serves every other kind of tensor and every mode: wrapper subclasses, fake and functional tensors, lazily
-negated views, tracers, transforms. Going round it saves 15 µs a call, and is right only where no such thing is there.
-So these functions know what is ordinary, and take nothing else for it.
+The dispatcher handles every other kind of tensor and every mode: wrapper subclasses, fake and functional tensors,
+lazily negated views, tracers, transforms. Bypassing it saves 15 µs a call, and is correct only if none of these is
+present. So these functions recognise what is ordinary. They treat anything unknown as not ordinary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-# Whose tensors have memory that an address points to.
+# Device types on which a tensor's address points to its memory.
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 _CLASSES = (Tensor, nn.Parameter)
 _keys_of = torch._C._dispatch_keys
@@ -27,7 +27,7 @@ def _raw(*names: str) -> int:
     return functools.reduce(operator.or_, keys).raw_repr()
 
 
-# Of dense tensors on each device, made in inference mode or not.
+# The dispatch keys of a dense tensor on each device: made outside inference mode, and made in it.
 _ORDINARY_KEYS = {
     device: (
         _raw(device.upper(), f"Autocast{device.upper()}", f"Autograd{device.upper()}", "ADInplaceOrView"),
@@ -36,14 +36,14 @@ _ORDINARY_KEYS = {
     for device in DEVICES
 }
 _ORDINARY_KEYS_ANYWHERE = frozenset(keys for of_device in _ORDINARY_KEYS.values() for keys in of_device)
-# Of a thread without any mode, in inference mode or not.
+# The dispatch keys that a thread includes when no mode is on: outside inference mode, and in it.
 _DEFAULT_KEYS = _raw("BackendSelect", "ADInplaceOrView"), _raw("BackendSelect")
 
 
 def has_no_mode() -> bool:
-    """Whether no compiler, dispatch mode, tracer or transform has to see this thread's calls, nor a forward-mode level.
+    """Whether this thread runs under no compiler, dispatch mode, tracer, transform or forward-mode level.
 
-    torch adds the keys of each mode that it enters to those that the thread includes by default.
+    Entering a mode adds its dispatch keys to those that the thread includes by default.
     """
     if torch.compiler.is_compiling():
         return False
@@ -51,9 +51,9 @@ def has_no_mode() -> bool:
 
 
 def are_ordinary(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether all are dense tensors of torch's own class, with memory of their own on one of DEVICES.
+    """Whether all are dense tensors of torch's own class, with their own memory on one of DEVICES.
 
-    No dispatch key says otherwise, as those of any other kind do.
+    Tensors of any other kind have other dispatch keys.
     """
     for t in tensors:
         if t is not None and not (type(t) in _CLASSES and _keys_of(t).raw_repr() in _ORDINARY_KEYS_ANYWHERE):
@@ -62,13 +62,13 @@ def are_ordinary(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def may_be_read(t: Tensor) -> bool:
-    """Whether nothing is known against what the dispatcher has handed on: of any class, on any device."""
+    """Whether a kernel may read a tensor of any class from the dispatcher. On DEVICES its keys must be ordinary."""
     device_type = t.device.type
     return device_type not in DEVICES or _keys_of(t).raw_repr() in _ORDINARY_KEYS[device_type]
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether reading a value would fail or break a graph: under a compiler, a tracer, or on tensors without data."""
+    """Whether reading a value would fail or break a graph: under a compiler or tracer, or for tensors without data."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     if any(isinstance(t, torch._subclasses.FakeTensor) or t.is_meta for t in tensors):
@@ -84,9 +84,9 @@ def is_traced_before_dispatch() -> bool:
 
 
 def check_memory(names: Iterable[str], tensors: Sequence[Tensor | None]) -> None:
-    """ValueError for the name of a tensor on one of DEVICES whose storage is smaller than what it spans.
+    """Raise ValueError, naming the tensor, if a tensor on one of DEVICES spans more bytes than its storage holds.
 
-    FSDP and others free the memory of tensors that live on; torch itself reads it all the same.
+    FSDP and others free the memory of tensors that stay alive. torch itself reads such a tensor without a check.
     """
     for t in tensors:
         if t is not None and (t.untyped_storage().nbytes() < t.nbytes or not t.is_contiguous() or t.storage_offset()):
@@ -104,8 +104,8 @@ def check_memory(names: Iterable[str], tensors: Sequence[Tensor | None]) -> None
 
 
 def refuse_transforms(tensors: Iterable[Tensor | None] = ()) -> None:
-    """RuntimeError under a transform of torch.func, NotImplementedError where one of the tensors has a tangent."""
-    if torch.compiler.is_dynamo_compiling():  # the operator refuses, in the graph
+    """Raise RuntimeError under a torch.func transform, NotImplementedError if one of the tensors has a tangent."""
+    if torch.compiler.is_dynamo_compiling():  # the operator in the graph refuses them
         return
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("sigmoid_loss does not run under torch.func transforms (vmap, grad, vjp, jvp, jacrev, …)")

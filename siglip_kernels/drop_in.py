@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-# What each of open_clip's names does here; its results do not depend on it.
+# The algorithm for each of open_clip's names. The results do not depend on it.
 ALGORITHMS = {"bidir": "ring", "shift": "ring", "reduce": "gather", "gather": "gather"}
 
 
@@ -29,12 +29,12 @@ class SigLipLoss(nn.Module):
         cache_labels: accepted for compatibility; labels are never materialised, so there is nothing to cache.
         rank: of this process in the group; 0 for one process.
         world_size: number of processes in the group.
-        dist_impl: "bidir" (None) or "shift": texts travel round a ring, memory that of a few local batches; "reduce" or
-            "gather": one all-gather and one reduce-scatter, fewest messages. The values are the same.
-        chunk_size: accepted for compatibility; memory is bounded whatever it is.
-        process_group: a ProcessGroup, a DeviceMesh of one dimension or two (nodes × GPUs of a node), or a
-            :class:`~siglip_kernels.distributed.Exchange`, which alone says how; rank and world_size may then be left
-            out. None with world_size above 1: the default group, at the first call.
+        dist_impl: "bidir" (None) or "shift": texts travel round a ring, and memory is a few local batches. "reduce" or
+            "gather": one all-gather and one reduce-scatter, the fewest messages. The values are the same.
+        chunk_size: accepted for compatibility; memory is bounded for every value.
+        process_group: a ProcessGroup, a DeviceMesh of one dimension or two (nodes × GPUs of a node), or an
+            :class:`~siglip_kernels.distributed.Exchange`, which overrides dist_impl. With a group, rank and world_size
+            may be left out. None with world_size above 1: the default group, at the first call.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class SigLipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss over the local batch, divided by its size; ``{"contrastive_loss": loss}`` with output_dict.
+        """The loss over the local batch, divided by its size. With output_dict: ``{"contrastive_loss": loss}``.
 
-        Shapes, dtypes and errors are as for :func:`siglip_kernels.sigmoid_loss`; logit_scale is already exponentiated.
+        Shapes, dtypes and errors: see :func:`siglip_kernels.sigmoid_loss`. logit_scale is already exponentiated.
         """
         exchange = self._exchange()
         if self.world_size > 1 and not (dist.is_available() and dist.is_initialized()):

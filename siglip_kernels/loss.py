@@ -7,8 +7,8 @@ For image features x [M, D], text features y [N, D], scale t and bias b:
     dz_ij = −s_ij · w_ij · σ(−s_ij z_ij) / denominator
     dx = t · dz y      dy = t · dzᵀ x      dt = Σ dz_ij <x_i, y_j>      db = Σ dz_ij
 
-A pair that is left out has no term. Where asked for, an image or a text with k positives shares a mass of 1 among them:
-pair (i, j) has the mass m_ij = ½ (1/k_i + 1/k_j), or 1/k of one side. Of a positive pair
+A pair that is left out has no term. With multi_positive, an image or a text with k positives shares a mass of 1 among
+them: pair (i, j) has the mass m_ij = ½ (1/k_i + 1/k_j), or 1/k of one side. A positive pair has
 
     "weights"         term  w m softplus(−z)                            dz  −w m σ(−z)
     "soft_targets"    term  w (m softplus(−z) + (1 − m) softplus(z))    dz  w ((1 − m) σ(z) − m σ(−z))
@@ -48,12 +48,12 @@ class SigmoidLossGrads(NamedTuple):
     loss: Tensor  # [] float32, or float64 for float64 features
     image_features: Tensor  # [M, D]
     text_features: Tensor  # [N, D]
-    logit_scale: Tensor  # as the argument; [] in the loss's dtype for a float
-    logit_bias: Tensor | None  # likewise; None without a bias
+    logit_scale: Tensor  # like the argument; for a float, [] in the loss's dtype
+    logit_bias: Tensor | None  # the same; None without a bias
 
 
 class LossArguments(TypedDict, total=False):
-    """The keyword arguments of :func:`sigmoid_loss` but for ``return_stats``, for type checkers."""
+    """The keyword arguments of :func:`sigmoid_loss` except ``return_stats``, for type checkers."""
 
     positive_offset: int | None
     image_ids: Tensor | None
@@ -120,51 +120,52 @@ def sigmoid_loss(
     """Sigmoid loss of every image-text pair, without ever holding the [M, N] logits.
 
     Args:
-        image_features: [M, D] float16, bfloat16, float32 or float64; usually L2-normalised. Under autocast, features of
-            any of these but float64 are cast to the autocast dtype, as a matmul would.
+        image_features: [M, D] float16, bfloat16, float32 or float64; usually L2-normalised. Under autocast, features
+            are cast to the autocast dtype, as for a matmul; float64 features are not.
         text_features: [N, D], the same dtype and device.
         logit_scale: t, already exponentiated: a float, or a floating tensor of one element on the features' device.
         logit_bias: b: the same, or None for no bias.
         positive_offset: pair (i, i + positive_offset) is positive. None: every pair is negative.
-        image_ids: [M] integer; given together with text_ids, a pair is positive exactly where the two ids are equal.
+        image_ids: [M] integer, given together with text_ids: a pair is positive exactly when its two ids are equal.
         text_ids: [N] integer.
-        image_weights: [M] real, non-negative; a pair weighs image_weights[i] · text_weights[j]. 0 marks padding, whose
-            features must still be finite: 0 · NaN is NaN. No gradient is formed for weights. That they are not negative
-            is checked on the CPU only, and not while compiling: elsewhere reading the answer would synchronise.
+        image_weights: [M] real, non-negative; the weight of a pair is image_weights[i] · text_weights[j]. 0 marks
+            padding. The features of padding must be finite: 0 · NaN is NaN. Weights get no gradient. Negative weights
+            raise only on the CPU, and not while compiling: elsewhere reading the answer would synchronise.
         text_weights: [N] real, non-negative.
-        ignore_ids: with ids, the positives are those of positive_offset (any int, or None) all the same, and every
-            other pair of equal ids is left out of the loss: duplicate captions, neither positive nor negative.
+        ignore_ids: with ids, positive_offset (any int, or None) still says which pairs are positive. Every other pair
+            of equal ids is left out of the loss: duplicate captions are neither positive nor negative.
         multi_positive: with ids, an image or a text with k positives shares a mass of 1 among them, instead of 1 each.
-            k counts no pair of weight 0, as padding has. "weights": the mass multiplies the weight of the pair.
-            "soft_targets": it is the target of the pair's sigmoid. Negative pairs are as ever, and weights multiply on
-            top. Over a group k counts the positives on every rank.
-        anchors: whose mass a positive pair has: "images": 1/k of its image; "texts": of its text; "both": half of each.
-        return_stats: return :class:`~siglip_kernels.LogitStats` too, from the same pass: mean, least and largest logit
-            and number of the positive pairs and of the negative ones. With a group, of this rank's images against the
-            texts of all.
-        reduction: what the sum over pairs is divided by. "batchmean": Σ image_weights (M if there are none);
-            "mean": Σ of the pair weights (M·N); "sum": 1. Labels do not change it: a pair that is left out counts.
-        backend: "auto" takes the fastest that can run the call. "eager" is plain torch and runs everywhere. Another
-            name raises with its reasons where it cannot run.
+            k does not count pairs of weight 0, such as padding. "weights": the mass multiplies the weight of the pair.
+            "soft_targets": the mass is the target of the pair's sigmoid. Negative pairs do not change, and weights
+            still multiply every term. Over a group, k counts the positives on every rank.
+        anchors: the source of a positive pair's mass. "images": 1/k of its image; "texts": 1/k of its text; "both":
+            half of each.
+        return_stats: also return :class:`~siglip_kernels.LogitStats`, from the same pass: mean, least and largest logit
+            and number, of the positive pairs and of the negative ones. With a group, they cover this rank's images
+            against the texts of all ranks.
+        reduction: the divisor of the sum over pairs. "batchmean": Σ image_weights (M without weights); "mean": Σ of the
+            pair weights (M·N without weights); "sum": 1. Labels do not change it: a pair that is left out counts.
+        backend: "auto" takes the fastest that can run the call. "eager" is plain torch and runs everywhere. A named
+            backend that cannot run the call raises, with its reasons.
         process_group: None: this process alone. A group, a mesh of one dimension, or an
-            :class:`~siglip_kernels.distributed.Exchange`: the loss of this rank's images against the texts of all its
-            ranks, which all must call. Batches may differ in size; D, the dtype and the kind of labels may not. Each
-            rank divides by its own batch, and its text gradient collects the part of every rank, so that averaging
-            parameter gradients, as DDP and FSDP do, gives those of the mean of the ranks' losses. Where batches differ
-            in size, the mean over the joined batch is that of "sum" times ranks / joined batch. By positive_offset only
-            a rank's own texts can be positive. A rank whose denominator is 0 (no images, or padding alone) has a NaN
-            loss and gives NaN text gradients to all: "sum" has none.
+            :class:`~siglip_kernels.distributed.Exchange`: the loss of this rank's images against the texts of all
+            ranks. All ranks must call. Batches may differ in size; D, the dtype and the kind of labels may not. Each
+            rank divides by its own batch, and its text gradient collects the contribution of every rank. So averaging
+            parameter gradients, as DDP and FSDP do, gives the gradients of the mean of the ranks' losses. If batches
+            differ in size, the mean over the joined batch is "sum" times ranks / joined batch. With positive_offset,
+            only a rank's own texts can be positive. If a rank's denominator is 0 (no images, or only padding), its loss
+            is NaN and it sends NaN text gradients to all ranks; "sum" avoids this.
 
     Returns:
-        The loss, a scalar: float32, or float64 for float64 features; NaN where the denominator is 0, as a mean is.
+        The loss, a scalar: float32, or float64 for float64 features; NaN if the denominator is 0, like a mean.
         With return_stats, (loss, LogitStats).
-        Logits, sigmoid and loss are formed in that dtype, whatever the features' is. The gradients of the features,
-        the scale and the bias are formed in the same pass, only those that autograd will ask for. Not twice
+        Logits, sigmoid and loss are formed in that dtype, whatever the features' dtype. The same pass forms the
+        gradients of the features, the scale and the bias, but only those that autograd will ask for. Not twice
         differentiable; no torch.func transforms, no forward-mode differentiation.
 
     Raises:
-        TypeError, ValueError: an argument is not as said above, or the backend cannot run the call; with a group, on
-            every rank if on one. A rank that is gone: RuntimeError, within the group's timeout.
+        TypeError, ValueError: an argument is not as described above, or the backend cannot run the call. With a group,
+            every rank raises if one does. If a rank is gone: RuntimeError, within the group's timeout.
     """
     request = validate(
         image_features=image_features,
@@ -239,8 +240,8 @@ def sigmoid_loss_and_grads(
 ) -> SigmoidLossGrads | tuple[SigmoidLossGrads, LogitStats]:
     """The loss and all its gradients at once, outside autograd: the building block of gradient caching.
 
-    Takes the arguments of :func:`sigmoid_loss`, whether or not they require grad. Under autocast too, the gradients of
-    the features come in the features' own dtype.
+    Takes the arguments of :func:`sigmoid_loss`, whether or not they require grad. The gradients of the features have
+    the features' own dtype, also under autocast.
 
     Returns:
         :class:`SigmoidLossGrads`; with return_stats, (SigmoidLossGrads, LogitStats).
@@ -272,14 +273,14 @@ class SigmoidLoss(nn.Module):
     """:func:`sigmoid_loss` with its two learnable scalars: t = exp(``logit_scale``) and b = ``logit_bias``.
 
     Args:
-        init_logit_scale: t at the start, above 0; the parameter ``logit_scale`` [] float32 holds its logarithm.
-        init_logit_bias: b at the start; the parameter ``logit_bias`` [] float32. None: no bias.
-        parameter_shape: of both: (), or (1,), for FSDP2 takes no parameter of shape ().
+        init_logit_scale: initial t, above 0. The parameter ``logit_scale`` [] float32 holds its logarithm.
+        init_logit_bias: initial b, the value of the parameter ``logit_bias`` [] float32. None: no bias.
+        parameter_shape: shape of both parameters: (), or (1,) for FSDP2, which takes no parameter of shape ().
         reduction, backend: as for :func:`sigmoid_loss`.
-        device: of both parameters; None: torch's default device, "meta" in a deferred initialisation.
+        device: of both parameters; None: torch's default device, which is "meta" in a deferred initialisation.
 
-    The parameters are float32 whatever the default dtype is; after ``.half()`` or ``.bfloat16()`` exp is still formed
-    in float32. A checkpoint of shape () loads into (1,), and the other way round.
+    The parameters are float32 whatever the default dtype is. After ``.half()`` or ``.bfloat16()`` exp is still computed
+    in float32. A checkpoint of shape () loads into (1,), and vice versa.
     """
 
     logit_bias: nn.Parameter | None
@@ -310,7 +311,7 @@ class SigmoidLoss(nn.Module):
         self.backend: Backend = backend
 
     def reset_parameters(self) -> None:
-        """Scale and bias as at the start: what a deferred initialisation calls after ``to_empty``, as FSDP does."""
+        """Reset scale and bias to their initial values. Deferred initialisation (FSDP) calls it after ``to_empty``."""
         nn.init.constant_(self.logit_scale, math.log(self.init_logit_scale))
         if self.logit_bias is not None and self.init_logit_bias is not None:
             nn.init.constant_(self.logit_bias, self.init_logit_bias)
@@ -323,7 +324,7 @@ class SigmoidLoss(nn.Module):
         return_stats: bool = False,
         **arguments: Unpack[LossArguments],
     ) -> Tensor | tuple[Tensor, LogitStats]:
-        """What :func:`sigmoid_loss` returns, of its other keyword arguments."""
+        """What :func:`sigmoid_loss` returns. Takes its other keyword arguments."""
         given: LossArguments = {"reduction": self.reduction, "backend": self.backend, **arguments}
         # In half precision exp would round the scale to eight or eleven bits.
         exact = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32))
@@ -332,7 +333,7 @@ class SigmoidLoss(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """A checkpoint's scalars in this module's shape, be they [] or [1]."""
+        """Load a checkpoint's scalars, [] or [1], into this module's shape."""
         for name, parameter in self.named_parameters(recurse=False):
             saved = state_dict.get(prefix + name)
             if isinstance(saved, Tensor) and saved.shape != parameter.shape and saved.shape in ((), (1,)):

@@ -1,11 +1,11 @@
 """The operator and its derivative: the only file that knows torch.library and autograd.
 
-One opaque operator forms the loss and the gradients together. Its derivative is an autograd Function, which keeps the
-accumulators of the gradients; backward only scales them by the upstream gradient. So a loss that is met in a traced or
-exported graph can be differentiated too, once.
+One opaque operator forms the loss and the gradients together. Its derivative is an autograd Function that keeps the
+gradient accumulators; backward only scales them by the upstream gradient. So a loss in a traced or exported graph can
+be differentiated too, once.
 
-An operator's schema is flat: :func:`_flatten` and :func:`_restore` alone turn a request into its arguments and back. An
-ordinary call of ordinary tensors goes around the dispatcher, straight to :func:`_compute`.
+An operator's schema is flat. Only :func:`_flatten` and :func:`_restore` convert a request to its arguments and back. An
+ordinary call of ordinary tensors bypasses the dispatcher and goes straight to :func:`_compute`.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _ARGUMENTS = (
 )
 _RETURNS = "(Tensor loss, Tensor scalars, Tensor dx, Tensor dy, Tensor stats)"
 _library.define(f"sigmoid_loss({_ARGUMENTS}) -> {_RETURNS}", tags=(torch.Tag.pt2_compliant_tag,))
-# The same between ranks, as a compiled graph has it. It claims to write ``order``, so that no compiler drops an
-# exchange, merges two, or runs them in another order than the program's, which is that of the other ranks.
+# The same operator over a process group, for compiled graphs. It declares a write to ``order``, so that no compiler
+# drops an exchange, merges two, or reorders them: the order must be the same on all ranks.
 _TAGS = [getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)]
 _library.define(f"exchange(Tensor(a!) order, {_ARGUMENTS}) -> {_RETURNS}", tags=tuple(_TAGS))
-# Hands a gradient on in a compiled backward, which so keeps an argument that requires grad: by one AOTAutograd knows
-# that a second derivative is asked for, and refuses it.
+# Returns its gradient unchanged in a compiled backward. Its ``argument`` requires grad and so stays an input of that
+# backward: from it AOTAutograd sees that a second derivative is requested, and refuses it.
 _library.define("first_derivative(Tensor gradient, Tensor argument) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 ORDER = torch.zeros((), dtype=torch.float32, device="cpu")
-# Forms the loss and what needs_grad says; the last argument is the upstream gradient, given in backward alone.
+# Forms the loss and the gradients in needs_grad. The last argument is the upstream gradient, given only in backward.
 Compute = Callable[[Request, NeedsGrad, Tensor | None], Result]
 
 
 def _flatten(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -> dict[str, Any]:
-    """The operator's arguments."""
+    """The operator's arguments, by name."""
     pairs, exchange = request.pairs, request.exchange
     return {
         "x": request.x,
@@ -107,7 +107,7 @@ def _restore(
     needs_dbias: bool,
     upstream: Tensor | None,
 ) -> tuple[Request, NeedsGrad, Tensor | None]:
-    """What :func:`_flatten` was given."""
+    """The arguments of :func:`_flatten`, from the operator's."""
     pairs = PairSpec(
         positive_offset=positive_offset,
         image_ids=image_ids,
@@ -141,7 +141,7 @@ def _compute(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None = 
 
 
 def _operator(*arguments: Any) -> Result:
-    """The same for what the dispatcher hands on; stats are empty where none are asked for, for it returns tensors."""
+    """:func:`_compute`, called by the dispatcher. It must return tensors: stats are empty without return_stats."""
     request, needs_grad, upstream = _restore(*arguments)
     x, tensors = request.x, request.tensors()
     if not all(t is None or dispatch.may_be_read(t) for t in tensors):
@@ -153,7 +153,7 @@ def _operator(*arguments: Any) -> Result:
 
 
 def _is_direct(request: Request) -> bool:
-    """Whether nothing but the kernels has to see this call; ValueError where the memory of a tensor is not there."""
+    """Whether only the kernels have to see this call. ValueError if the memory of a tensor is not there."""
     if not dispatch.has_no_mode():
         return False
     tensors = request.tensors()
@@ -188,7 +188,7 @@ def _exchange_fake(_order: Tensor, *arguments: Any) -> Result:
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """The loss, differentiable in x, y, scale and bias, which are the request's; with return_stats: (loss, stats)."""
+    """The loss, differentiable in the request's x, y, scale and bias. With return_stats: (loss, stats)."""
 
     @staticmethod
     def forward(
@@ -212,7 +212,7 @@ class _SigmoidLoss(torch.autograd.Function):
             argument = None if compute is _compute else _first_needed(request, needs_grad)
             ctx.save_for_backward(scalars, dx, dy, argument)
             return outputs
-        # dy is still to be formed: backward computes again.
+        # dy is not formed yet: backward computes it.
         tensors = request.tensors()
         ctx.request = request.with_tensors([None] * len(tensors))
         ctx.save_for_backward(scalars, dx, dy, None, *tensors)
@@ -232,7 +232,7 @@ class _SigmoidLoss(torch.autograd.Function):
         if tensors:
             dispatch.refuse_transforms()
             dy = ctx.compute(ctx.request.with_tensors(tensors), NO_GRAD._replace(y=True), grad).dy
-            dy_scale = torch.ones_like(dx_scale)  # the upstream gradient is in dy, each rank's own
+            dy_scale = torch.ones_like(dx_scale)  # dy contains each rank's own upstream gradient
         in_place = ctx.compute is _compute and dispatch.has_no_mode() and dispatch.are_ordinary((grad,))
         scale, overwrite = scaled if in_place else scaled_out_of_place, in_place and _is_last_backward(dx)
         needs_grad = ctx.needs_grad
@@ -248,12 +248,12 @@ class _SigmoidLoss(torch.autograd.Function):
 
 
 def differentiable(request: Request) -> tuple[Tensor, Tensor | None]:
-    """(loss, stats [8]): with those gradients to come that autograd will ask for; stats None without return_stats."""
+    """(loss, stats [8]). Also forms the gradients that autograd will ask for. stats is None without return_stats."""
     if not _is_direct(request):
         dispatch.refuse_transforms(request.tensors())
         compute: Compute = _dispatched
         needs_grad = NO_GRAD
-        # What is recorded above autograd must have the gradients in it, or they would be taken for constants.
+        # A graph recorded above autograd must contain the gradients, or they would become constants.
         if not torch.compiler.is_compiling() and dispatch.is_traced_before_dispatch():
             needs_grad = _needed_by_autograd(request)
     else:
@@ -265,7 +265,7 @@ def differentiable(request: Request) -> tuple[Tensor, Tensor | None]:
 
 
 def loss_and_grads(request: Request, x_dtype: torch.dtype, y_dtype: torch.dtype) -> LossAndGrads:
-    """Outside autograd; ``x_dtype``, ``y_dtype``: of the gradients of the features."""
+    """The loss and all gradients, outside autograd. ``x_dtype``, ``y_dtype``: of the features' gradients."""
     dispatch.refuse_transforms()
     request = request.with_tensors([None if t is None else t.detach() for t in request.tensors()])
     # There is no upstream gradient that could differ between ranks.
@@ -287,14 +287,14 @@ def loss_and_grads(request: Request, x_dtype: torch.dtype, y_dtype: torch.dtype)
 
 
 def _apply(request: Request, needs_grad: NeedsGrad, compute: Compute) -> tuple[Tensor, Tensor | None]:
-    # autograd sees only the tensors among a Function's own arguments, and those that it returns.
+    # autograd sees only tensors that a Function takes as arguments of its own, or returns.
     tensors = request.x, request.y, request.scale, request.bias
     outputs = _SigmoidLoss.apply(*tensors, request, needs_grad, compute)
     return outputs if request.return_stats else (outputs, None)
 
 
 def _dispatched(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -> Result:
-    """By the operator, which a compiler, a mode or a tensor's own class is to see."""
+    """Call the operator, so that a compiler, a mode or a tensor's own class sees it."""
     arguments = _flatten(request, needs_grad, upstream)
     if torch.compiler.is_compiling() and request.exchange.group_names:
         return Result(*torch.ops.siglip_kernels.exchange(ORDER, **arguments))
@@ -317,7 +317,7 @@ def _first_needed(request: Request, needs_grad: NeedsGrad) -> Tensor | None:
 
 
 def _derivative(run: Callable[..., Any], run_below_autograd: Callable[..., Any], *arguments: Any) -> Result:
-    """The operator as autograd meets it: with the gradients that it will ask for, and a loss that has a derivative."""
+    """The operator's autograd kernel: forms the gradients that autograd will ask for, and a differentiable loss."""
     request, asked, _ = _restore(*arguments)
     dispatch.refuse_transforms(request.tensors())
     needs_grad = _needed_by_autograd(request)
@@ -330,14 +330,14 @@ def _derivative(run: Callable[..., Any], run_below_autograd: Callable[..., Any],
         )
     x, y = request.x, request.y
     if y is x:
-        # One tensor as both arguments gets half its gradient under torch.compile (pytorch#183604).
+        # Under torch.compile, a tensor that is both arguments gets only half its gradient (pytorch#183604).
         request = request._replace(y=y.view_as(y))
 
     def compute(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -> Result:
         return Result(*run(**_flatten(request, needs_grad, upstream)))
 
     loss, stats = _apply(request, needs_grad, compute)
-    # Of the gradients nothing was asked for.
+    # The caller asked for no gradients.
     none = x.new_empty((0, x.shape[1]), dtype=loss.dtype)
     scalars = x.new_full((4,), math.nan, dtype=loss.dtype)
     return Result(loss, scalars, none, none.clone(), _new_stats(x, 0) if stats is None else stats)
@@ -363,7 +363,7 @@ def _first_derivative(gradient: Tensor, argument: Tensor) -> Tensor:
 
 
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` as it is: under torch.compile, after a graph break, Dynamo would trace into it."""
+    """``function``, hidden from Dynamo, which under torch.compile would trace into it after a graph break."""
     disabled = torch._disable_dynamo(function)  # its first call imports Dynamo
     return lambda *arguments: (disabled if "torch._dynamo" in sys.modules else function)(*arguments)
 
@@ -378,9 +378,9 @@ for _name, _kernel in (("sigmoid_loss", _sigmoid_loss_derivative), ("exchange", 
 
 
 def _is_last_backward(saved: Tensor) -> bool:
-    """Whether nobody will read what forward saved again, asked inside a backward: the graph is not kept.
+    """Whether the backward that calls this is the last to read what forward saved: the graph is not kept.
 
-    A captured backward may be replayed.
+    It is never the last while it is captured, because a captured backward may be replayed.
     """
     is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     if is_kept is None or is_kept():

@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MULTI_POSITIVE = (None, "weights", "soft_targets")
-# An anchor's mass of 1 is shared by its positives; of a pair's mass, the image's part and the text's.
+# The positives of an anchor share a mass of 1. Values: how much of a pair's mass is its image's, how much its text's.
 ANCHORS = {"both": (0.5, 0.5), "images": (1.0, 0.0), "texts": (0.0, 1.0)}
 
 
 class PairSpec(NamedTuple):
     """The labels and weights of an [M, N] matrix of image-text pairs, never materialised.
 
-    Pair (i, j) is positive when the ids are equal, if ids are given; otherwise when
-    ``i + positive_offset == j``; with neither, every pair is negative. With ``ignore_ids`` the offset says what is
-    positive all the same, and other pairs of equal ids are left out. A pair weighs
-    ``image_weights[i] * text_weights[j]``, an absent side counting as ones.
+    If ids are given, pair (i, j) is positive when its ids are equal; otherwise when ``i + positive_offset == j``. With
+    neither, every pair is negative. With ``ignore_ids`` the offset still says what is positive, and other pairs of
+    equal ids are left out. The weight of a pair is ``image_weights[i] * text_weights[j]``; an absent side counts as
+    ones.
 
-    With ``multi_positive`` a positive pair has the mass ``image_masses[i] + text_masses[j]``: a factor of its weight
-    ("weights"), or the target of its sigmoid ("soft_targets"). :meth:`prepared` fills the masses in where they are
+    With ``multi_positive`` a positive pair has the mass ``image_masses[i] + text_masses[j]``. It is a factor of the
+    pair's weight ("weights"), or the target of its sigmoid ("soft_targets"). :meth:`prepared` computes masses that are
     absent.
     """
 
@@ -61,9 +61,9 @@ class PairSpec(NamedTuple):
         )
 
     def prepared(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> PairSpec:
-        """As block kernels take it: vectors contiguous, ids int64, weights of ``dtype`` on both sides or on neither.
+        """What block kernels take: contiguous vectors, int64 ids, weights of ``dtype`` on both sides or on neither.
 
-        Masses of ``dtype`` where ``multi_positive`` asks for them, and weights then always.
+        With ``multi_positive`` there are also masses of ``dtype``, and always weights.
         """
         if not self.has_ids and not self.has_weights:
             return self
@@ -79,10 +79,10 @@ class PairSpec(NamedTuple):
         )
 
     def with_masses(self, dtype: torch.dtype, images: Tensor | None = None, texts: Tensor | None = None) -> PairSpec:
-        """The masses in ``dtype``, by the positives among ``images`` and ``texts``, each [m, 2] as from
-        :func:`ids_and_validity`.
+        """This spec with its masses in ``dtype``. They count the positives among ``images`` and ``texts``, each [m, 2]
+        from :func:`ids_and_validity`.
 
-        By default among those of this spec; over a group, among those of every rank.
+        The default is the images and texts of this spec. Over a group they are those of every rank.
         """
         assert self.image_ids is not None
         assert self.text_ids is not None
@@ -95,18 +95,18 @@ class PairSpec(NamedTuple):
         )
 
     def may_have_positives(self, M: int, N: int) -> bool:
-        """False only where no pair of an [M, N] matrix can be positive."""
+        """False only if no pair of an [M, N] matrix can be positive."""
         if self.has_ids and not self.ignore_ids:
             return True
         return self.offset_within(M, N) < N
 
     def offset_within(self, M: int, N: int) -> int:
-        """The offset; N, which no pair of an [M, N] matrix has, where it makes none positive."""
+        """The offset. N if it makes no pair of an [M, N] matrix positive: no pair has the offset N."""
         offset = self.positive_offset
         return offset if offset is not None and -M < offset < N else N
 
     def positive_mask(self, M: int, N: int, device: torch.device | None = None) -> Tensor:
-        """[M, N] bool: the labels, materialised; on ``device`` where no ids say where."""
+        """[M, N] bool: the labels, materialised on the ids' device; without ids, on ``device``."""
         if self.image_ids is not None and self.text_ids is not None:
             if not self.ignore_ids:
                 return self.image_ids[:, None] == self.text_ids[None, :]
@@ -117,26 +117,27 @@ class PairSpec(NamedTuple):
         return mask
 
     def ignored_mask(self, M: int, N: int) -> Tensor | None:
-        """[M, N] bool: the pairs that are left out, materialised; None where there are none."""
+        """[M, N] bool: the pairs that are left out, materialised; None without ``ignore_ids``."""
         if not self.ignore_ids or self.image_ids is None or self.text_ids is None:
             return None
         return (self.image_ids[:, None] == self.text_ids[None, :]) & ~self.positive_mask(M, N)
 
 
 def ids_and_validity(ids: Tensor, weights: Tensor | None) -> Tensor:
-    """[n, 2] int64: the ids, and 1 beside each that counts as a positive; what weighs 0, as padding does, does not."""
+    """[n, 2] int64: each id, and 1 if it can count as a positive. An id of weight 0, such as padding, has 0."""
     ids = ids.to(torch.int64)
     return torch.stack([ids, torch.ones_like(ids) if weights is None else (weights > 0).to(torch.int64)], dim=1)
 
 
 def count_equal(ids: Tensor, among: Tensor) -> Tensor:
-    """[n] int64: how many valid ones of ``among`` [m, 2], from :func:`ids_and_validity`, have each of the ``ids`` [n].
+    """[n] int64: for each of ``ids`` [n], how many valid entries of ``among`` [m, 2] have that id.
 
-    By sorting and sums of integers: the same bits every time, and nothing is read back to the host.
+    ``among`` is from :func:`ids_and_validity`. Sorts and sums integers: the same bits every time, and nothing is read
+    back to the host.
     """
     ids = ids.to(torch.int64).contiguous()
     ordered, order = among[:, 0].sort()
-    before = F.pad(among[:, 1][order].cumsum(0), (1, 0))  # how many of the first 0, 1, … m count
+    before = F.pad(among[:, 1][order].cumsum(0), (1, 0))  # valid ones among the first 0, 1, …, m
     begin, end = (before[torch.searchsorted(ordered, ids, right=right)] for right in (False, True))
     return end - begin
 

@@ -1,7 +1,7 @@
-"""The definition of the loss: materialised, plain torch, differentiated by autograd, in any dtype.
+"""The definition of the loss in plain torch: materialised logits, gradients by autograd, any dtype.
 
-Tests and bench compare with it: in float64 it is the gold value, in the features' own dtype it is the eager loss that
-people train with today. Source: Zhai et al. 2023, arXiv 2303.15343, Algorithm 1.
+Tests and benchmarks compare with it. In float64 it is the gold value. In the features' own dtype it is the eager loss
+that people train with today. Source: Zhai et al. 2023, arXiv 2303.15343, Algorithm 1.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def sigmoid_loss_reference(
     return_stats: bool = False,
     reduction: str = "batchmean",
 ) -> Any:
-    """The arguments and the value of :func:`siglip_kernels.sigmoid_loss`, in O(M·N) memory and without its checks.
+    """The same arguments and value as :func:`siglip_kernels.sigmoid_loss`, in O(M·N) memory and without its checks.
 
-    Computes in the dtype it is given and returns a scalar of that dtype; twice differentiable. Where the denominator is
-    0 for want of any pair, its gradients are 0, those of sigmoid_loss NaN.
+    Computes in the features' dtype and returns a scalar of that dtype. It is twice differentiable. If the denominator
+    is 0 because there are no pairs, its gradients are 0; those of sigmoid_loss are NaN.
     """
     x, y = image_features, text_features
     pairs = PairSpec(
@@ -71,14 +71,14 @@ def sigmoid_loss_reference(
 
 
 def pair_weights(pairs: PairSpec, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """([M], [N]) in the features' dtype: pair (i, j) weighs the product of its two; ones where none are given."""
+    """([M], [N]) in the features' dtype: the weight of pair (i, j) is the product of its two. Ones if not given."""
     u = x.new_ones(x.shape[0]) if pairs.image_weights is None else pairs.image_weights.to(x.dtype)
     v = y.new_ones(y.shape[0]) if pairs.text_weights is None else pairs.text_weights.to(y.dtype)
     return u, v
 
 
 def masses(positive: Tensor, u: Tensor, v: Tensor, anchors: str) -> Tensor:
-    """[M, N] at least float32: what each positive pair has of its anchors' masses; padding takes no part of them."""
+    """[M, N] at least float32: the mass that each positive pair gets from its anchors. Padding gets no share."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     images = (positive & (v > 0)).sum(1, keepdim=True).clamp(min=1).to(dtype)
     texts = (positive & (u > 0)[:, None]).sum(0, keepdim=True).clamp(min=1).to(dtype)
@@ -87,7 +87,7 @@ def masses(positive: Tensor, u: Tensor, v: Tensor, anchors: str) -> Tensor:
 
 
 def denominator(u: Tensor, v: Tensor, reduction: str) -> Tensor | float:
-    """What the sum over pairs is divided by."""
+    """The divisor of the sum over pairs."""
     return 1.0 if reduction == "sum" else u.sum() if reduction == "batchmean" else u.sum() * v.sum()
 
 

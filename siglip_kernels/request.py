@@ -1,4 +1,4 @@
-"""One call of the loss as a value: validated once, then taken whole by operator, schedule and process group."""
+"""One call of the loss as a value. It is validated once; operator, schedule and process group take it whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from siglip_kernels.pairs import PairSpec
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# The tensors of a request, as the public functions name them, in the order of Request.tensors.
+# The public names of a request's tensors, in the order of Request.tensors.
 TENSOR_NAMES = (
     *("image_features", "text_features", "logit_scale", "logit_bias"),
     *("image_ids", "text_ids", "image_weights", "text_weights"),
@@ -21,9 +21,9 @@ TENSOR_NAMES = (
 
 
 class ExchangeSpec(NamedTuple):
-    """:class:`~siglip_kernels.distributed.Exchange` as an operator's schema can hold it: its groups by name."""
+    """:class:`~siglip_kernels.distributed.Exchange` in a form that an operator's schema can hold: groups by name."""
 
-    group_names: str = ""  # one a line. None: one process; two: the group across nodes, the group within the node
+    group_names: str = ""  # one a line. No name: one process; two: the group across nodes, then that within the node
     algorithm: str = "ring"
     text_gradient_dtype: torch.dtype | None = None
     same_upstream: bool = True
@@ -38,7 +38,7 @@ ONE_PROCESS = ExchangeSpec()
 
 
 class NeedsGrad(NamedTuple):
-    """The arguments that a gradient is formed for."""
+    """Which arguments need a gradient."""
 
     x: bool = True
     y: bool = True
@@ -47,7 +47,7 @@ class NeedsGrad(NamedTuple):
 
     @property
     def dz(self) -> bool:
-        """Whether dz itself is needed, or only its sums."""
+        """Whether dz itself is needed, not only its sums."""
         return self.x or self.y
 
     @property
@@ -61,7 +61,7 @@ NO_GRAD = NeedsGrad(x=False, y=False, scale=False, bias=False)
 class Request(NamedTuple):
     """The arguments of :func:`siglip_kernels.sigmoid_loss`, validated."""
 
-    x: Tensor  # [M, D] image features, cast as autocast says
+    x: Tensor  # [M, D] image features, already in the autocast dtype
     y: Tensor  # [N, D] text features
     scale: Tensor  # one element, any floating dtype
     bias: Tensor | None  # the same
@@ -73,17 +73,17 @@ class Request(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether no pair is left out or shares a mass, and no statistics are asked for."""
+        """Whether no pair is left out or shares a mass, and no statistics are returned."""
         return not (self.return_stats or self.pairs.ignore_ids or self.pairs.multi_positive)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """As TENSOR_NAMES has them."""
+        """The tensors, in the order of TENSOR_NAMES."""
         pairs = self.pairs
         labels = pairs.image_ids, pairs.text_ids, pairs.image_weights, pairs.text_weights
         return self.x, self.y, self.scale, self.bias, *labels
 
     def with_tensors(self, tensors: Sequence[Any]) -> Request:
-        """The same call on other tensors, in the order of :meth:`tensors`."""
+        """The same call with other tensors, in the order of :meth:`tensors`."""
         x, y, scale, bias, image_ids, text_ids, image_weights, text_weights = tensors
         pairs = self.pairs._replace(
             image_ids=image_ids, text_ids=text_ids, image_weights=image_weights, text_weights=text_weights

@@ -1,12 +1,12 @@
-"""The block loop: the loss and every gradient in one pass, with a workspace that the batch cannot grow.
+"""The block loop: the loss and every gradient in one pass, with a workspace that does not grow with the batch.
 
     for each block of images R × block of texts C:
         dz, Σ loss, Σ dz·u, Σ dz = block kernel(x[R], y[C], …)
         dx[R] += dz  @ y[C]
         dy[C] += dzᵀ @ x[R]
 
-dz is un-normalised. The factor t / denominator, which would underflow in half precision, is applied once to the float32
-accumulators: it is the ``grad_scale`` of the result.
+dz is un-normalised: with the factor t / denominator it would underflow in half precision. That factor is applied once,
+to the float32 accumulators: it is the ``grad_scale`` of the result.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from siglip_kernels.pairs import PairSpec
 from siglip_kernels.request import NeedsGrad, Request
 from siglip_kernels.stats import SIZE, reduce_stats
 
-# |dz| is at most max(w). In float16 it is kept times 2^14 / 2^⌈log2 max(w)⌉: 65504 holds it, and 2^-38 is not yet 0.
+# |dz| is at most max(w). In float16 it is stored times 2^14 / 2^⌈log2 max(w)⌉: below 65504, and 2^-38 is not yet 0.
 FLOAT16_DZ_EXPONENT = 14
-# Rows of the dz buffer start on multiples of 16 elements, as TMA and the library's fastest GEMMs want; TMA writes a
-# row's last 16 bytes whole, up to seven elements into this padding.
+# Rows of the dz buffer start on multiples of 16 elements, for TMA and the library's fastest GEMMs. TMA writes the last
+# 16 bytes of a row whole: up to seven elements of this padding.
 DZ_ROW_MULTIPLE = 16
 
 
 class Result(NamedTuple):
-    """The loss, and the gradients as they come out of the block loop; those not needed are empty or meaningless."""
+    """The loss and the gradients, as the block loop leaves them. Gradients not needed are empty or meaningless."""
 
     loss: Tensor  # [] float32 or float64
     scalars: Tensor  # [4] the same dtype: loss, dscale, dbias, grad_scale
     dx: Tensor  # [M, D] the same dtype; the gradient is grad_scale · dx
     dy: Tensor  # [N, D] the same dtype; the gradient is grad_scale · dy
-    stats: Tensor | None = None  # [8] as stats.py has it, where asked for
+    stats: Tensor | None = None  # [8] in the layout of stats.py, with return_stats
 
 
 def problem_of(request: Request, needs_grad: NeedsGrad) -> Problem:
-    """What choosing and sizing a block kernel needs to know."""
+    """What is needed to choose and to size a block kernel."""
     x = request.x
     M, D = x.shape
     return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, request.is_plain)
 
 
 def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> Result:
-    """The loss and its gradients by ``kernel``. Launches only: nothing is read back to the host."""
+    """The loss and its gradients, computed by ``kernel``. It only launches: nothing is read back to the host."""
     y, pairs = request.y.contiguous(), request.pairs
     loop = BlockLoop(kernel, problem, request, needs_grad)
     if loop.operand is torch.float16:
@@ -64,7 +64,7 @@ class BlockLoop:
     """The images of one process, and the sums that grow as texts are added."""
 
     def __init__(self, kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> None:
-        """``problem``: its N is the largest number of texts that ``add`` will be given at once."""
+        """``problem``: its N is the largest number of texts that one ``add`` will get."""
         self.kernel, self.problem, self.needs_grad, self.return_stats = (
             kernel,
             problem,
@@ -84,22 +84,22 @@ class BlockLoop:
         self.dz_scale: Tensor | None = None
         self.dx = self.new_rows(problem.M if needs_grad.x else 0)
         self.accumulate_dx = False  # whether dx holds something to add to
-        self.sums: list[Tensor] = []  # [4] for each call of ``add``, the last of them unused
-        self.stats: list[Tensor] = []  # [blocks, 8] for each, where asked for
+        self.sums: list[Tensor] = []  # [4] for each call of ``add``; the last element is unused
+        self.stats: list[Tensor] = []  # [blocks, 8] for each call of ``add``, with return_stats
 
     def new_rows(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        """[rows, D] for a gradient, uninitialised; by default in the accumulators' dtype."""
+        """[rows, D] for a gradient, uninitialised. The default dtype is that of the accumulators."""
         return torch.empty(rows, self.problem.D, dtype=dtype or self.dtype, device=self.x.device)
 
     def scale_dz(self, largest_weights: Iterable[Tensor]) -> None:
-        """Keep a float16 dz from underflow; ``largest_weights``: [] each, of the images and of the texts, if any."""
+        """Choose a scale that keeps a float16 dz from underflow. ``largest_weights``: [] for each weighted side."""
         if self.problem.needs_dz and self.operand is torch.float16:
             self.dz_scale = _dz_scale(largest_weights, self.x.device)
 
     def add(
         self, y: Tensor, pairs: PairSpec, dy: Tensor | None, *, rows: slice | None = None, accumulate_dy: bool = False
     ) -> None:
-        """Pair the images ``rows`` (None: all) with the texts y [n, D]; dy [n, D], out: written or accumulated into."""
+        """Pair the images ``rows`` (None: all) with the texts y [n, D]; dy [n, D] is written or accumulated into."""
         rows = slice(0, self.problem.M) if rows is None else rows
         blocks = list(_blocks(rows, y.shape[0], *self.block_shape))
         if not blocks:
@@ -141,11 +141,11 @@ class BlockLoop:
         self.sums.append(sums if is_one else sums.sum(0))
 
     def dx_scale(self) -> Tensor:
-        """[] t over the scale of dz: times dz @ y, it gives dx but for the denominator."""
+        """[] t / dz_scale: the factor from the accumulated dz @ y to dx, without the denominator."""
         return self.scale if self.dz_scale is None else self.scale / self.dz_scale
 
     def result(self, denominator: float | Tensor, dy: Tensor) -> Result:
-        """What has been added up, over ``denominator``."""
+        """The loss and the gradients of all that was added; ``denominator``: of the loss."""
         totals = self._totals()
         totals[3] = self.dx_scale()
         scalars = torch.div(totals, denominator, out=self.x.new_empty(4, dtype=self.dtype))
@@ -153,40 +153,40 @@ class BlockLoop:
         return Result(torch.select_copy(scalars, 0, 0), scalars, self.dx, dy, stats)
 
     def _dz(self, r: int, c: int) -> Tensor | None:
-        """[r, c], where dz itself is needed."""
+        """The dz buffer [r, c] of a block; None if dz itself is not needed."""
         if not self.problem.needs_dz:
             return None
         return self.dz if self.dz.shape == (r, c) else self.dz[:r, :c]
 
     def _new_stats(self, blocks: int) -> Tensor:
-        """[blocks, 8]"""
+        """[blocks, 8], uninitialised; ``result`` combines them."""
         self.stats.append(torch.empty(blocks, SIZE, dtype=self.sum_dtype, device=self.x.device))
         return self.stats[-1]
 
     def _totals(self) -> Tensor:
-        """[4] loss, Σ dz·u, Σ dz and room for grad_scale."""
+        """[4]: loss, Σ dz·u, Σ dz, and a place for grad_scale."""
         if not self.sums:
             return self.x.new_zeros(4, dtype=self.sum_dtype)
         return self.sums[0] if len(self.sums) == 1 else torch.stack(self.sums).sum(0)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of logits, loss, scalar gradients and accumulators, for features of ``dtype``."""
+    """The dtype of logits, loss, scalar gradients and accumulators, for features of ``dtype``."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """In which the blocks' sums are added up: float64, which Apple's GPUs lack."""
+    """The dtype in which the blocks' sums are added: float64; float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _rows(t: Tensor, rows: slice) -> Tensor:
-    """``t[rows]``; a view costs as much as a small product, and a small problem is one block."""
+    """``t[rows]``, without a view if that is all of ``t``. A view costs as much as the GEMM of a small problem."""
     return t if rows.stop - rows.start == t.shape[0] else t[rows]
 
 
 def _scalar(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """[] of ``dtype``."""
+    """``t``, of one element, as [] of ``dtype``."""
     return _as(t if t.dim() == 0 else t.reshape(()), dtype)
 
 
@@ -195,23 +195,23 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(rows: slice, N: int, R: int, C: int) -> Iterator[tuple[slice, slice]]:
-    """Row-major: a block of images meets every text before the next begins."""
+    """(images, texts) of every block, row-major: a block of images meets every text before the next one begins."""
     for row in range(rows.start, rows.stop, max(R, 1)):
         for col in range(0, N, max(C, 1)):
             yield slice(row, min(row + R, rows.stop)), slice(col, min(col + C, N))
 
 
 def _dz_scale(largest_weights: Iterable[Tensor], device: torch.device) -> Tensor:
-    """[] a power of two that fits max(w)·dz_scale into float16."""
+    """[] float32, a power of two: max(w)·dz_scale fits into float16."""
     exponent = torch.full((), FLOAT16_DZ_EXPONENT, dtype=torch.int32, device=device)
     for weight in largest_weights:
         exponent = exponent - torch.frexp(weight).exponent
-    # By its bits: torch.ldexp and pow go by way of the default dtype. float32 has exponents from -126 to 127.
+    # Built from its bits: torch.ldexp and pow use the default dtype. float32 has exponents from -126 to 127.
     return ((exponent.clamp(-126, 126) + 127) << 23).view(torch.float32)
 
 
 def denominator(reduction: str, images: float | Tensor, texts: float | Tensor) -> float | Tensor:
-    """Of the loss, from the total weight of either side. 0 where nothing counts: the loss is then NaN, like a mean."""
+    """The loss's denominator, from the total weight of each side. 0 if nothing counts; the loss is then NaN."""
     match reduction:
         case "sum":
             return 1.0
@@ -223,5 +223,5 @@ def denominator(reduction: str, images: float | Tensor, texts: float | Tensor) -
 
 
 def total_weight(weights: Tensor) -> Tensor:
-    """[]"""
+    """[] the sum of ``weights``, in ``sum_dtype``."""
     return weights.sum(dtype=sum_dtype(weights.device))

@@ -1,4 +1,4 @@
-"""Diagnostics of the logits, from the pass that forms the loss: mean, least, largest and number, by class."""
+"""Diagnostics of the logits, from the same pass as the loss: mean, least, largest and number of each class."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from siglip_kernels.pairs import PairSpec
 
-# What a block kernel writes, each of positives and of negatives: Σ z, their number, the least z, the largest z.
+# What a block kernel writes: Σ z, the number, the least z, the largest z; each for the positives, then the negatives.
 SUMS, MINIMA, MAXIMA = slice(0, 4), slice(4, 6), slice(6, 8)
 SIZE = 8
-_EMPTY = ((4, 0.0), (2, math.inf), (2, -math.inf))  # how many of each value
+_EMPTY = ((4, 0.0), (2, math.inf), (2, -math.inf))  # (entries, value without pairs) of sums and numbers, least, largest
 
 
 class LogitStats(NamedTuple):
     """The logits z = t·<x_i, y_j> + b of positive and of negative pairs, detached; all tensors of shape [].
 
-    Pairs that are left out, and those whose image or text weighs 0, are in neither class. A mean that a NaN logit is
-    part of is NaN; the least and the largest may pass it over. Of no pairs the mean is NaN, the least +inf, the
+    Pairs that are left out, and pairs with an image or a text of weight 0, are in neither class. A NaN logit makes the
+    mean NaN; the least and the largest may skip it. In a class without pairs the mean is NaN, the least +inf, the
     largest -inf.
     """
 
-    positive_mean: Tensor  # the loss's dtype, as are the least and the largest
+    positive_mean: Tensor  # mean, least and largest have the loss's dtype
     positive_min: Tensor
     positive_max: Tensor
     positive_count: Tensor  # int64
@@ -36,7 +36,7 @@ class LogitStats(NamedTuple):
 
 
 def logit_stats(totals: Tensor, dtype: torch.dtype) -> LogitStats:
-    """Of ``totals`` [8], as block kernels write them and :func:`reduce_stats` adds them up."""
+    """The public stats from ``totals`` [8], in the layout that block kernels write and :func:`reduce_stats` keeps."""
     positive_sum, negative_sum, positives, negatives, *extremes = totals.unbind()
     positive_min, negative_min, positive_max, negative_max = (extreme.to(dtype) for extreme in extremes)
     return LogitStats(
@@ -52,7 +52,7 @@ def logit_stats(totals: Tensor, dtype: torch.dtype) -> LogitStats:
 
 
 def reduce_stats(parts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[8] of all blocks; ``parts``: [blocks, 8] each, none of them empty."""
+    """[8]: the stats of all blocks. ``parts``: [blocks, 8] each, with at least one block."""
     if not parts:
         return torch.cat([torch.full((n,), v, dtype=dtype, device=device) for n, v in _EMPTY])
     every = torch.cat([*parts])
@@ -60,7 +60,7 @@ def reduce_stats(parts: Sequence[Tensor], device: torch.device, dtype: torch.dty
 
 
 def measure_logits(z: Tensor, pairs: PairSpec, out: Tensor) -> None:
-    """``out`` [8] of the logits z [M, N], materialised."""
+    """Write the stats of the materialised logits z [M, N] into ``out`` [8]."""
     M, N = z.shape
     positive, valid = pairs.positive_mask(M, N, z.device), valid_mask(pairs, z)
     classes = positive & valid, ~positive & valid
@@ -72,7 +72,7 @@ def measure_logits(z: Tensor, pairs: PairSpec, out: Tensor) -> None:
 
 
 def valid_mask(pairs: PairSpec, z: Tensor) -> Tensor:
-    """[M, N] bool: the pairs that are neither left out nor of weight 0."""
+    """[M, N] bool: the pairs that are not left out and have no weight of 0."""
     ignored = pairs.ignored_mask(*z.shape)
     valid = torch.ones_like(z, dtype=torch.bool) if ignored is None else ~ignored
     if pairs.image_weights is not None:

@@ -1,7 +1,7 @@
 """The gradient checker: input regimes, error measures, and a verdict on any implementation of the loss.
 
 Gold is the definition in float64 on the already rounded inputs. The yardstick is the definition in the features' own
-dtype, which is what people train with today: an implementation must be no worse, and within fixed limits besides.
+dtype, which people train with today. An implementation must be no worse than that, and also within fixed limits.
 
     from siglip_kernels.testing import check
     report = check(my_loss, dtypes=[torch.bfloat16], shapes=[(1000, 1500, 768)])
@@ -38,15 +38,15 @@ REGIMES = {
     "hot": Regime(900.0, -40.0, 0.05, hot=True),
     "flat": Regime(0.01, 3.0, 0.1),
 }
-ENOUGH_PAIRS = 1000  # for a comparison with eager
+ENOUGH_PAIRS = 1000  # needed for a comparison with eager
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# (M, N, D): one pair; one image; either side of a 128-tile with odd D; several tiles; several blocks of every backend's
-# smallest block a side.
+# (M, N, D): one pair; one image; one below and one above a 128-tile, with odd D; several tiles; on each side several
+# of every backend's smallest blocks.
 SHAPES = ((1, 1, 8), (1, 129, 33), (127, 129, 100), (300, 200, 768), (1100, 2100, 64))
 
 
 class Limits(NamedTuple):
-    """Largest admissible errors, whatever the yardstick does."""
+    """The largest allowed errors, independent of the yardstick."""
 
     loss: float  # relative
     features: float  # relative L2 of a feature gradient
@@ -85,10 +85,10 @@ def make_inputs(
     seed: int = 0,
     drawn_on: torch.device | str = "cpu",
 ) -> Inputs:
-    """Normalised random features whose pairs (i, i + positive_offset) have the regime's cosine; its scale and bias.
+    """Normalised random features, and the regime's scale and bias. Pairs (i, i + positive_offset) have its cosine.
 
-    Scale and bias are float32, or float64 for float64 features. The same numbers on every ``device``, since they are
-    drawn on the CPU; drawing the largest batches on their own device is faster.
+    Scale and bias are float32, or float64 for float64 features. The numbers are the same on every ``device``, because
+    they are drawn on the CPU. For the largest batches, drawing on their own device (``drawn_on``) is faster.
     """
     scale, bias, cosine, _ = REGIMES[regime]
     generator = torch.Generator(drawn_on).manual_seed(seed)
@@ -100,12 +100,12 @@ def make_inputs(
     y[texts] = cosine * x[images] + math.sqrt(1 - cosine**2) * F.normalize(across, dim=1)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     scalars = torch.tensor([scale, bias], dtype=wide, device="cpu").to(device)
-    # Copies: a view at 4 bytes is not aligned as parameters are, and Triton would compile its kernels again.
+    # Copies: a view at byte 4 is not aligned like a parameter, and Triton would compile its kernels again.
     return Inputs(x.to(device, dtype), y.to(device, dtype), *(scalar.clone() for scalar in scalars))
 
 
 class Grads(NamedTuple):
-    """A loss and its gradients, as measured or as they should be."""
+    """A loss and its gradients, measured or expected."""
 
     loss: Tensor
     image_features: Tensor
@@ -132,12 +132,12 @@ def differentiate(loss_fn: Callable[..., Tensor], inputs: Inputs, upstream: floa
 
 
 def gold(inputs: Inputs, upstream: float = 1.0, **arguments: Any) -> Grads:
-    """The definition, in float64, on these very inputs."""
+    """The definition, in float64, on exactly these inputs."""
     return differentiate(sigmoid_loss_reference, Inputs(*(t.double() for t in inputs)), upstream, **arguments)
 
 
 def scalar_terms(inputs: Inputs, upstream: float = 1.0, reduction: str = "batchmean", **pairs: Any) -> Scalars:
-    """Σ|terms| of dscale and of dbias in float64: these two sums cancel, so their errors are judged against it."""
+    """Σ|terms| of dscale and of dbias in float64. The terms of these sums cancel, so their errors are judged by it."""
     x, y, scale, bias = (t.double() for t in inputs)
     spec = PairSpec(**pairs)
     inner = x @ y.T
@@ -162,7 +162,7 @@ def relative_l2(value: Tensor, expected: Tensor) -> float:
 
 
 def worst_rows(value: Tensor, expected: Tensor, rows: int = 64) -> float:
-    """The largest :func:`relative_l2` over blocks of ``rows`` rows: an error that the whole tensor would hide."""
+    """The largest :func:`relative_l2` over blocks of ``rows`` rows. It shows errors that the whole tensor hides."""
     pairs = zip(value.split(rows), expected.split(rows), strict=True)
     return max((relative_l2(v, e) for v, e in pairs), key=_nan_is_largest, default=0.0)
 
@@ -222,7 +222,7 @@ def _counted(length: int, device: torch.device) -> Tensor:
 
 
 def _weights(length: int, device: torch.device, period: int, unit: float) -> Tensor:
-    """1, 2, … over and over, 0 at the end of each period, in float32 times ``unit``."""
+    """1, 2, … in a cycle, with 0 at the end of each period, in float32, times ``unit``."""
     return (_counted(length, device) + 1).remainder(period).to(torch.float32) * unit
 
 
@@ -252,7 +252,7 @@ PAIRS: dict[str, Callable[[int, int, torch.device], dict[str, Any]]] = {
 
 
 def _multi_positive(M: int, N: int, device: torch.device, kind: str) -> dict[str, Any]:
-    """Up to N / 5 positives an image; padding on both sides; the anchors vary with the shape."""
+    """Up to N / 5 positives per image. Both sides have padding. The anchors vary with the shape."""
     return {
         "multi_positive": kind,
         "anchors": tuple(ANCHORS)[(M + N) % len(ANCHORS)],
@@ -264,7 +264,7 @@ def _multi_positive(M: int, N: int, device: torch.device, kind: str) -> dict[str
     }
 
 
-# Those whose problem is plain, as backends have it: no pair is left out or shares a mass.
+# The PAIRS with a plain problem, as backends define it: no pair is left out or shares a mass.
 PLAIN_PAIRS = ("diagonal", "offset", "no positives", "ids", "weights")
 
 
@@ -274,7 +274,7 @@ def cases(
     regimes: Sequence[str] = tuple(REGIMES),
     pairs: Sequence[str] = tuple(PAIRS),
 ) -> Iterator[Case]:
-    """Every combination."""
+    """Every combination of the arguments."""
     for dtype in dtypes:
         for regime in regimes:
             for shape in shapes:
@@ -283,7 +283,7 @@ def cases(
 
 
 def judge(loss_fn: Callable[..., Tensor], case: Case, device: torch.device | str = "cpu") -> Verdict:
-    """Run one case of ``loss_fn``, which takes what :func:`sigmoid_loss` takes, but for ``backend``."""
+    """Run one case of ``loss_fn``, which takes the arguments of :func:`sigmoid_loss` except ``backend``."""
     device = torch.device(device)
     arguments = PAIRS[case.pairs](*case.shape[:2], device)
     offset = arguments.get("positive_offset") or 0
@@ -299,7 +299,7 @@ def judge(loss_fn: Callable[..., Tensor], case: Case, device: torch.device | str
     admissible = _by_name(limits(case.dtype, case.regime))
     errors = _errors(ours, expected, terms)
     measured = [(name, name, error, admissible[name]) for name, error in errors.items()]
-    # Fewer pairs are too small a sample of eager's rounding: it may be exact by luck.
+    # With fewer pairs the sample of eager's rounding is too small: it may be exact by luck.
     features = (("dx", 1), ("dy", 2)) if math.prod(case.shape[:2]) >= ENOUGH_PAIRS else ()
     for name, index in features:
         for measure, what in ((relative_l2, "against eager"), (worst_rows, "worst 64 rows against eager")):
@@ -322,7 +322,7 @@ def check(
 ) -> Report:
     """Judge ``loss_fn`` on :func:`cases` of ``selection``: dtypes, shapes, regimes, pairs.
 
-    ``loss_fn`` takes the arguments of :func:`siglip_kernels.sigmoid_loss`, but for ``backend``.
+    ``loss_fn`` takes the arguments of :func:`siglip_kernels.sigmoid_loss` except ``backend``.
     """
     report = Report()
     for case in cases(**selection):
@@ -333,7 +333,7 @@ def check(
 
 
 def _eager(inputs: Inputs, dtype: torch.dtype, upstream: float, **arguments: Any) -> Grads:
-    """The definition in the features' own dtype; its upstream gradient must itself fit float16."""
+    """The definition in the features' own dtype. Its upstream gradient must itself fit into float16."""
     first = min(upstream, 2.0**15)
     grads = differentiate(sigmoid_loss_reference, Inputs(*(t.to(dtype) for t in inputs)), first, **arguments)
     return Grads(grads.loss, *(g.double() * (upstream / first) for g in grads[1:]))
@@ -355,7 +355,7 @@ def _by_name(limit: Limits) -> dict[str, float]:
 
 
 def _yardstick(dtype: torch.dtype, eager: float) -> float:
-    """What a feature gradient may err by, where same-dtype eager errs by ``eager``."""
+    """The allowed error of a feature gradient; ``eager``: the error of eager in the same dtype."""
     if dtype is torch.float64 or math.isnan(eager):
         return math.inf
     if dtype is torch.float32:

@@ -1,4 +1,4 @@
-"""Checks the public arguments, names the bad one, and makes the request of the good ones."""
+"""Checks the public arguments, names a bad one in the error, and builds the request."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def validate(
     backend: Any,
     exchange: ExchangeSpec = ONE_PROCESS,
 ) -> Request:
-    """The public functions' arguments as a request; ValueError or TypeError for any that is not as documented."""
+    """The request for the public functions' arguments. ValueError or TypeError if one is not as documented."""
     one_of("reduction", reduction, REDUCTIONS)
     one_of("backend", backend, backends.NAMES)
     x, y = _features(image_features, text_features)
@@ -71,7 +71,7 @@ def validate(
 
 
 def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
-    """Both feature matrices, cast as autocast says."""
+    """Both feature matrices, checked, and cast to the autocast dtype under autocast."""
     for name, t in (("image_features", x), ("text_features", y)):
         _tensor(name, t, "a floating")
         if t.dim() != 2:
@@ -95,11 +95,11 @@ def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """None outside autocast."""
+    """The autocast dtype for the device of x; None outside autocast."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return None
     device_type = x.device.type
-    available = torch.amp.is_autocast_available(device_type)  # not for "meta"
+    available = torch.amp.is_autocast_available(device_type)  # False for "meta"
     return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
 
 
@@ -117,7 +117,7 @@ def _scalar(name: str, value: Any, x: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a float or a tensor of one element, got {type(value).__name__}")
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     if torch.compiler.is_compiling():
-        number: Any = value  # as an input of the graph; in new_full it would be a constant, and compile again
+        number: Any = value  # an input of the graph; new_full would make it a constant: each value would recompile
         return x.new_ones((), dtype=dtype).mul(number)
     return x.new_full((), float(value), dtype=dtype)
 
@@ -141,7 +141,7 @@ def _kinds(ignore_ids: Any, multi_positive: Any, anchors: Any, return_stats: Any
 
 
 def _offset(value: Any) -> Any:
-    """As Python's int, numpy's too; a compiler's symbol and None as they are."""
+    """The offset as a Python int, from numpy's integers too. A compiler's symbol and None stay as they are."""
     if value is None or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)):
         return value
     if not isinstance(value, bool | Tensor):
@@ -177,7 +177,7 @@ def _weights(name: str, weights: Any, length: int, letter: str, x: Tensor) -> Te
         raise TypeError(f"{name} must be a real tensor, got {weights.dtype}")
     if torch.is_grad_enabled() and weights.requires_grad:
         raise ValueError(f"{name} requires grad, but no gradient is formed for weights; expected a detached tensor")
-    # On another device, or in a traced graph, reading the answer would synchronise or break the graph.
+    # Reading the answer would synchronise on another device, and would break a traced graph.
     if weights.device.type == "cpu" and not is_traced(weights):
         _readable(name, weights)
         if bool((weights < 0).any()):
@@ -209,7 +209,7 @@ def _dense(name: str, t: Tensor) -> None:
 
 
 def _readable(name: str, t: Tensor) -> None:
-    """What is read before the operator looks at its memory."""
+    """Check the memory of a tensor that is read before the operator checks it."""
     if not torch.compiler.is_compiling() and are_ordinary((t,)):
         check_memory([name], [t])
 

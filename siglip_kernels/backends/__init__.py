@@ -16,7 +16,7 @@ NAMES = ("auto", *BACKENDS)
 
 
 def choose(name: str, problem: Problem) -> BlockKernel:
-    """The block kernel that runs ``problem``; ValueError with every reason where the named one cannot."""
+    """The block kernel that runs ``problem``; ValueError with every reason if the named one cannot."""
     if name == "auto":
         for kernel in BACKENDS.values():
             if kernel.is_automatic(problem) and not kernel.why_not(problem) and not kernel.prepare():
@@ -28,15 +28,15 @@ def choose(name: str, problem: Problem) -> BlockKernel:
 
 
 def why_not_prepared(name: str, problem: Problem) -> list[str]:
-    """Every reason why the named backend cannot run ``problem``, found by preparing it if need be."""
+    """Every reason why the named backend cannot run ``problem``. Prepares it if none is known before."""
     return why_not(name, problem) or BACKENDS[name].prepare()
 
 
 def why_not(name: str, problem: Problem) -> list[str]:
-    """Every reason why the named backend cannot run ``problem``, as far as it is known without compiling."""
+    """Every reason why the named backend cannot run ``problem``, as far as known without compiling."""
     return BACKENDS[name].why_not(problem)
 
 
 def runs_only_plain(name: str, problem: Problem) -> bool:
-    """Whether the named backend, where it runs ``problem``, does so only as long as it is plain."""
+    """Whether the named backend can run ``problem`` only if it is plain."""
     return bool(why_not(name, problem._replace(plain=False)))

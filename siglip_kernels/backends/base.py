@@ -13,14 +13,14 @@ from siglip_kernels import gemm
 from siglip_kernels.pairs import PairSpec
 
 ENOUGH_PAIRS = 1024
-# dz of a block on a GPU: 256 MiB, at which the blocks are large enough for full waves of tiles.
+# Size of a block's dz on a GPU: 256 MiB. Blocks are then large enough for full waves of tiles.
 DZ_BYTES = 256 * 2**20
-# Blocks are cut on multiples of the largest tile.
+# Block sizes are multiples of the largest tile.
 TILE = 128
 
 
 class Problem(NamedTuple):
-    """What a call asks for, as far as choosing and sizing a block kernel needs it."""
+    """The properties of a call by which a block kernel is chosen and sized."""
 
     M: int  # images
     N: int  # texts
@@ -28,35 +28,35 @@ class Problem(NamedTuple):
     dtype: torch.dtype  # of the features
     device: torch.device
     needs_dz: bool = True  # some feature gradient is needed
-    plain: bool = True  # no pair is left out or shares a mass, and no statistics are asked for
+    plain: bool = True  # no pair is left out or shares a mass, and no statistics are returned
 
     @property
     def rounds_out(self) -> bool:
-        """Whether the rounding of a half-precision dz averages out; of a few pairs it may show whole in a gradient."""
+        """Whether the rounding of a half-precision dz averages out. With few pairs a gradient may show all of it."""
         return self.M * self.N >= ENOUGH_PAIRS
 
 
 class BlockTask(NamedTuple):
-    """One block of r images and c texts, and what a block kernel is to write of it; outputs that are None are not."""
+    """One block of r images and c texts, and its outputs. A block kernel does not write outputs that are None."""
 
     x: Tensor  # [r, D] operand dtype, rows contiguous
     y: Tensor  # [c, D] the same
     scale: Tensor  # [] float32, or float64 for float64 features
     bias: Tensor  # [] the same dtype
     pairs: PairSpec  # of this block, prepared: ids int64, weights and masses in the scale's dtype
-    # Out: the sums of the block's w·softplus(-s·z), dz·<x_i, y_j> and dz, in the first 3 of float64 (float32 where the
-    # device has no float64). A pair that is left out adds nothing, as if s·z were inf; loss.py says what masses change.
+    # Out: the block's sums of w·softplus(-s·z), dz·<x_i, y_j> and dz, in the first 3 elements; float64 (float32 if the
+    # device has no float64). A pair that is left out adds nothing, as if s·z were inf. loss.py says what masses change.
     sums: Tensor
     # [r, c] operand dtype, out: dz_scale · -s·w·σ(-s·z). Rows start on multiples of 16 elements: TMA writes the last 16
     # bytes of a row whole, up to seven elements beyond c.
     dz: Tensor | None
-    dz_scale: Tensor | None  # [] a power of two that keeps float16 from underflow; None: 1. Never part of sums
+    dz_scale: Tensor | None  # [] a power of two that keeps float16 from underflow; None: 1. Sums never contain it
     workspace: Any  # from BlockKernel.workspace
     loss_only: bool = False  # no gradient is needed at all: only sums[0] will be read
-    stats: Tensor | None = None  # [8] the dtype of sums, out, as stats.py has it
-    dx: Tensor | None = None  # [r, D] accumulator dtype, rows contiguous: dz @ y is written or, as said next, added
+    stats: Tensor | None = None  # [8] the dtype of sums, out, in the layout of stats.py
+    dx: Tensor | None = None  # [r, D] accumulator dtype, rows contiguous, out: dz @ y, added with accumulate_dx
     accumulate_dx: bool = False
-    dy: Tensor | None = None  # [c, D] the same: dzᵀ @ x
+    dy: Tensor | None = None  # [c, D] the same: dzᵀ @ x, added with accumulate_dy
     accumulate_dy: bool = False
 
 
@@ -64,11 +64,11 @@ class BlockKernel(abc.ABC):
     """Forms dz and the partial sums of one block of the logits; ``schedule.py`` does the rest."""
 
     name: str
-    pads_to_alignment: bool = False  # features are copied where their rows are not aligned, by gemm.pad_to_alignment
-    unproven: str = ""  # what it has not shown yet, if anything: then only its name reaches it
+    pads_to_alignment: bool = False  # gemm.pad_to_alignment copies features that are not aligned
+    unproven: str = ""  # what it has not proven yet, if anything: then only its name selects it
 
     def is_automatic(self, problem: Problem) -> bool:
-        """Whether backend="auto" may take this kernel, where it can run."""
+        """Whether backend="auto" may take this kernel, if it can run the problem."""
         return not self.unproven
 
     @abc.abstractmethod
@@ -76,7 +76,7 @@ class BlockKernel(abc.ABC):
         """Every reason why this kernel cannot run the problem; empty when it can."""
 
     def prepare(self) -> list[str]:
-        """Whatever it takes to run for the first time, such as compiling; every reason why that failed."""
+        """Do what the first run needs, such as compiling. Returns every reason why that failed."""
         return []
 
     @abc.abstractmethod
@@ -85,11 +85,11 @@ class BlockKernel(abc.ABC):
 
     @abc.abstractmethod
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        """(R, C): images and texts a block. Bounds the workspace whatever M and N are."""
+        """(R, C): images and texts per block. This bounds the workspace for any M and N."""
 
     @abc.abstractmethod
     def workspace(self, problem: Problem, R: int, C: int) -> Any:
-        """Uninitialised buffers that ``block`` needs, for blocks up to [R, C]; dz is not among them."""
+        """Uninitialised buffers that ``block`` needs, for blocks up to [R, C]. dz is not one of them."""
 
     @abc.abstractmethod
     def block(self, task: BlockTask) -> None:
@@ -107,9 +107,9 @@ class BlockKernel(abc.ABC):
 
 
 def even_blocks(problem: Problem, pairs: int) -> tuple[int, int]:
-    """(R, C) of at most ``pairs`` pairs, on multiples of TILE, for a device that large blocks fill.
+    """(R, C) of at most ``pairs`` pairs, in multiples of TILE, for a device that needs large blocks.
 
-    Twice as many texts as images where both sides are cut; either side is cut evenly.
+    Each side is cut evenly. If both are cut, a block has about twice as many texts as images.
     """
     R = _even_cut(problem.M, math.isqrt(pairs // 2))
     C = _even_cut(problem.N, pairs // R)

@@ -1,7 +1,7 @@
-"""The block kernel in C++ on CPU tensors: csrc/cpu/, compiled on first use.
+"""The block kernel in C++ for CPU tensors: csrc/cpu/, compiled on first use.
 
-``choose_gemm`` says by what the CPU reports of itself which GEMM multiplies the features, ours or that of torch's BLAS,
-and whether half precision is widened to float32 first.
+``choose_gemm`` chooses the GEMM, ours or that of torch's BLAS, by what the CPU reports about itself. It also decides
+whether half precision is widened to float32 first.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PANEL = 64  # kPanel of csrc/cpu/product.h
 
 
 def choose_gemm(machine: Machine, dtype: torch.dtype) -> str:
-    """Which GEMM multiplies features of ``dtype``: "ours", torch's "blas", or that of float32, once "widened" to it.
+    """Which GEMM multiplies features of ``dtype``: "ours", torch's "blas", or float32's after they are "widened" to it.
 
-    What is there need not be fast (figures: bench/NOTES.md). On AMD ours win in both dtypes. On Intel MKL wins in
-    float32, and AVX512-BF16 loses to that: only AMX makes bfloat16 the faster dtype. MKL goes by the vendor too: where
-    that is unknown, as in a virtual machine that masks it, ours are taken.
+    Instructions that a CPU has need not be fast (figures: bench/NOTES.md). On AMD ours wins in both dtypes. On Intel
+    MKL wins in float32, and AVX512-BF16 is slower than that: only AMX makes bfloat16 the faster dtype. MKL's speed also
+    depends on the vendor. If the vendor is unknown, as in a virtual machine that masks it, ours is taken.
     """
     level, is_intel, has_mkl = machine.level, machine.vendor == "GenuineIntel", dtype in machine.mkl
     if dtype is torch.bfloat16 and level >= AMX and has_mkl:
@@ -36,13 +36,13 @@ def choose_gemm(machine: Machine, dtype: torch.dtype) -> str:
         return "ours" if level >= AVX512_BF16 and not is_intel else "widened"
     if dtype is torch.float16:
         return "blas" if machine.float16_products and has_mkl else "widened"
-    # AMX is Intel's, whatever the vendor says.
+    # Only Intel has AMX, whatever the vendor string says.
     ours = dtype is torch.float32 and AVX512 <= level < AMX and not (is_intel and has_mkl)
     return "ours" if ours else "blas"
 
 
 class Workspace(NamedTuple):
-    u: Tensor | None  # [R·C] inner products, in the logits' dtype; None where dz has room for them, or a tile does
+    u: Tensor | None  # [R·C] inner products, in the logits' dtype; None if dz or a tile holds them
     packed: Tensor | None  # int32: packed panels of our own GEMM's operands
 
 
@@ -52,13 +52,13 @@ class CpuBlockKernel(BlockKernel):
     name = "cpu"
 
     def __init__(self, level: str | None = None) -> None:
-        """``level``: of LEVELS, to test a lower one than the machine's; None: the machine's."""
+        """``level``: one of LEVELS, to test a lower one than the machine's. None: the machine's."""
         self._level = level
 
     def why_not(self, problem: Problem) -> list[str]:
         if problem.device.type != "cpu":
             return [f"features are on {problem.device.type}, expected the CPU"]
-        # What the first call has found out, or what is known without compiling.
+        # The result of the first load; before it, what is known without compiling.
         return self.prepare() if load.cache_info().currsize else build.why_not(build.TARGETS["cpu"])
 
     def prepare(self) -> list[str]:
@@ -81,7 +81,7 @@ class CpuBlockKernel(BlockKernel):
         machine = self._native.machine
         if self._level is None:
             return machine
-        # A level under test is nobody's machine.
+        # A level under test belongs to no vendor.
         return machine._replace(vendor="", level=LEVELS.index(self._level), float16_products=False)
 
     @functools.cached_property
@@ -100,7 +100,7 @@ class CpuBlockKernel(BlockKernel):
         """Larger blocks read and write the float32 accumulators less often; smaller ones keep dz in the cache."""
         operand = self.operand_dtype(problem)
         ours = self._gemm(operand) == "ours"
-        # Widened features are a part of the workspace too.
+        # Widened copies of the features take memory too, so their blocks are smaller.
         R, C = 2048 if ours else 1024, 2048 if ours and operand is problem.dtype else 1024
         return _even_cut(problem.M, R), _even_cut(problem.N, C)
 
@@ -127,10 +127,10 @@ class CpuBlockKernel(BlockKernel):
         self._run(task, block, gemm)
 
     def _mkl_gemm(self, dtype: torch.dtype) -> ctypes.c_void_p | None:
-        """MKL's, for calls that go past torch and its overhead; None: the GEMMs are ours, or torch's to choose."""
+        """MKL's GEMM, called without torch's overhead. None: the GEMMs are ours, or torch chooses them."""
         if self._gemm(dtype) == "ours":
             return None
-        # What less than float32 the user allows is for torch.mm to make use of.
+        # If the user allows less than float32 precision, torch.mm makes use of it.
         allowed = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
         return None if dtype is torch.float32 and allowed in ("bf16", "tf32") else self._native.gemm.get(dtype)
 
@@ -153,7 +153,7 @@ class CpuBlockKernel(BlockKernel):
 
 
 def _block_struct(task: BlockTask) -> Block:
-    """The task as the library takes it, but for features and gradients."""
+    """The task as a Block of the library, without features and gradients."""
     pairs, dz, r, c = task.pairs, task.dz, task.x.shape[0], task.y.shape[0]
     block = Block(
         rows=r,
@@ -190,7 +190,7 @@ def _logits_dtype(operand: torch.dtype) -> torch.dtype:
 
 
 def _packed_words(R: int, C: int, D: int, dtype: torch.dtype) -> int:
-    """Of the largest pack: y transposed, y with nothing beside it, x with dzᵀ beside it."""
+    """int32 words of the largest pack: y transposed, y alone, or x together with dzᵀ."""
     in_word = 4 // dtype.itemsize
     r, c, d = -(-R // in_word), -(-C // in_word), -(-D // in_word)
     C, D = -(-C // PANEL) * PANEL, -(-D // PANEL) * PANEL

@@ -1,4 +1,4 @@
-"""The shared library of csrc/cpu/ as Python sees it: its functions and structures, through ctypes."""
+"""The ctypes bindings of the shared library of csrc/cpu/: its functions and structures."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from siglip_kernels import build
 
-# Each contains those before it; the numbers of Level in csrc/cpu/machine.h.
+# Instruction sets; each contains those before it. An index here is a value of Level in csrc/cpu/machine.h.
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype in csrc/cpu/block.h
 
 
 class Block(Structure):
-    """Of csrc/cpu/block.h."""
+    """``Block`` of csrc/cpu/block.h."""
 
     _fields_ = (
         ("rows", c_int64),
@@ -52,7 +52,7 @@ class Block(Structure):
 
 
 class _Machine(Structure):
-    """Of csrc/cpu/machine.h."""
+    """``Machine`` of csrc/cpu/machine.h."""
 
     _fields_ = (
         ("vendor", c_char * 16),
@@ -64,18 +64,18 @@ class _Machine(Structure):
 
 
 class Machine(NamedTuple):
-    """What the CPU says of itself, and what torch brings for it."""
+    """What the CPU reports about itself, and what torch provides for it."""
 
-    vendor: str  # CPUID's word: "AuthenticAMD", "GenuineIntel", …; empty where there is none
+    vendor: str  # of CPUID: "AuthenticAMD", "GenuineIntel", …; empty if there is none
     family: int
     model: int
-    level: int  # of LEVELS, by index
-    float16_products: bool  # in instructions of its own
-    mkl: frozenset[torch.dtype]  # operands of the products into float32 (of float64: into that) that MKL exports
+    level: int  # index in LEVELS
+    float16_products: bool  # the CPU has instructions for them
+    mkl: frozenset[torch.dtype]  # operand dtypes of MKL's exported GEMMs into float32 (for float64: into float64)
 
 
 class CpuLibrary:
-    """The library, loaded."""
+    """The loaded library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         libtorch = _libtorch()
@@ -102,14 +102,14 @@ def _this_machine(library: ctypes.CDLL, mkl: frozenset[torch.dtype]) -> Machine:
 
 
 def _gemm(libtorch: ctypes.CDLL) -> dict[torch.dtype, c_void_p]:
-    """MKL's products by operand, which torch exports on x86: symbols, not API."""
+    """MKL's GEMMs by operand dtype. torch exports them on x86, as symbols that are not API."""
     names = {
         torch.float32: "sgemm_",
         torch.float64: "dgemm_",
         torch.bfloat16: "cblas_gemm_bf16bf16f32",
         torch.float16: "cblas_gemm_f16f16f32",
     }
-    has_mkl = torch.backends.mkl.is_available()  # another BLAS has some of the names, and threads we know nothing of
+    has_mkl = torch.backends.mkl.is_available()  # another BLAS has some of these names, and unknown threads
     return {
         dtype: ctypes.cast(getattr(libtorch, name), c_void_p)
         for dtype, name in names.items()
@@ -130,7 +130,7 @@ def _libtorch() -> ctypes.CDLL:
 
 @functools.cache
 def load() -> CpuLibrary | str:
-    """The library, compiled where it is not yet; or the reason why there is none."""
+    """The library, compiled if it is not yet; or the reason why there is none."""
     try:
         return CpuLibrary(build.load(build.TARGETS["cpu"]))
     except (build.BuildError, OSError, AttributeError) as error:

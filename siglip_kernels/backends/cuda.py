@@ -1,6 +1,6 @@
 """The block kernel in CUDA C++ for Hopper: csrc/cuda/sm90/, compiled by nvcc on first use.
 
-It has not run on a GPU yet: its arithmetic, tile order and barriers are tested on the host, its code by disassembly.
+It has not run on a GPU yet. Its arithmetic, tile order and barriers are tested on the host, its code by disassembly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # Dtype in csrc/cuda/sm90/block.
 
 
 class Block(Structure):
-    """Of csrc/cuda/sm90/block.h."""
+    """``Block`` of csrc/cuda/sm90/block.h."""
 
     _fields_ = (
         ("x", c_void_p),
@@ -49,7 +49,7 @@ class Block(Structure):
 
 
 class CudaBlockKernel(BlockKernel):
-    """TMA and WGMMA, the epilogue of one warpgroup under the products of the other."""
+    """TMA and WGMMA. The epilogue of one warpgroup overlaps with the products of the other."""
 
     name = "cuda"
     pads_to_alignment = True
@@ -86,13 +86,13 @@ class CudaBlockKernel(BlockKernel):
         return even_blocks(problem, DZ_BYTES // problem.dtype.itemsize)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
-        """[3, partials] float32: the sums of every warp and tile."""
+        """[3, partials] float32: the sums of every warp in every tile."""
         return torch.empty(3 * _library().siglip_sm90_partials(R, C), dtype=torch.float32, device=problem.device)
 
     def block(self, task: BlockTask) -> None:
         library, (r, c) = _library(), (len(task.x), len(task.y))
         pairs, dz = task.pairs, task.dz
-        # Kept here until the launch: the Block holds only addresses, and the stream keeps their memory after it.
+        # Keep x and y alive until the launch: the Block holds only addresses. After it the stream keeps their memory.
         x, y = pad_to_alignment(task.x), pad_to_alignment(task.y)
         partials = task.workspace[: 3 * library.siglip_sm90_partials(r, c)].view(3, -1)
         block = Block(
@@ -129,7 +129,7 @@ class CudaBlockKernel(BlockKernel):
 
 @functools.cache
 def load() -> ctypes.CDLL | str:
-    """The library, compiled where it is not yet; or the reason why there is none."""
+    """The library, compiled if it is not yet; or the reason why there is none."""
     try:
         library = build.load(build.TARGETS["cuda"])
         for name, arguments, result in (
@@ -148,7 +148,7 @@ def load() -> ctypes.CDLL | str:
 
 @functools.cache
 def _why_not_run() -> str | None:
-    """Why there is no library, or why the driver does not serve it, as one older than the nvcc here."""
+    """Why there is no library, or why the driver cannot run it: it may be older than the nvcc here."""
     library = load()
     if isinstance(library, str):
         return library

@@ -32,13 +32,13 @@ class EagerBlockKernel(BlockKernel):
 
     def operand_dtype(self, problem: Problem) -> torch.dtype:
         half = problem.dtype in (torch.float16, torch.bfloat16)
-        # Without products that accumulate in float32, half-precision operands would round the logits: widen them.
+        # Without GEMMs that accumulate in float32, half-precision operands would round the logits: widen them.
         keep = accumulates_in_float32(problem.device) and problem.rounds_out
         return torch.float32 if half and not keep else problem.dtype
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        # CPU: 16 MiB in all, in reach of the caches; the speed curve is flat from (512, 512) on (see bench/NOTES.md).
-        # GPU: 256 MiB in all, large enough for full waves.
+        # CPU: 16 MiB in total, which suits the caches; speed is flat from (512, 512) on (see bench/NOTES.md).
+        # GPU: 256 MiB in total, large enough for full waves.
         return (1024, 1024) if problem.device.type == "cpu" else (4096, 4096)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
@@ -65,14 +65,14 @@ class EagerBlockKernel(BlockKernel):
         if task.loss_only:
             return
 
-        # Straight into dz where it is of the same kind.
+        # Write directly into dz if its dtype, scale and layout allow it.
         g = dz if dz is not None and dz_scale is None and dz.dtype is a.dtype and dz.is_contiguous() else a
         torch.sigmoid(a, out=g)
         if masses is not None:
             masses.share_gradient_(g)
         positive.negate_(g)
         _weight_(g, pairs)
-        # Not torch.dot: its plain accumulation errs by 5e-6 of Σ|terms| over a block, the cascade of sum by 4e-8.
+        # Not torch.dot: over a block its accumulation errs by 5e-6 of Σ|terms|, the cascade of sum by 4e-8.
         sums[1] = u.mul_(g).sum()
         sums[2] = g.sum()
         if dz is not None and g is not dz:
@@ -80,7 +80,7 @@ class EagerBlockKernel(BlockKernel):
 
 
 class _Positives:
-    """Changes the sign of the block's positive pairs, touching no other pair where they form a diagonal."""
+    """Changes the sign of the block's positive pairs. If they form a diagonal, it touches no other pair."""
 
     def __init__(self, pairs: PairSpec, r: int, c: int) -> None:
         self.offset = pairs.positive_offset if pairs.may_have_positives(r, c) else None
@@ -94,15 +94,16 @@ class _Positives:
             a.diagonal(self.offset).neg_()
 
     def exclude_(self, a: Tensor) -> None:
-        """Softplus and sigmoid of -inf are 0."""
+        """Set pairs that are left out to -inf: softplus and sigmoid of -inf are 0."""
         if self.ignored is not None:
             a.masked_fill_(self.ignored, -math.inf)
 
 
 class _Masses:
-    """The part f of its anchors' masses that a positive pair has; 1 for every other pair.
+    """The mass f of every positive pair, from its two anchors; 1 for every other pair.
 
-    "weights": the term and dz times f. "soft_targets": f·softplus(a) + (1 - f)·softplus(-a), f·σ(a) - (1 - f)·σ(-a).
+    "weights": term and dz are multiplied by f. "soft_targets": the term is f·softplus(a) + (1 - f)·softplus(-a), dz is
+    f·σ(a) - (1 - f)·σ(-a).
     """
 
     def __init__(self, pairs: PairSpec, positive: Tensor | None, a: Tensor) -> None:
@@ -110,7 +111,7 @@ class _Masses:
         assert pairs.image_masses is not None
         assert pairs.text_masses is not None
         self.f = torch.where(positive, pairs.image_masses[:, None] + pairs.text_masses, 1.0)
-        # Of other pairs nothing: softplus and sigmoid of -inf are 0.
+        # Other pairs have no such part: softplus and sigmoid of -inf are 0.
         self.opposite = torch.where(positive, -a, -math.inf) if pairs.multi_positive == "soft_targets" else None
 
     def share_terms_(self, terms: Tensor) -> None:

@@ -1,16 +1,16 @@
-"""The loss over a process group: a rank owns its images, and the texts of every rank are brought to them.
+"""The loss over a process group: a rank keeps its images, and receives the texts of every rank.
 
-A rank's loss is that of its own images against all ranks' texts, divided as ``reduction`` says by its own batch; its
-text gradient collects the contribution of every rank. That is open_clip's SigLipLoss; DDP then averages.
+A rank's loss pairs its own images with all ranks' texts, and is divided by its own batch as ``reduction`` says. Its
+text gradient collects the contribution of every rank. This is open_clip's SigLipLoss; DDP then averages.
 
-ring     Texts travel from rank to rank, the sum of their gradients behind them. Memory is that of a few local batches,
-         whatever the number of ranks, and transfers run beside the block kernels. Over a mesh of nodes × GPUs there are
-         two rings: texts go round a node while the next node's are on their way, by every GPU's own network card.
+ring     Texts travel from rank to rank, followed by the sum of their gradients. Memory is a few local batches for any
+         number of ranks. Transfers overlap with the block kernels. A mesh of nodes × GPUs has two rings: while texts go
+         round a node, those of the next node are on their way, through every GPU's own network card.
 gather   One all-gather of the texts, one reduce-scatter of their gradients: the fewest messages, for small worlds.
          Memory grows with the global batch.
 
-Before either comes a handshake of all ranks: batches may differ in size. Gradients are formed in the forward pass, and
-backward communicates nothing, given the same upstream gradient on every rank.
+Both begin with a handshake of all ranks: batches may differ in size. Gradients are formed in the forward pass. Backward
+communicates nothing if the upstream gradient is the same on every rank.
 """
 
 from siglip_kernels.distributed.exchange import Exchange

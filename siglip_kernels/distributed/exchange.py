@@ -1,4 +1,4 @@
-"""How the ranks exchange their texts, as users say it and as the operator takes it; their arguments validated."""
+"""How the ranks exchange their texts: the user's argument, its form for the operator, and validation on all ranks."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Exchange:
 
     Args:
         process_group: a ProcessGroup, a DeviceMesh of one dimension or two (nodes × GPUs of a node), or None for the
-            default group. On GPUs, torch.cuda.set_device must have chosen this rank's.
+            default group. On GPUs, torch.cuda.set_device must have selected this rank's.
         algorithm: "ring" or "gather".
-        text_gradient_dtype: in which text gradients travel; None: float32 (float64 for float64 features). Half
-            precision halves that traffic, and rounds the sum on every rank that it passes.
-        same_upstream: whether the loss has the same upstream gradient on every rank, as DDP and a shared GradScaler
-            give it. False: any, for a fourth matrix product: text gradients are formed by a second exchange, in
-            backward, which every rank must call.
+        text_gradient_dtype: the dtype in which text gradients travel; None: float32 (float64 for float64 features).
+            Half precision halves that traffic, but rounds the sum on every rank that it passes.
+        same_upstream: whether the loss has the same upstream gradient on every rank, as with DDP and a shared
+            GradScaler. False allows any upstream gradient, and costs a fourth matrix product: a second exchange forms
+            the text gradients in backward, which every rank must call.
     """
 
     process_group: ProcessGroup | DeviceMesh | None = None
@@ -47,7 +47,7 @@ class Exchange:
 
 
 def validate(*, process_group: Any, **arguments: Any) -> Request:
-    """``validation.validate``; over a group its ValueError or TypeError comes on every rank if on one."""
+    """``validation.validate``. Over a group, every rank raises ValueError or TypeError if one does."""
     if process_group is None:
         return validation.validate(**arguments)
     exchange = exchange_spec(process_group)
@@ -57,7 +57,7 @@ def validate(*, process_group: Any, **arguments: Any) -> Request:
 
 
 def exchange_spec(process_group: Any) -> ExchangeSpec:
-    """Of the argument ``process_group``: a group, a mesh or an Exchange."""
+    """The spec for the argument ``process_group``: a group, a mesh or an Exchange."""
     exchange = process_group if isinstance(process_group, Exchange) else Exchange(process_group)
     return ExchangeSpec(
         group_names="\n".join(group.group_name for group in _process_groups(exchange.process_group)),
@@ -68,7 +68,7 @@ def exchange_spec(process_group: Any) -> ExchangeSpec:
 
 
 def global_rank_and_size(groups: Sequence[ProcessGroup]) -> tuple[int, int]:
-    """Of this process, counted over all of the groups: the last group's ranks are neighbours."""
+    """This process's rank over all groups, and their size. Ranks of the last group are adjacent."""
     rank, size = 0, 1
     for group in groups:
         rank = rank * dist.get_world_size(group) + dist.get_rank(group)

@@ -1,4 +1,4 @@
-"""Metadata that the ranks of a group exchange before any features, so that none waits for what will never come."""
+"""Metadata that the ranks of a group exchange before any features, so that no rank waits for data that never comes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALGORITHMS = ("ring", "gather")
 
 
 class RankMetadata(NamedTuple):
-    """Of one rank's call; all integers."""
+    """The metadata of one rank's call; all integers."""
 
     ready: int = 1  # 0: an argument was bad, and this rank raises
     texts: int = 0  # N
@@ -41,8 +41,8 @@ class RankMetadata(NamedTuple):
     anchors: int = 0  # in ANCHORS
 
 
-# What must be the same on every rank: how a message names it, and its value. The first that differs is named, so the
-# dtype comes before that of text gradients, which by default follows it.
+# What must be the same on every rank: its name in an error, and its value. Only the first difference is reported, so
+# the features' dtype comes before the text gradients' dtype, which depends on it by default.
 MUST_MATCH: dict[str, tuple[str, Callable[[int], Any]]] = {
     "backward": ("being in backward", bool),
     "algorithm": ("process_group: the algorithm of the exchange", ALGORITHMS.__getitem__),
@@ -58,7 +58,7 @@ MUST_MATCH: dict[str, tuple[str, Callable[[int], Any]]] = {
 
 
 def handshake(groups: Sequence[ProcessGroup], metadata: RankMetadata) -> list[RankMetadata]:
-    """The metadata of every rank, in order; the same ValueError on every rank where they do not fit together."""
+    """The metadata of every rank, in order. If they do not match, every rank raises the same ValueError."""
     ranks = _all_gather_metadata(groups, metadata)
     failed = [rank for rank, other in enumerate(ranks) if not other.ready]
     if failed:
@@ -93,7 +93,7 @@ def _check_gradients(ranks: Sequence[RankMetadata]) -> None:
 
 @contextlib.contextmanager
 def propagate_errors(groups: Sequence[ProcessGroup]) -> Iterator[None]:
-    """A TypeError or ValueError inside is raised here, and makes the handshake of the other ranks raise too."""
+    """Re-raise a TypeError or ValueError from inside, and make the handshake of the other ranks raise too."""
     try:
         yield
     except (TypeError, ValueError):
@@ -106,7 +106,7 @@ def _all_gather_metadata(groups: Sequence[ProcessGroup], metadata: RankMetadata)
     if all(dist.get_world_size(group) == 1 for group in groups):
         return [metadata]
     device = _device(groups[0])
-    # On a stream of its own, so that reading the answer waits for no kernel of the training step.
+    # On a separate stream: reading the answer then waits for no kernel of the training step.
     with torch.cuda.stream(_stream(torch.cuda.current_device())) if device.type == "cuda" else contextlib.nullcontext():
         every = all_gather(torch.tensor(metadata, dtype=torch.int64, device=device), groups).tolist()
     size = len(metadata)
@@ -115,19 +115,19 @@ def _all_gather_metadata(groups: Sequence[ProcessGroup], metadata: RankMetadata)
 
 @functools.cache
 def _stream(device: int) -> torch.cuda.Stream:
-    """One for all calls: torch has 32, which it hands out in turn and whose memory it keeps apart."""
+    """One stream for all calls. torch hands out 32 streams in turn, and caches memory separately for each."""
     return torch.cuda.Stream(device)
 
 
 def _device(group: ProcessGroup) -> torch.device:
-    """On which the group can gather: the CPU if it can, for integers that the host is waiting for."""
+    """The device on which the group gathers: the CPU if it can, because the host waits for the integers."""
     types = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
     return torch.device("cpu" if "cpu" in types else types[0])
 
 
 def all_gather(t: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
-    """[ranks · n, …]: ``t`` [n, …] of every rank, of one shape; the last group's ranks are neighbours."""
-    # torch 2.13 gave it another name.
+    """[ranks · n, …]: ``t`` [n, …] of every rank, of one shape. Ranks of the last group are adjacent."""
+    # torch 2.13 renamed it.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     for group in reversed(groups):
         gathered = t.new_empty((dist.get_world_size(group) * len(t), *t.shape[1:]))

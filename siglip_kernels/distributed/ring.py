@@ -1,14 +1,14 @@
-"""The ring: texts travel from rank to rank, and the sum of their gradients behind them.
+"""The ring: texts travel from rank to rank, followed by the sum of their gradients.
 
-Of N nodes with G ranks each, rank (n, g) works on the texts of (n, g), (n, g - 1), …, all of its own node; then, o
-nodes further back for o = 1, 2, …, on those of (n - o, g - 1), (n - o, g - 2), …, (n - o, g - G). Texts are sent on
-before they are worked on: round the node and, the first of every node, to the next node too, which may take as long as
-the whole way round. Every rank has its own link between nodes, and uses it.
+With N nodes of G ranks each, rank (n, g) first works on the texts of its own node: (n, g), (n, g - 1), …. Then, for
+o = 1, 2, …, it works on those of node n - o: (n - o, g - 1), (n - o, g - 2), …, (n - o, g - G). Texts are sent on
+before they are worked on. They go round the node; the first of every node also go to the next node, and that transfer
+may take as long as the whole way round. Every rank has its own link between nodes, and uses it.
 
-The sum of their gradients begins on the rank after their owner, or on the first of another node, and every rank adds
-its part on the way round that node; from the second node on, the sum of the nodes before is added too. Both return to
-the owner last. That is N·G - 1 transfers of texts and as many of gradients, whatever N; a group without nodes is one
-node.
+The sum of their gradients begins on the rank after their owner, or on the first rank of another node. Every rank adds
+its part on the way round that node. From the second node on, the sum of the previous nodes is added too. Both sums
+return to the owner last. There are N·G - 1 transfers of texts and as many of gradients, for any N. A group without
+nodes is one node.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from siglip_kernels.schedule import BlockLoop
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
-# Images from which on a rank cuts its own block in two, to compute beside the first transfer and beside the last. By
-# the model of bench/scaling the launches of one more block take longer than what they hide below.
+# From this number of images on, a rank splits its own block in two: one part overlaps with the first transfer, one with
+# the last. Below, by the model of bench/scaling, the launches of one more block take longer than the time they hide.
 MIN_IMAGES_TO_SPLIT = 2048
 
 
 class TextShard(NamedTuple):
-    """What travels of one rank's texts, or of several ranks'."""
+    """The texts of one rank or of several, with everything that travels with them."""
 
     features: Tensor  # [n, D]
     ids: Tensor | None  # [n] int64
@@ -51,14 +51,14 @@ class TextShard(NamedTuple):
 
 
 class RingAxis(NamedTuple):
-    """One dimension of the mesh of ranks, as one of them sees it."""
+    """One dimension of the mesh of ranks, as one rank sees it."""
 
     rank: int = 0
     size: int = 1
     group: ProcessGroup | None = None  # None: this rank alone
 
     def shift(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[Work]:
-        """Begin to send to the next rank and to receive from the previous one; empty tensors are not sent."""
+        """Start to send to the next rank and to receive from the previous one. Empty tensors are not sent."""
         if self.size == 1:
             return []
         following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
@@ -69,7 +69,7 @@ class RingAxis(NamedTuple):
 
 @dataclass(frozen=True)
 class RingTopology:
-    """All ranks, as one of them sees them; its global rank is ``outer.rank · inner.size + inner.rank``."""
+    """All ranks, as one rank sees them. Its global rank is ``outer.rank · inner.size + inner.rank``."""
 
     outer: RingAxis  # across nodes
     inner: RingAxis  # within the node, or all ranks
@@ -87,7 +87,7 @@ class RingTopology:
         return self.outer.size * self.inner.size
 
     def grad_rows(self, owner: int) -> int:
-        """Rows of the text gradients of a rank: 0 where they are not formed."""
+        """Rows of the text gradients of rank ``owner``; 0 if they are not formed."""
         return self.sizes[owner] if self.needs_text_grad[owner] else 0
 
     def owner(self, o: int, i: int) -> int:
@@ -97,7 +97,7 @@ class RingTopology:
 
 
 def pairs_with(pairs: PairSpec, texts: TextShard, is_own: bool) -> PairSpec:
-    """The rank's images paired with ``texts``; only its own texts have a diagonal."""
+    """The pairs of the rank's images and ``texts``. Only its own texts have a diagonal."""
     return pairs._replace(
         positive_offset=pairs.positive_offset if is_own else None,
         text_ids=texts.ids,
@@ -107,7 +107,7 @@ def pairs_with(pairs: PairSpec, texts: TextShard, is_own: bool) -> PairSpec:
 
 
 def ring(topology: RingTopology, loop: BlockLoop, pairs: PairSpec, own: TextShard) -> Tensor:
-    """dy [n, D], empty if not needed."""
+    """The text gradients dy [n, D]; empty if not needed."""
     M, own_pairs = len(loop.x), pairs_with(pairs, own, True)
     text_ring, grad_ring = TextRing(topology, own), GradRing(topology, loop)
     dy = loop.new_rows(topology.grad_rows(topology.rank))
@@ -134,7 +134,7 @@ class TextRing:
 
     def __init__(self, topology: RingTopology, own: TextShard) -> None:
         self.topology, self.texts = topology, own
-        # Double buffers: one is sent from while the other is received into.
+        # Double buffers: one is sent while the other receives.
         self.inner_buffers, self.outer_buffers = (
             [own.map(lambda t: t.new_empty((max(topology.sizes), *t.shape[1:]))) for _ in range(count)]
             for count in (2 * (topology.inner.size > 1), 2 * (topology.outer.size > 1))
@@ -143,7 +143,7 @@ class TextRing:
         self.outer_works: list[Work] = []
 
     def recv_next(self, o: int, i: int) -> TextShard:
-        """The texts to work on now; the next are on their way."""
+        """The texts to work on now. The transfer of the next ones has started."""
         topology, N, G = self.topology, self.topology.outer.size, self.topology.inner.size
         if i:
             wait(self.inner_works)
@@ -156,7 +156,7 @@ class TextRing:
             self.inner_works = topology.inner.shift(self.texts.tensors(), received.tensors())
         if o + 1 < N and i == (min(1, G - 1) if o == 0 else 0):
             sent = self.texts
-            if o == 0:  # from a buffer of its own: the inner one is soon received into
+            if o == 0:  # from a separate buffer: the inner one soon receives other texts
                 sent = self._shard(self.outer_buffers[0], o, i)
                 for to, t in zip(sent.tensors(), self.texts.tensors(), strict=True):
                     to.copy_(t)
@@ -179,18 +179,18 @@ class GradRing:
         self.inner_buffers, self.outer_buffers = (
             [loop.new_rows(rows, topology.grad_dtype) for _ in range(count)] for count in (2, 2 * (N > 1))
         )
-        # Receives the sum of the own node, long before those of the others.
+        # Receives the sum of the own node, long before the sums of the other nodes.
         self.own_node = self.inner_buffers[G % 2] if N == 1 else torch.empty_like(self.inner_buffers[0])
         self.inner_works: list[Work] = []
         self.outer_works: list[Work] = []
 
     def contribution(self, o: int, i: int) -> Tensor | None:
-        """[n, D] where this rank's contribution is to be written; None where it is not needed."""
+        """[n, D] buffer for this rank's contribution; None if it is not needed."""
         owner = self.topology.owner(o, i)
         return self.local[: self.topology.sizes[owner]] if self.topology.needs_text_grad[owner] else None
 
     def accumulate_and_send(self, o: int, i: int) -> None:
-        """Add the contribution to the sum of the ranks before, and send that on."""
+        """Add the contribution to the sum of the previous ranks, and send the sum on."""
         topology, G = self.topology, self.topology.inner.size
         contribution = self._rows(self.local, o, i)
         total = self._rows(self.inner_buffers[i % 2], o, i)
@@ -213,7 +213,7 @@ class GradRing:
             self.outer_works = topology.outer.shift([sent], [received])
 
     def finalize(self, dy: Tensor) -> Tensor:
-        """dy, un-normalised until now, plus the contributions of the other ranks."""
+        """Normalise dy, and add the contributions of the other ranks."""
         N, G = self.topology.outer.size, self.topology.inner.size
         wait(self.inner_works)
         wait(self.outer_works)

@@ -28,7 +28,7 @@ def run(
 ) -> Result:
     """``siglip_kernels.schedule.run`` over the group. Reads the other ranks' metadata back to the host, nothing else.
 
-    ``upstream`` []: given in backward, where the text gradients are formed unless ``same_upstream``.
+    ``upstream`` []: given only in backward. Without ``same_upstream`` backward forms the text gradients.
     """
     exchange, x, pairs = request.exchange, request.x, request.pairs
     groups = exchange.process_groups()
@@ -61,7 +61,7 @@ def run(
         grad_scale=grad_scale,
     )
     result = loop.result(denominator, (ring if is_ring else gather)(topology, loop, pairs, own))
-    # dy is a gradient already, for each rank has its own grad_scale; dx becomes one too.
+    # dy is already a gradient, because each rank has its own grad_scale. Make dx one too.
     loop.dx.mul_(result.scalars[3])
     result.scalars[3] = 1
     return result
@@ -89,7 +89,7 @@ def _metadata(request: Request, needs_grad: NeedsGrad, grad_dtype: torch.dtype, 
 
 
 def _own_texts(y: Tensor, pairs: PairSpec, dtype: torch.dtype, weighted: bool) -> tuple[PairSpec, TextShard]:
-    """Ids and weights of one dtype everywhere; weights on every rank or on none."""
+    """This rank's pairs and texts. All ranks use one dtype for ids and one for weights; all have weights, or none."""
     image_ids, text_ids = (
         None if ids is None else ids.to(torch.int64).contiguous() for ids in (pairs.image_ids, pairs.text_ids)
     )
@@ -101,7 +101,7 @@ def _own_texts(y: Tensor, pairs: PairSpec, dtype: torch.dtype, weighted: bool) -
 def _with_masses_of_all(
     pairs: PairSpec, dtype: torch.dtype, images: int, texts: int, groups: Sequence[ProcessGroup]
 ) -> PairSpec:
-    """Masses by the positives among the images and texts of every rank, at most ``images`` and ``texts`` of each."""
+    """Masses that count the positives on every rank. A rank has at most ``images`` images and ``texts`` texts."""
     assert pairs.image_ids is not None
     assert pairs.text_ids is not None
     # Padded with zeros, which are not valid.
@@ -114,7 +114,7 @@ def _with_masses_of_all(
 def _denominator(
     loop: BlockLoop, pairs: PairSpec, own: TextShard, sizes: list[int], reduction: str, groups: Sequence[ProcessGroup]
 ) -> float | Tensor:
-    """Of this rank's loss. On the way, the loop learns how large the weights are."""
+    """The denominator of this rank's loss. Also gives the loop the largest weights."""
     images: float | Tensor = len(loop.x)
     texts: float | Tensor = sum(sizes)
     largest = []
@@ -131,5 +131,5 @@ def _denominator(
 
 
 def _largest(weights: Tensor) -> Tensor:
-    """[] float64, 1 where there is none."""
+    """[] float64: the largest weight; 1 if there is none."""
     return weights.amax().to(torch.float64) if len(weights) else weights.new_ones((), dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""The loss inside other libraries' models: one file a library, imported only by whoever asks for it."""
+"""The loss inside other libraries' models: one file per library. The package itself imports none of them."""

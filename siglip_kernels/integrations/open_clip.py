@@ -1,10 +1,11 @@
-"""open_clip's factories and its training script, with our SigLipLoss where open_clip builds its own.
+"""open_clip's factories and its training script, with our SigLipLoss instead of open_clip's.
 
     from siglip_kernels.integrations.open_clip import create_loss  # instead of: from open_clip import create_loss
 
     torchrun -m siglip_kernels.integrations.open_clip --siglip …   # instead of: torchrun -m open_clip_train.main
 
-open_clip 3.3.0 builds the loss by ``create_loss``, its git main (June 2026) a task that holds one by ``create_task``.
+open_clip 3.3.0 builds the loss with ``create_loss``. Its git main (June 2026) builds a task that holds the loss, with
+``create_task``.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from siglip_kernels.drop_in import SigLipLoss
 
 
 def create_loss(args: Any) -> nn.Module:
-    """In place of ``open_clip.create_loss``: our loss for ``--siglip``, open_clip's own for every other.
+    """Replaces ``open_clip.create_loss``: our loss for ``--siglip``, otherwise open_clip's own.
 
     Args:
-        args: the training script's; rank, world_size and loss_dist_impl are those of our loss too.
+        args: of the training script. rank, world_size and loss_dist_impl apply to our loss too.
     """
     return _ours(open_clip.create_loss(args))
 
 
 def create_task(args: Any, model: nn.Module, *others: Any, **named: Any) -> nn.Module:
-    """In place of ``open_clip.create_task``: the same task, its SigLipLoss ours."""
+    """Replaces ``open_clip.create_task``: the same task, with our SigLipLoss."""
     task = open_clip.create_task(args, model, *others, **named)
     if hasattr(task, "loss"):
         task.loss = _ours(task.loss)
@@ -38,7 +39,7 @@ def create_task(args: Any, model: nn.Module, *others: Any, **named: Any) -> nn.M
 
 
 def main(argv: Sequence[str]) -> Any:
-    """open_clip's training script, which finds these factories in place of its own from then on.
+    """Run open_clip's training script. From then on it uses these factories instead of its own.
 
     Raises:
         RuntimeError: the script knows neither factory.
@@ -56,10 +57,10 @@ def main(argv: Sequence[str]) -> Any:
 
 
 def _ours(loss: Any) -> Any:
-    """Our loss for open_clip's SigLipLoss, with its settings; any other as it is."""
+    """Our loss for open_clip's SigLipLoss, with its settings. Any other loss is unchanged."""
     if type(loss) is not open_clip.loss.SigLipLoss:
         return loss
-    chunk_size = getattr(loss, "chunk_size", 0)  # not before its git main
+    chunk_size = getattr(loss, "chunk_size", 0)  # only in its git main
     return SigLipLoss(loss.cache_labels, loss.rank, loss.world_size, loss.dist_impl, chunk_size)
 
 

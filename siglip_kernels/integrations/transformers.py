@@ -1,8 +1,8 @@
 """The loss inside Hugging Face's SiglipModel and Siglip2Model: ``fuse_loss(model)``, then train as before.
 
-Their ``forward`` forms the M×N logits whenever it is called. A fused model, called with ``return_loss=True``, runs the
-same two towers, normalises what they pool, and hands it to :func:`siglip_kernels.sigmoid_loss`; every other call is
-theirs. One instance is changed, by its class, as FSDP2 does it: no parameter, no hook, no attribute of the library.
+Their ``forward`` always forms the M×N logits. With ``return_loss=True`` a fused model runs the same two towers,
+normalises their pooled outputs, and passes them to :func:`siglip_kernels.sigmoid_loss`. Every other call runs their
+``forward``. Fusing changes one instance's class, as FSDP2 does: no parameter, no hook, no attribute of the library.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ def fuse_loss(
     *,
     return_logits: bool = False,
 ) -> Model:
-    """Let ``model(..., return_loss=True)`` form its loss without the logits, in this instance.
+    """Let this instance's ``model(..., return_loss=True)`` form its loss without the logits.
 
     Parameters, state_dict, ``forward``'s signature and outputs stay theirs: a SiglipOutput or Siglip2Output, or a tuple
-    with ``return_dict=False``. The loss has the value of theirs and divides by the batch as theirs; in half precision
-    it is formed in float32 from the embeddings as they are, and exp(logit_scale) is not rounded. A call without
-    ``return_loss``, zero-shot classification for one, is the model's own.
+    with ``return_dict=False``. The loss has the same value as theirs, and also divides by the batch. In half precision
+    it is formed in float32 from the unchanged embeddings, and exp(logit_scale) is not rounded. A call without
+    ``return_loss``, such as zero-shot classification, runs the model's own ``forward``.
 
-    Fuse before DDP, torch.compile, a Trainer or an Accelerator wrap the model; before or after ``fully_shard``. Copies
+    Fuse before DDP, torch.compile, a Trainer or an Accelerator wraps the model; before or after ``fully_shard``. Copies
     are fused too, and so are pickles, which hold no process group.
 
     Args:
-        model: a SiglipModel or Siglip2Model; of a subclass, if its ``forward`` is theirs. One that is fused already
-            takes the arguments of this call.
+        model: a SiglipModel or Siglip2Model, or an instance of a subclass with the same ``forward``. A model that is
+            already fused takes the arguments of this call.
         process_group: as for :func:`siglip_kernels.sigmoid_loss`: the loss of this rank's images against the texts of
-            the whole group, which must all call. DDP and FSDP2 then average to the gradients of the joined batch.
+            the whole group. All ranks must call. DDP and FSDP2 then average to the gradients of the joined batch.
         return_logits: whether a call with ``return_loss=True`` also returns ``logits_per_image`` [M, M] and
-            ``logits_per_text``, of this rank's pairs, in the memory that they take. Otherwise both are None, which a
-            tuple leaves out, as theirs does with any None.
+            ``logits_per_text``, of this rank's pairs; they take their memory. Otherwise both are None; as in theirs, a
+            tuple leaves out every None.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: another class of model, or a subclass whose ``forward`` is its own.
-        ValueError: ``model.forward`` was replaced on this instance. When called: as ``sigmoid_loss``, and for a number
-            of images that is not that of the texts.
+        TypeError: another class of model, or a subclass with its own ``forward``.
+        ValueError: ``model.forward`` was replaced on this instance. When the model is called: as ``sigmoid_loss``, and
+            if the numbers of images and texts differ.
     """
     host = _host(model)
     if not isinstance(model, _Fused):
@@ -74,14 +74,14 @@ def fuse_loss(
 
 
 def unfuse_loss(model: Model) -> Model:
-    """Give a model its own loss back; one that is not fused stays as it is.
+    """Give a model its own loss back. A model that is not fused stays as it is.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: another class of model.
-        ValueError: since ``fuse_loss`` the model was sharded by ``fully_shard``, or its ``forward`` was replaced.
+        ValueError: after ``fuse_loss`` the model was sharded by ``fully_shard``, or its ``forward`` was replaced.
     """
     _host(model)
     if not isinstance(model, _Fused):
@@ -107,13 +107,13 @@ class _Settings:
 
 
 class _Fused:
-    """What a fused model's class has before its own."""
+    """The base that a fused model's class has before the model's own class."""
 
     _host: type  # the class of the model
     _fused_loss: _Settings
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """A class that was made at run time is not found by its name."""
+        """Pickle by the model's own class: a class made at run time cannot be found by its name."""
         return _restored, (self._host,), self.__getstate__()
 
 
@@ -166,14 +166,14 @@ _FUSED: dict[type, type] = {
 
 @can_return_tuple
 def _with_loss(model: Any, output: type, images: dict[str, Any], texts: dict[str, Any], **kwargs: Any) -> Any:
-    """Their ``forward`` with ``return_loss``."""
+    """What their ``forward`` returns with ``return_loss``."""
     settings: _Settings = model._fused_loss
     vision_output = model.vision_model(**images, **kwargs)
     text_output = model.text_model(**texts, **kwargs)
     x, y = _normalize(vision_output.pooler_output), _normalize(text_output.pooler_output)
     if len(x) != len(y):
         _check_batch(len(x), len(y), settings.process_group)
-    # A device_map may have the towers on two devices.
+    # A device_map may place the towers on two devices.
     images_there, scale, bias = (t.to(y.device) for t in (x, model.logit_scale, model.logit_bias))
     logits = y @ images_there.T * scale.exp() + bias if settings.return_logits else None
     # In half precision exp would round the scale to eight or eleven bits.
@@ -190,7 +190,7 @@ def _with_loss(model: Any, output: type, images: dict[str, Any], texts: dict[str
 
 
 def _normalize(t: Tensor) -> Tensor:
-    """In the dtype of ``t``, as theirs: the embeddings are an output too."""
+    """Normalise in the dtype of ``t``, as they do: the embeddings are an output too."""
     return t / t.norm(dim=-1, keepdim=True)
 
 
@@ -204,18 +204,18 @@ def _check_batch(M: int, N: int, process_group: Any) -> None:
 
 @functools.cache
 def _fused_class(cls: type) -> type:
-    """A subclass of ``cls`` under its name, which save_pretrained writes down, and its module, whose file is read."""
+    """A subclass of ``cls`` with its name, which save_pretrained writes, and its module, from which files are read."""
     mixin = next(fused for host, fused in _FUSED.items() if issubclass(cls, host))
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "_host": cls})
 
 
 def _restored(cls: type) -> Any:
-    """An empty instance, to which pickle and deepcopy give the state."""
+    """An empty instance; pickle and deepcopy then set its state."""
     return object.__new__(_fused_class(cls))
 
 
 def _host(model: Any) -> Any:
-    """The library's class that the model is of."""
+    """The library's class that the model is an instance of."""
     for host in _FUSED:
         if isinstance(model, host):
             return host

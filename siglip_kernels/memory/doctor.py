@@ -1,6 +1,6 @@
-"""``python -m siglip_kernels doctor``: what eager, torch.compile and ours would take on every rank, and what would fit.
+"""``python -m siglip_kernels doctor``: what eager, torch.compile and ours take on every rank, and the batch that fits.
 
-Memory is computed (``footprint.py``); time is said only where it was measured on the very device, by its name.
+Memory is computed (``footprint.py``). Time is printed only if it was measured on a device of the same name.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from siglip_kernels.memory.footprint import BATCH_MULTIPLE, Footprint, Job, bloc
 from siglip_kernels.validation import FEATURE_DTYPES
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FEATURE_DTYPES}
-# D of the published checkpoints, by the size that their names begin with.
+# D of the published checkpoints, by the size at the start of their names.
 MODEL_DIMS = {"base": 768, "large": 1024, "so400m": 1152, "giant-opt": 1536}
 SHAPE = re.compile(rf"(?:google/siglip2?-)?({'|'.join(MODEL_DIMS)})(?:-patch\d+-(?:\d+|naflex)(?:-\w+)?)?")
 UNITS = {"b": 1} | {f"{p}{end}": base**n for n, p in enumerate("kmgt", 1) for end, base in (("ib", 1024), ("b", 1000))}
 SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})")
-# The tensors of any job, and of twice the largest that fits, have sizes that 64 bits hold.
+# Within these limits, the size of every tensor fits into 64 bits, even at twice the largest batch.
 MOST_BYTES, MOST_IMAGES, MOST_FEATURES, MOST_RANKS = 2**60, 2**28, 2**16, 2**15
 
 
 @dataclass(frozen=True)
 class Times:
-    """What was measured on one device: how many times the time of ours the others take, with every gradient."""
+    """Measurements on one device: the time of the others divided by the time of ours, with every gradient."""
 
     device: str
     threads: int
     torch: str
     commit: str
     source: str
-    kernel: str  # whose time is 1
+    kernel: str  # ours: its time is 1
     rows: dict[tuple[str, int, int], tuple[float, float]]  # by dtype, B, D: eager, torch.compile
 
 
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
-    """Print the table for the arguments; errors by ``parser``."""
+    """Print the table for the arguments. ``parser`` reports errors."""
     if (chosen.shape is None) == (chosen.dim is None):
         parser.error("expected D once: a MODEL-SHAPE or --dim")
     if chosen.world_size % chosen.nodes:
@@ -113,7 +113,7 @@ def doctor(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
 
 
 def report(job: Job, kernel: BlockKernel, memory: int, reserved: int = 0) -> str:
-    """What is printed for the job on a device with ``memory`` bytes, of which the model takes ``reserved``."""
+    """The text for the job on a device with ``memory`` bytes. The model takes ``reserved`` of them."""
     name = str(job.dtype).removeprefix("torch.")
     ranks = f" a rank × {job.ranks:,} ranks = {job.batch * job.ranks:,}" if job.ranks > 1 else ""
     free = memory - reserved
@@ -160,7 +160,7 @@ def _sources(job: Job) -> list[str]:
 
 
 def _times(job: Job, kernel: BlockKernel) -> list[str]:
-    """Of the nearest problem that was measured on this very device, on one process."""
+    """The times of the nearest problem that was measured on this device, with one process."""
     name, here = str(job.dtype).removeprefix("torch."), _device_name(job.device)
     for times in TIMES:
         near = sorted(
@@ -214,14 +214,14 @@ def _bounded_int(most: int, text: str) -> int:
 
 
 def _device_memory(device: torch.device) -> int | None:
-    """Bytes of the first device of that kind; None where there is none."""
+    """Bytes of the first device of that kind; None if there is none."""
     if device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def _device_name(device: torch.device) -> str | None:
-    """As the benchmark writes it; None for a CUDA device that is not here."""
+    """The device's name, as the benchmark writes it; None if no CUDA device is here."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     try:

@@ -1,21 +1,21 @@
-"""How much memory a loss takes on every rank: eager, torch.compile of it, and ours. Nothing is run, nor needs a GPU.
+"""How much memory a loss takes on every rank: eager, torch.compile of it, and ours. Runs nothing and needs no GPU.
 
-With b images and b texts of D features on each of W ranks, in elements of the features' dtype, at the peak of forward
-and backward, above the inputs and with those gradients that are there by then:
+Each of W ranks has b images and b texts of D features. The formulae count elements of the features' dtype, at the peak
+of forward and backward, above the inputs, with the gradients that exist by then:
 
 eager            max((5 + 3·(W - 1))·b² + (2·W - 1)·b·D, b² + 3·b·D, 4·b·D); on CUDA 4 and 2 in place of 5 and 3
 torch.compile    max(W·b² + 2·W·b·D, 4·b·D)
 ours             max(accumulators + dz + workspace + copies of operands + what the exchange holds,
-                 accumulators + gradients), each in its own dtype; of one dtype, the accumulators become the gradients;
-                 on the CPU a chunk of 2 MiB is added where they are rounded
+                 accumulators + gradients), each in its own dtype. If the dtypes are equal, the accumulators become the
+                 gradients; else, on the CPU, rounding adds a chunk of 2 MiB
 
-eager is open_clip's SigLipLoss ("bidir", "shift"). At its peak there are logits, labels, their product, logsigmoid and,
-on the CPU alone, logsigmoid's buffer; autograd keeps labels, product and buffer of every block, its texts and the
-scaled images. torch.compile, of the loss of one block, keeps the logits and overwrites them by their gradient.
+eager is open_clip's SigLipLoss ("bidir", "shift"). At its peak it holds logits, labels, their product, logsigmoid and,
+only on the CPU, logsigmoid's buffer. Autograd keeps labels, product and buffer of every block, its texts, and the
+scaled images. torch.compile of the loss of one block keeps the logits and overwrites them with their gradient.
 
-Ours is no formula: the objects that hold the buffers are built on the meta device, and what they allocate is counted.
-All is held to measurements on the CPU (tests/test_doctor.py); nothing was measured on CUDA. Left out is what libraries
-and the CUDA context take, and what an allocator keeps of what was freed.
+Ours is not a formula: the objects that hold the buffers are built on the meta device, and their allocations are
+counted. All is tested against measurements on the CPU (tests/test_doctor.py). Nothing was measured on CUDA. Libraries,
+the CUDA context, and freed memory that an allocator keeps are not counted.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from siglip_kernels.gradients import CPU_CHUNK
 from siglip_kernels.request import NeedsGrad, Request
 from siglip_kernels.schedule import BlockLoop
 
-BATCH_MULTIPLE = 64  # in which the largest batch is sought
-GLOO_SEGMENTS = 2 * 2**20  # bytes beyond that copy: 1.9 MiB were measured, at two sizes
+BATCH_MULTIPLE = 64  # the largest batch is a multiple of this
+GLOO_SEGMENTS = 2 * 2**20  # bytes on top of gloo's copy: 1.9 MiB were measured, at two sizes
 
 
 class Copies(NamedTuple):
@@ -59,7 +59,7 @@ COPIES = {
 
 @dataclass(frozen=True)
 class Job:
-    """One step of training, as a rank sees it."""
+    """One training step, as one rank sees it."""
 
     batch: int  # images, and texts, of a rank
     D: int
@@ -74,12 +74,12 @@ class Job:
         return 2 * self.batch * self.D * self.dtype.itemsize
 
     def problem(self, texts: int) -> Problem:
-        """The rank's images against that many texts."""
+        """The rank's images against ``texts`` texts."""
         return Problem(self.batch, texts, self.D, self.dtype, self.device)
 
 
 class Footprint(NamedTuple):
-    """Bytes of a rank, and a batch."""
+    """Bytes on a rank, and the largest batch."""
 
     above: int  # above the inputs and their gradients
     total: int  # inputs and gradients included
@@ -90,7 +90,7 @@ Peak = Callable[[Job], int]  # bytes above the inputs, gradients included
 
 
 def footprints(job: Job, kernel: BlockKernel, memory: int) -> dict[str, Footprint]:
-    """Of every form of the loss, by name; ``memory``: bytes for inputs, gradients and what is between them."""
+    """The footprint of every form of the loss, by name. ``memory``: bytes for inputs, gradients and all between."""
     peaks: dict[str, Peak] = {form: partial(peak_materialised, form=form) for form in COPIES}
     name = f"ours ({kernel.name})"
     if job.ranks == 1:
@@ -106,14 +106,14 @@ def footprints(job: Job, kernel: BlockKernel, memory: int) -> dict[str, Footprin
 
 
 def block_kernel(job: Job) -> BlockKernel:
-    """Ours for the job; where no CUDA device is here to ask, the one that would be taken on an A100 or later."""
+    """Our block kernel for the job. If no CUDA device is here: the kernel for an A100 or later."""
     if job.device.type == "cuda" and not torch.cuda.is_available():
         return backends.BACKENDS["triton" if job.dtype in TRITON_DTYPES else "eager"]
     return backends.choose("auto", job.problem(job.batch))
 
 
 def largest_batch(peak: Peak, job: Job, memory: int) -> int:
-    """A batch of a rank, in multiples of 64, that fits into ``memory`` bytes where the next does not; 0: none fits."""
+    """A rank's batch, a multiple of 64, that fits into ``memory`` bytes; the next multiple does not. 0: none fits."""
 
     def fits(multiple: int) -> bool:
         tried = replace(job, batch=multiple * BATCH_MULTIPLE)
@@ -129,7 +129,7 @@ def largest_batch(peak: Peak, job: Job, memory: int) -> int:
 
 
 def peak_materialised(job: Job, form: str) -> int:
-    """Of eager, or of torch.compile: the formulae above."""
+    """The peak of eager or of torch.compile, by the formulae above."""
     copies, others = COPIES[form][job.device.type], job.ranks - 1
     wide, narrow = job.batch**2, job.batch * job.D
     at_peak = (copies.peak + copies.kept * others) * wide + (copies.narrow + 2 * others) * narrow
@@ -137,12 +137,12 @@ def peak_materialised(job: Job, form: str) -> int:
 
 
 def peak_ours(job: Job, kernel: BlockKernel, gather: bool = False) -> int:
-    """Of sigmoid_loss with every gradient, batches of one size, neither ids nor weights; ``gather``: over one group."""
+    """The peak of sigmoid_loss with every gradient, equal batches, no ids or weights; ``gather``: over one group."""
     b, D, W = job.batch, job.D, job.ranks
     x = torch.empty(b, D, dtype=job.dtype, device="meta")
     scale = torch.empty((), dtype=torch.float32, device="meta")
     held: list[Any] = []
-    exchanged = 0  # once the last block's operands are gone
+    exchanged = 0  # after the last block's operands are freed
     with _AllocationCounter(x, scale) as made:
         problem = job.problem(b * W if gather else b)
         loop = BlockLoop(kernel, problem, Request(x, x, scale, scale), NeedsGrad())
@@ -170,10 +170,10 @@ def peak_ours(job: Job, kernel: BlockKernel, gather: bool = False) -> int:
 
 
 def _operand_bytes(loop: BlockLoop, kernel: BlockKernel) -> int:
-    """Bytes of the copies that the block kernel takes in place of the features: widened, or with their rows aligned."""
+    """Bytes of the copies that the block kernel takes instead of the features: widened, or with aligned rows."""
     (R, C), problem = loop.block_shape, loop.problem
     if loop.operand is not problem.dtype:
-        # Of one side, a block's copy is made while that of the block before is still there.
+        # On one side, a block's copy is made while the previous block's copy still exists.
         further = max(R if R < problem.M else 0, C if C < problem.N else 0)
         return (R + C + further) * problem.D * loop.operand.itemsize
     if kernel.pads_to_alignment and problem.D % 16:
@@ -182,7 +182,7 @@ def _operand_bytes(loop: BlockLoop, kernel: BlockKernel) -> int:
 
 
 class _AllocationCounter(TorchFunctionMode):
-    """Makes the tensors inside on the meta device, and counts their bytes but for those ``given``."""
+    """Makes tensors on the meta device inside it, and counts their bytes, except those of ``given``."""
 
     def __init__(self, *given: Tensor) -> None:
         super().__init__()

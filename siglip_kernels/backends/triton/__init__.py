@@ -15,7 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class TritonBlockKernel(BlockKernel):
-    """One launch a block: of the logits nothing reaches memory but dz and three sums a tile."""
+    """One launch per block. Only dz and three sums per tile reach memory, never the logits."""
 
     name = "triton"
     pads_to_alignment = True
@@ -24,8 +24,8 @@ class TritonBlockKernel(BlockKernel):
         self,
         dz_bytes: int = DZ_BYTES,
         *,
-        config: configs.Config | None = None,  # of every tile, in place of the shipped ones
-        blocks: tuple[int, int] | None = None,  # (R, C), in place of even ones within dz_bytes
+        config: configs.Config | None = None,  # for every tile, instead of the shipped ones
+        blocks: tuple[int, int] | None = None,  # (R, C), instead of even blocks within dz_bytes
     ) -> None:
         self.dz_bytes, self.config, self.blocks = dz_bytes, config, blocks
 
@@ -59,7 +59,7 @@ class TritonBlockKernel(BlockKernel):
         return self.blocks or even_blocks(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
-        """[3 · tiles] float32: the sums of every tile, of the smallest tile that a ragged block may take."""
+        """[3 · tiles] float32: the sums of every tile, for the smallest tiles that a ragged block may take."""
         return torch.empty(3 * configs.max_tiles(R, C, self.config), dtype=torch.float32, device=problem.device)
 
     def block(self, task: BlockTask) -> None:
@@ -86,13 +86,13 @@ def _installed() -> bool:
 
 @functools.cache
 def _why_not_launch() -> str | None:
-    """Why Triton has no driver, of which it compiles a part in C on first use; the interpreter needs none."""
+    """Why Triton has no driver. It compiles a part of it in C on first use. The interpreter needs none."""
     try:
         import triton
 
         if not triton.knobs.runtime.interpret:
             triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # of Triton's, of the compiler's, of the loader's
+    except Exception as error:  # from Triton, the C compiler or the loader
         return f"Triton cannot launch here: {(str(error) or type(error).__name__).splitlines()[0]}"
     return None
 

@@ -21,8 +21,8 @@ class Config:
     group_m: int = 8
 
 
-# Tiles for problems that fill the device, and smaller ones that spread a small problem over more of it;
-# by architecture family and bytes an element.
+# LARGE: tiles for problems that fill the device. SMALL: smaller tiles, which spread a small problem over more of it.
+# The keys are the architecture family and the bytes per element.
 LARGE = {
     ("sm_80", 2): Config(128, 64, 64, num_warps=8, num_stages=3),
     ("sm_80", 4): Config(64, 64, 32, num_warps=8, num_stages=3),
@@ -43,29 +43,29 @@ SMALL = {
     ("gfx942", 2): Config(64, 64, 64, num_warps=4, num_stages=2),
     ("gfx942", 4): Config(64, 64, 32, num_warps=4, num_stages=2),
 }
-# Columns of a tile where pairs are left out, have masses or are counted: at 128 that spills on all but sm_80.
+# Columns of a tile if pairs are left out, have masses or are counted: 128 columns then spill on all but sm_80.
 GENERAL_BLOCK_N = 64
-# A large tile must have this many siblings: about one for each multiprocessor of the parts above.
+# Large tiles are used from this number of tiles on: about one for each multiprocessor of the parts above.
 MIN_LARGE_TILES = 128
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TMA = ("sm_90", "sm_100")
-# How the kernel is told where the positives are; its LABELS_… constants.
+# How the kernel finds the positives: the values of its LABELS_… constants.
 LABELS = {"none": 0, "offset": 1, "ids": 2, "ignore": 3}
-# How a positive pair's mass is used, where it has one; for ids and weights.
+# How the kernel uses the mass of a positive pair. Masses come only with ids and weights.
 MASSES = ("none", "weights", "soft_targets")
 
 
 def family(arch: str) -> str:
-    """The architecture whose configurations serve ``arch`` ("sm_86", "gfx950", …)."""
+    """The architecture family with the configurations for ``arch`` ("sm_86", "gfx950", …)."""
     if arch.startswith("gfx"):
         return "gfx942"
     number = int(arch.removeprefix("sm_"))
-    # sm_120 has neither wgmma nor tcgen05, and the shared memory of sm_86.
+    # sm_120 has neither wgmma nor tcgen05, and only the shared memory of sm_86.
     return "sm_90" if number == 90 else "sm_100" if 100 <= number < 120 else "sm_80"
 
 
 def choose(arch: str, M: int, N: int, D: int, dtype: torch.dtype, general: bool = False) -> Config:
-    """The configuration for [M, D] images and [N, D] texts of ``dtype``; ``general``: as is_general says."""
+    """The configuration for [M, D] images and [N, D] texts of ``dtype``; ``general``: from is_general."""
     key = family(arch), dtype.itemsize
     large, small = (narrowed(table[key]) if general else table[key] for table in (LARGE, SMALL))
     tiles = -(-M // large.block_m) * -(-N // large.block_n)
@@ -73,18 +73,18 @@ def choose(arch: str, M: int, N: int, D: int, dtype: torch.dtype, general: bool 
 
 
 def narrowed(config: Config) -> Config:
-    """For a kernel that keeps more in registers: fewer columns, over more threads."""
+    """The configuration for a kernel that keeps more in registers: fewer columns, more threads."""
     return replace(config, block_n=min(config.block_n, GENERAL_BLOCK_N), num_warps=8)
 
 
 def max_tiles(M: int, N: int, config: Config | None = None) -> int:
-    """An upper bound of the tiles that [M, N] pairs take, over every shipped configuration or with ``config``."""
+    """An upper bound on the tiles of [M, N] pairs, with ``config`` or with any shipped configuration."""
     every = (*LARGE.values(), *SMALL.values()) if config is None else (narrowed(config),)
     return max(-(-M // c.block_m) * -(-N // c.block_n) for c in every)
 
 
 def precision(arch: str, dtype: torch.dtype, allow_tf32: bool) -> str:
-    """How the tensor cores multiply: float32 to float32 accuracy in three TF32 products, unless TF32 will do."""
+    """How the tensor cores multiply. float32 takes three TF32 products for float32 accuracy, one if TF32 is allowed."""
     if dtype is not torch.float32 or family(arch) == "gfx942":
         return "ieee"
     return "tf32" if allow_tf32 else "tf32x3"
@@ -92,7 +92,7 @@ def precision(arch: str, dtype: torch.dtype, allow_tf32: bool) -> str:
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of the block kernel: all that its code depends on."""
+    """One compilation of the block kernel: everything that its code depends on."""
 
     arch: str
     dtype: torch.dtype
@@ -103,7 +103,7 @@ class Variant:
     has_weights: bool = False
     loss_only: bool = False
     write_dz: bool = True
-    masses: str = "none"  # of MASSES
+    masses: str = "none"  # one of MASSES
     stats: bool = False
 
 
@@ -112,7 +112,7 @@ def is_general(labels: str, masses: str, stats: bool) -> bool:
     return labels == "ignore" or masses != "none" or stats
 
 
-# What is asked of the kernel: the uses that shape its code most, and all there are.
+# What a launch can ask for. USES shape the kernel's code most; ALL_USES are all there are.
 USES: tuple[dict[str, Any], ...] = (
     {"labels": "none"},
     {"labels": "offset"},

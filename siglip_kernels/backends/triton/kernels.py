@@ -1,9 +1,9 @@
-"""The fused block kernel: a tile of the logits by the tensor cores, then its sigmoid-BCE epilogue, in registers.
+"""The fused block kernel: tensor cores form a tile of the logits, then its sigmoid-BCE epilogue runs in registers.
 
-Measured facts, from cross-compiling (no GPU): the epilogue over the whole tile at once spills on every part (1188
-spill instructions on sm_90 at 128x128 with 4 warps). Walking it in quarters of the columns keeps few values alive, if
-a branch stands between them: without one the scheduler interleaves the quarters (156 registers on sm_90 at 128x128
-with 8 warps, with it 124, so that two programs share a multiprocessor). No spill under Triton 3.6 and 3.7.
+Measured by cross-compiling (no GPU): an epilogue over the whole tile at once spills on every part (1188 spill
+instructions on sm_90 at 128x128 with 4 warps). In quarters of the columns few values are alive, if a branch separates
+the quarters. Without the branch the scheduler interleaves them: 156 registers on sm_90 at 128x128 with 8 warps. With it
+there are 124, so that two programs share a multiprocessor. No spill under Triton 3.6 and 3.7.
 """
 
 import triton
@@ -14,9 +14,9 @@ LABELS_OFFSET = tl.constexpr(1)
 LABELS_IDS = tl.constexpr(2)
 LABELS_IGNORE = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
-# Columns that the running product Π(1 + e) of a row keeps apart: at most BLOCK_N / 8 factors of 2 meet in one product.
+# A row's running product Π(1 + e) is kept in this many columns: each multiplies at most BLOCK_N / 8 factors up to 2.
 PRODUCT_COLUMNS = tl.constexpr(8)
-# Columns that the sums of a row keep apart until the tile's end: the threads of a tensor-core layout.
+# A row's sums are kept in this many columns until the end of the tile: one per thread of a tensor-core layout.
 LANES = tl.constexpr(4)
 
 
@@ -33,7 +33,7 @@ def _sigmoid_block_kernel(
     text_ids_ptr,  # [N] integer or None
     image_weights_ptr,  # [M] float32 or None
     text_weights_ptr,  # [N] float32 or None
-    image_masses_ptr,  # [M] float32 or None; given with LABELS_IDS and HAS_WEIGHTS alone
+    image_masses_ptr,  # [M] float32 or None; given only with LABELS_IDS and HAS_WEIGHTS
     text_masses_ptr,  # [N] float32 or None
     stats_ptr,  # [8, programs] float32, out, or None; the rows are those of stats.py
     M,
@@ -92,7 +92,7 @@ def _sigmoid_block_kernel(
             offs_n = start_n + tl.arange(0, QUARTER)
             mask_n = offs_n < N
 
-            # a = -s·z: positives change sign, on the tiles that hold some.
+            # a = -s·z: positives change sign, on tiles that contain some.
             a = u * scale + bias
             first = start_m + positive_offset - start_n
             on_diagonal = (first > -BLOCK_M) & (first < QUARTER)
@@ -107,12 +107,12 @@ def _sigmoid_block_kernel(
             if LABELS == LABELS_IGNORE:
                 text_ids = tl.load(text_ids_ptr + offs_n, mask=mask_n, other=0)
                 sign = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -1.0, 1.0)
-                # Left out as what is out of range is.
+                # Pairs that are left out get -inf, like those out of range.
                 same = image_ids[:, None] == text_ids[None, :]
                 a = tl.where(same & (sign > 0), float("-inf"), a * sign)
             if (start_m + BLOCK_M > M) | (start_n + QUARTER > N):
                 # Out of range: softplus and sigmoid of -inf are 0.
-                # Soft targets want softplus(-a) too: finite, and times a weight of 0.
+                # Soft targets need softplus(-a) too: a must be finite, and the weight of 0 removes the term.
                 a = tl.where(mask_m[:, None] & mask_n[None, :], a, -1e4 if SOFT_TARGETS else float("-inf"))
 
             # Folding log2(e) into scale and bias would save this product, but their rounding is the same for every
@@ -132,7 +132,7 @@ def _sigmoid_block_kernel(
                         softplus = softplus * mass
                 sum_loss += _lane_sums(softplus * text_weights[None, :], BLOCK_M, QUARTER)
             else:
-                # Σ log1p(e) = log1p(p), where p gathers Π(1 + e) - 1 without forming 1 + e.
+                # Σ log1p(e) = log1p(p), where p accumulates Π(1 + e) - 1 without forming 1 + e.
                 p = _column_products(e, BLOCK_M, QUARTER)
                 product = product + p + product * p
                 sum_loss += _lane_sums(tl.maximum(a, 0.0), BLOCK_M, QUARTER)
@@ -154,7 +154,7 @@ def _sigmoid_block_kernel(
                 negatives = _update_stats(negatives, z, valid, BLOCK_M, QUARTER)
 
             if not LOSS_ONLY:
-                # σ(a) and σ(-a) are 1 and e over 1 + e; rsqrt squared is the shortest reciprocal.
+                # σ(|a|) = 1 / (1 + e) and σ(-|a|) = e / (1 + e). rsqrt squared is the shortest reciprocal.
                 root = tl.rsqrt(1.0 + e)
                 g = tl.where(a >= 0, 1.0, e) * (root * root)
                 if image_masses_ptr is not None:
@@ -174,7 +174,7 @@ def _sigmoid_block_kernel(
                     if dz_scale_ptr is not None:
                         g = g * tl.load(dz_scale_ptr)
                     if USE_TMA:
-                        # It writes a row's last 16 bytes whole, beyond N into the padding.
+                        # TMA writes the last 16 bytes of a row whole, beyond N into the padding.
                         dz.store([start_m, start_n], g.to(dz.dtype))
                     else:
                         rows = dz + offs_m.to(tl.int64) * stride_dzm
@@ -240,23 +240,23 @@ def _inner_products(
 
 @triton.jit
 def _wrapped_rows(base_ptr, start, stride, length, BLOCK: tl.constexpr):
-    """[BLOCK] pointers to rows, wrapped round at the end so that no row needs a mask."""
+    """[BLOCK] pointers to rows. They wrap round at the end, so that no row needs a mask."""
     rows = (start + tl.arange(0, BLOCK)) % length
     return base_ptr + rows.to(tl.int64) * stride
 
 
 @triton.jit
 def _log1p(p):
-    """Of p >= 0, with the rounding of 1 + p made good."""
+    """log(1 + p) for p >= 0, corrected for the rounding of 1 + p."""
     w = 1.0 + p
-    # The correction is at most 2^-24 of w: an approximate 1 / w will do, and the epilogue has this one already.
+    # The correction is at most 2^-24 of w: an approximate 1 / w is enough, and the epilogue already has this one.
     root = tl.rsqrt(w)
     return tl.log(w) + (p - (w - 1.0)) * (root * root)
 
 
 @triton.jit
 def _init_stats(ROWS: tl.constexpr):
-    """Σ z, number, least z and least -z of none, [ROWS, LANES] each."""
+    """Σ z, number, least z and least -z of no pairs, [ROWS, LANES] each."""
     zeros = tl.zeros((ROWS, LANES), tl.float32)
     inf = tl.full((ROWS, LANES), float("inf"), tl.float32)
     return zeros, zeros, inf, inf
@@ -264,7 +264,7 @@ def _init_stats(ROWS: tl.constexpr):
 
 @triton.jit
 def _update_stats(stats, z, chosen, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """``stats`` as from _init_stats, with the ``chosen`` of z [ROWS, COLS]."""
+    """``stats``, first from _init_stats, after adding the ``chosen`` elements of z [ROWS, COLS]."""
     total, count, least, least_negated = stats
     inf = float("inf")
     total += _lane_sums(tl.where(chosen, z, 0.0), ROWS, COLS)
@@ -276,7 +276,7 @@ def _update_stats(stats, z, chosen, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _store_stats(at, stats, programs):
-    """Into every other row of [8, programs], from ``at`` on."""
+    """Store ``stats`` into every other row of [8, programs], starting at ``at``."""
     total, count, least, least_negated = stats
     tl.store(at, tl.sum(total))
     tl.store(at + 2 * programs, tl.sum(count))
@@ -300,8 +300,8 @@ def _split_quarters(t, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _column_products(p, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """[ROWS, PRODUCT_COLUMNS]: Π(1 + p) - 1 over the columns that meet."""
-    # Without the else the compiler would go on below a true condition.
+    """[ROWS, PRODUCT_COLUMNS]: Π(1 + p) - 1 over the columns that are merged into one."""
+    # Without the else Triton would also compile what follows a true condition.
     if COLS == PRODUCT_COLUMNS:
         return p
     else:
@@ -322,7 +322,7 @@ def _lane_sums(t, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _lane_minima(t, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """[ROWS, LANES]: as _lane_sums."""
+    """[ROWS, LANES]: minima over the same columns as _lane_sums."""
     if COLS == 2 * LANES:
         left, right = tl.split(tl.reshape(t, (ROWS, LANES, 2)))
         return tl.minimum(left, right)

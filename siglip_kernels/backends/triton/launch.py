@@ -21,7 +21,7 @@ from siglip_kernels.stats import SIZE, reduce_stats
 
 
 def launch_block(arch: str, task: BlockTask, config: Config | None = None) -> None:
-    """``config``: in place of the shipped one."""
+    """Launch the kernel on one block; ``config``: instead of the shipped one."""
     task = task._replace(x=pad_to_alignment(task.x), y=pad_to_alignment(task.y))
     variant = variant_of(arch, task, config)
     programs = triton.cdiv(len(task.x), variant.config.block_m) * triton.cdiv(len(task.y), variant.config.block_n)
@@ -38,7 +38,7 @@ def launch_block(arch: str, task: BlockTask, config: Config | None = None) -> No
 
 
 def variant_of(arch: str, task: BlockTask, config: Config | None = None) -> Variant:
-    """The compilation that a block asks for; ``config``: in place of the shipped one, narrowed where need be."""
+    """The compilation that a block needs; ``config``: instead of the shipped one, narrowed if the block needs it."""
     (M, D), N = task.x.shape, task.y.shape[0]
     pairs, stats = task.pairs, task.stats is not None
     labels, masses = _labels(pairs, M, N), pairs.multi_positive or "none"
@@ -63,9 +63,9 @@ def variant_of(arch: str, task: BlockTask, config: Config | None = None) -> Vari
 
 
 def compile_variant(variant: Variant) -> Any:
-    """What a launch of ``variant`` compiles, for the target of Triton's active driver; without a launch or memory.
+    """Compile what a launch of ``variant`` needs, for the target of Triton's active driver, without launch or memory.
 
-    A launch in whichever process then finds it in Triton's cache on disk.
+    A later launch, in any process, finds it in Triton's cache on disk.
     """
     config, empty = variant.config, partial(torch.empty, dtype=torch.float32, device="meta")
     M, N, D = config.block_m, config.block_n, config.block_d
@@ -90,7 +90,7 @@ def _arguments(
     partials: Tensor,  # [3, programs]
     stats_partials: Tensor | None,  # [8, programs]
 ) -> dict[str, Any]:
-    """Everything that the kernel takes, and how it is launched."""
+    """All arguments of the kernel, and its launch parameters."""
     config, use_tma, pairs, dz = variant.config, variant.use_tma, task.pairs, task.dz
     (M, D), N = task.x.shape, task.y.shape[0]
     return {
@@ -120,7 +120,7 @@ def _arguments(
 
 
 def _constants(variant: Variant) -> dict[str, Any]:
-    """The kernel's, and how it is launched."""
+    """The kernel's compile-time constants, and its launch parameters."""
     config = variant.config
     return {
         "LABELS": configs.LABELS[variant.labels],
@@ -140,7 +140,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
 
 
 def _pairs_of(variant: Variant, M: int, N: int) -> PairSpec:
-    """Pairs without memory that ask for ``variant``."""
+    """Pairs on the meta device that need ``variant``."""
 
     def vector(wanted: bool, length: int, dtype: torch.dtype) -> Tensor | None:
         return torch.empty(length, dtype=dtype, device="meta") if wanted else None
