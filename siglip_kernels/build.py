@@ -83,8 +83,9 @@ CPU_ANYWHERE = (
 )
 _CPU_HEADERS = ("block", "convert", "epilogue", "interface", "machine", "math", "parallel", "product", "vectors")
 _SM90_HEADERS = (
-    *(f"{name}.h" for name in ("block", "epilogue", "fragment", "host_device", "kernels", "pipeline", "tiles")),
-    *(f"{name}.cuh" for name in ("kernel", "ptx")),
+    *(f"{name}.h" for name in ("host_device", "instantiations", "layout", "params", "pipeline")),
+    *(f"{name}.h" for name in ("sigmoid_loss", "tile_scheduler")),
+    *(f"{name}.cuh" for name in ("epilogue", "kernel", "ptx")),
 )
 TARGETS = {  # by the backend's name
     "cpu": Target(
@@ -97,8 +98,8 @@ TARGETS = {  # by the backend's name
         "cuda",
         (
             Source("cuda/sm90/launch.cu"),
-            Source("cuda/sm90/kernels.cu"),
-            Source("cuda/sm90/kernels.cu", ("-DSIGLIP_FLOAT16",)),
+            Source("cuda/sm90/instantiations.cu"),
+            Source("cuda/sm90/instantiations.cu", ("-DSIGLIP_FLOAT16",)),
         ),
         headers=tuple(f"cuda/sm90/{name}" for name in _SM90_HEADERS),
         flags=("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fvisibility=hidden"),
