@@ -1,4 +1,4 @@
-// The epilogue of a tile: the sigmoid loss of the accumulator, in registers; dz to shared memory, partial sums to global.
+// The epilogue of a tile: the sigmoid loss of the accumulator in registers. Writes dz to shared memory, sums to global.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,7 +33,7 @@ enum class Output { kDz, kSums, kLoss };  // dz and the sums; the sums; the loss
 template <class Element, bool kGeneral, Output kOutput>
 class Epilogue {
  public:
-  static constexpr int kChunkColumns = 32, kChunkPairs = kChunkColumns / 2;  // a thread's pairs: two rows of each column
+  static constexpr int kChunkColumns = 32, kChunkPairs = kChunkColumns / 2;  // kChunkPairs: of one thread
   static constexpr bool kLossOnly = kOutput == Output::kLoss;
 
   __device__ explicit Epilogue(const BlockParams& params)

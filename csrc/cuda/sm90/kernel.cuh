@@ -1,8 +1,8 @@
 // The block kernel: a GEMM of inner products with the sigmoid loss as its epilogue.
 //
-// Persistent and warp-specialized: each SM computes the tiles blockIdx.x, blockIdx.x + gridDim.x, … A producer warp loads
-// their operands by TMA; two consumer warpgroups take the tiles in turn (ping-pong), so that the epilogue of one overlaps
-// with the MMAs of the other.
+// Persistent and warp-specialized: each SM computes the tiles blockIdx.x, blockIdx.x + gridDim.x, … One producer thread
+// loads their operands by TMA; two consumer warpgroups take the tiles in turn (ping-pong), so that the epilogue of one
+// overlaps with the MMAs of the other.
 #pragma once
 
 #include "epilogue.cuh"

@@ -11,7 +11,7 @@ enum class Dtype : int32_t { kBfloat16, kFloat16 };
 struct BlockParams {
   const void* x;                // [rows, features], row stride x_stride
   const void* y;                // [cols, features], row stride y_stride
-  void* dz;                     // [rows, cols], or null; rows are padded to 16 bytes, and the padding is written (ptx.cuh)
+  void* dz;                     // [rows, cols], or null; a row's padding to 16 bytes is written too (tma_store_2d)
   float* partials;              // [3, kPartialsPerTile · tiles]: loss, dz·u, dz; with loss_only just the first row
   const float* scale;           // one element, like bias and dz_scale
   const float* bias;

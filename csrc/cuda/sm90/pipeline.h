@@ -1,9 +1,9 @@
 // State of the shared-memory pipeline between the TMA producer and the MMA consumers. Compiles for the host too.
 //
-// The producer fills the stages in the order of this SM's tiles. The consumers take turns (ping-pong): tile k belongs to
-// consumer k % kNumConsumers, so that the epilogue of one overlaps with the MMAs of the other. Each stage has a full and
-// an empty barrier, and a wait on them sees only the parity of the phase. The ordered barrier keeps a consumer from
-// taking one phase for the one before it: its mainloop starts once the previous tile's consumer has seen all its stages.
+// The producer fills the stages in the order of this SM's tiles. The consumers take the tiles in turn (ping-pong), tile
+// k goes to consumer k % kNumConsumers, so that the epilogue of one overlaps with the MMAs of the other. Each stage has
+// a full and an empty barrier, and a wait on them sees only the parity of the phase. The ordered barriers keep a
+// consumer from mistaking one phase for an earlier one: its mainloop starts when the other has seen all its stages.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +28,8 @@ struct PipelineState {
   SIGLIP_HOST_DEVICE uint32_t producer_phase() const { return phase ^ 1; }
 };
 
-// Parity for a consumer's wait on its ordered barrier before its own tile number `iteration`, counted from 0. Consumer 0
-// does not wait for the first one, because no tile comes before it.
+// Parity for a consumer's wait on its ordered barrier before its tile number `iteration`, counted from 0. Consumer 0
+// does not wait for its first tile, because no tile comes before it.
 SIGLIP_HOST_DEVICE uint32_t ordered_barrier_phase(int consumer, int iteration) {
   return (iteration & 1) ^ (consumer == 0);
 }

@@ -1,4 +1,4 @@
-// Tests what needs no GPU: the loss against float64, the tile scheduler, a simulation of the pipeline's barriers, and the
+// Tests what needs no GPU: the loss against float64, the tile scheduler, a simulation of the pipeline's barriers, the
 // layouts. Prints the first mismatch and returns 1.
 
 #include <algorithm>
@@ -89,7 +89,8 @@ void test_log1p_of_products() {
     std::fill(a, a + kMaxFactors, at);
     EXPECT(all_below_threshold(a) == (at < kSeriesThreshold), "all_below_threshold at %g", at);
     Sums sums;
-    all_below_threshold(a) ? accumulate_pairs<true, true>(a, sigmoid, sums) : accumulate_pairs<false, true>(a, sigmoid, sums);
+    all_below_threshold(a) ? accumulate_pairs<true, true>(a, sigmoid, sums)
+                           : accumulate_pairs<false, true>(a, sigmoid, sums);
     sums.flush();
     const double right = kMaxFactors * exact_softplus(at);
     EXPECT(std::abs(sums.loss - right) <= 3e-6 * right, "Σ softplus at %g: %.9g, expected %.9g", at, sums.loss, right);
@@ -129,8 +130,8 @@ struct ConsumerRules {
   bool waits_for_order;
 };
 
-// One of `num_blocks` persistent thread blocks, its producer and consumers taking steps in random order. `failed` when a
-// consumer finds another tile's stage, a stage is filled while it is in use, or nobody can go on.
+// One of `num_blocks` persistent thread blocks. Its producer and consumers take steps in random order; run() is false
+// if a consumer finds another tile's stage, a stage is filled while it is in use, or nobody can go on.
 class PipelineSimulation {
  public:
   PipelineSimulation(int num_tiles, int num_blocks, int block, int k_tiles, ConsumerRules rules)
@@ -226,7 +227,7 @@ void test_pipeline() {
           EXPECT(PipelineSimulation(num_tiles, num_blocks, block, k_tiles, rules).run(random),
                  "the pipeline fails with %d tiles, block %d of %d, %d k-tiles", num_tiles, block, num_blocks, k_tiles);
       }
-  // The simulation can fail: consumers that ignore the other's stages, skip one too many, or do not wait for their turn.
+  // The simulation can fail: consumers that ignore the other's stages, skip one too many, or do not wait for the order.
   for (auto [skipped_stages, waits_for_order] : {std::pair{0, true}, {13, true}, {12, false}})
     EXPECT(!PipelineSimulation(7, 1, 0, 12, {skipped_stages, waits_for_order}).run(random),
            "consumers that skip %d of 12 stages pass, waiting for their order: %d", skipped_stages, waits_for_order);
