@@ -20,7 +20,7 @@ from siglip_kernels.pairs import PairSpec
 from siglip_kernels.products import matmul_
 
 AVX512, AVX512_BF16, AMX = (LEVELS.index(name) for name in ("avx512", "avx512_bf16", "amx"))
-PANEL = 64  # kPanel of csrc/cpu/product.h
+PANEL = 64  # kNR of csrc/cpu/gemm.h
 
 
 def products(machine: Machine, dtype: torch.dtype) -> str:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from siglip_kernels import build
 
-# Each contains those before it; the numbers of Level in csrc/cpu/machine.h.
+# Each contains those before it; the numbers of IsaLevel in csrc/cpu/cpu_info.h.
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype in csrc/cpu/block.h
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype in csrc/cpu/params.h
 
 
 class Block(Structure):
-    """Of csrc/cpu/block.h."""
+    """BlockParams of csrc/cpu/params.h."""
 
     _fields_ = (
         ("rows", c_int64),
@@ -52,7 +52,7 @@ class Block(Structure):
 
 
 class _Machine(Structure):
-    """Of csrc/cpu/machine.h."""
+    """CpuInfo of csrc/cpu/cpu_info.h."""
 
     _fields_ = (
         ("vendor", c_char * 16),

@@ -18,11 +18,11 @@ from siglip_kernels.backends.cpu_native import address
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.products import aligned
 
-DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # Dtype in csrc/cuda/sm90/block.h
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # Dtype in csrc/cuda/sm90/params.h
 
 
 class Block(Structure):
-    """Of csrc/cuda/sm90/block.h."""
+    """BlockParams of csrc/cuda/sm90/params.h."""
 
     _fields_ = (
         ("x", c_void_p),
