@@ -13,9 +13,9 @@ from siglip_kernels.backends import cuda
 
 SHARED_MEMORY = 227 * 1024  # of a Hopper program
 REGISTERS = 168  # of a thread at launch. With fewer, setmaxnreg would wait forever for what the consumers want
-OUTPUTS = ("dz", "sums", "loss")  # Output of csrc/cuda/sm90/kernel.cuh
+OUTPUTS = ("dz", "sums", "loss")  # Output of csrc/cuda/sm90/epilogue.cuh
 COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "MUFU", "LDL", "STL")
-# Of Float16, general, Output in a mangled name.
+# Element, kGeneral and kOutput in a mangled name.
 NAME = re.compile(r"sigmoid_block_kernelINS0_\d+(B?[Ff]loat16)ELb(\d)ELNS0_6OutputE(\d)")
 
 

@@ -71,19 +71,20 @@ class Target:
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 # The epilogue for each instruction set, whatever this machine has: the library chooses at run time.
 _X86 = (
-    Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=avx2", "-mavx2", "-mfma")),
-    Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=avx512", *_AVX512)),
-    Source("cpu/product.cpp", (*_AVX512, "-mavx512bf16")),
+    Source("cpu/epilogue.cpp", ("-DSIGLIP_ISA_LEVEL=avx2", "-mavx2", "-mfma")),
+    Source("cpu/epilogue.cpp", ("-DSIGLIP_ISA_LEVEL=avx512", *_AVX512)),
+    Source("cpu/gemm.cpp", (*_AVX512, "-mavx512bf16")),
 )
 CPU_PORTABLE_SOURCES = (
     Source("cpu/interface.cpp"),
-    Source("cpu/machine.cpp"),
-    Source("cpu/epilogue.cpp", ("-DSIGLIP_LEVEL=portable",)),
+    Source("cpu/cpu_info.cpp"),
+    Source("cpu/epilogue.cpp", ("-DSIGLIP_ISA_LEVEL=portable",)),
 )
-_CPU_HEADERS = ("block", "convert", "epilogue", "interface", "machine", "math", "parallel", "product", "vectors")
+_CPU_HEADERS = ("convert", "cpu_info", "epilogue", "gemm", "interface", "parallel", "params", "simd", "simd_math")
 _SM90_HEADERS = (
-    *(f"{name}.h" for name in ("block", "epilogue", "fragment", "host_device", "kernels", "pipeline", "tiles")),
-    *(f"{name}.cuh" for name in ("kernel", "ptx")),
+    *(f"{name}.h" for name in ("host_device", "instantiations", "layout", "params", "pipeline")),
+    *(f"{name}.h" for name in ("sigmoid_loss", "tile_scheduler")),
+    *(f"{name}.cuh" for name in ("epilogue", "kernel", "ptx")),
 )
 TARGETS = {  # by the backend's name
     "cpu": Target(
@@ -96,8 +97,8 @@ TARGETS = {  # by the backend's name
         "cuda",
         (
             Source("cuda/sm90/launch.cu"),
-            Source("cuda/sm90/kernels.cu"),
-            Source("cuda/sm90/kernels.cu", ("-DSIGLIP_FLOAT16",)),
+            Source("cuda/sm90/instantiations.cu"),
+            Source("cuda/sm90/instantiations.cu", ("-DSIGLIP_FLOAT16",)),
         ),
         headers=tuple(f"cuda/sm90/{name}" for name in _SM90_HEADERS),
         flags=("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fvisibility=hidden"),

@@ -1,4 +1,4 @@
-"""The Hopper kernel: on the host its arithmetic, tiles, barriers and code; on a GPU its values."""
+"""The Hopper kernel: on the host its loss, tiles, barriers, layouts and code; on a GPU its values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def kernels() -> list[Kernel]:
 
 @pytest.mark.parametrize("checks", [(), ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")], ids=len)
 def test_on_the_host(cxx: str, checks: tuple[str, ...], tmp_path: Path) -> None:
-    """Arithmetic against float64, every tile once, no phase error in the ring, and each element in its place."""
+    """The loss against float64, every tile once, no phase error in the pipeline, and each element in its place."""
     program = tmp_path / "test"
     flags = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *checks)
     subprocess.run([cxx, *flags, str(FOLDER / "tests" / "test_host.cpp"), "-o", str(program)], check=True)
@@ -54,46 +54,59 @@ def test_on_the_host(cxx: str, checks: tuple[str, ...], tmp_path: Path) -> None:
 
 # One line of a header each, and what the host's test must then say.
 MUTATIONS = [
-    ("epilogue.h", "fmaf(sums.product, e, e) + sums.product", "sums.product + e", "softplus"),
-    ("epilogue.h", "= (a[i] < 0 ? e : 1) * reciprocal", "= e * reciprocal", "sigmoid"),
-    ("epilogue.h", "kUniformBelow = -4.0f", "kUniformBelow = -3.0f", "sigmoid"),
-    ("tiles.h", "kGroup + inside % rows", "kGroup + inside % kGroup", "tile"),
-    ("pipeline.h", "(own & 1) ^ (consumer == 0)", "own & 1", "ring"),
-    ("pipeline.h", "parity ^= stage / kStages & 1;", "", "ring"),
-    ("fragment.h", "^ row % 8", "^ row % 4", "shared memory"),
+    ("sigmoid_loss.h", "fmaf(sums.product, e, e) + sums.product", "sums.product + e", "softplus"),
+    ("sigmoid_loss.h", "= (a[i] < 0 ? e : 1) * rcp_approx", "= e * rcp_approx", "sigmoid"),
+    ("sigmoid_loss.h", "kSeriesThreshold = -4.0f", "kSeriesThreshold = -3.0f", "sigmoid"),
+    ("tile_scheduler.h", "kGroupM + in_group % group_rows", "kGroupM + in_group % kGroupM", "tile"),
+    ("pipeline.h", "(iteration & 1) ^ (consumer == 0)", "iteration & 1", "pipeline"),
+    ("pipeline.h", "phase ^= stage / kNumStages & 1;", "", "pipeline"),
+    ("pipeline.h", "return phase ^ 1;", "return phase;", "pipeline"),
+    ("layout.h", "^ row % 8", "^ row % 4", "shared memory"),
 ]
+
+
+def mutate(path: Path, right: str, wrong: str) -> None:
+    """Replace what must stand there exactly once, so that a mutation whose line has changed fails."""
+    text = path.read_text()
+    assert text.count(right) == 1, f"{path.name} has {right!r} {text.count(right)} times"
+    path.write_text(text.replace(right, wrong))
 
 
 @pytest.mark.parametrize(("header", "right", "wrong", "says"), MUTATIONS, ids=[m[1] for m in MUTATIONS])
 def test_the_host_test_can_fail(cxx: str, header: str, right: str, wrong: str, says: str, tmp_path: Path) -> None:
     folder = tmp_path / "sm90"
     shutil.copytree(FOLDER, folder)
-    text = (folder / header).read_text()
-    assert text.count(right) == 1
-    (folder / header).write_text(text.replace(right, wrong))
-    if wrong.startswith("kUniformBelow"):  # the test takes its samples from below -4
-        source = folder / "tests" / "test_host.cpp"
-        source.write_text(source.read_text().replace("i < -4'000", "i < -3'000"))
+    mutate(folder / header, right, wrong)
+    if wrong.startswith("kSeriesThreshold"):  # the test takes its samples from below -4
+        mutate(folder / "tests" / "test_host.cpp", "i < -4'000", "i < -3'000")
     subprocess.run([cxx, "-std=c++17", folder / "tests" / "test_host.cpp", "-o", tmp_path / "test"], check=True)
     done = subprocess.run([tmp_path / "test"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert says in done.stdout
 
 
+def test_a_mutation_that_finds_nothing_fails(tmp_path: Path) -> None:
+    header = tmp_path / "header.h"
+    for text in ("int stage;", "int phase; int phase;"):
+        header.write_text(text)
+        with pytest.raises(AssertionError, match=r"header\.h has 'int phase;' [02] times"):
+            mutate(header, "int phase;", "")
+
+
 def test_python_and_cpp_have_one_block(cxx: str, tmp_path: Path) -> None:
     """The same fields at the same places."""
-    names = [name for name, _ in cuda.Block._fields_]
-    offsets = ", ".join(f"int(offsetof(Block, {name}))" for name in names)
+    names = [name for name, _ in cuda.BlockParams._fields_]
+    offsets = ", ".join(f"int(offsetof(BlockParams, {name}))" for name in names)
     source = tmp_path / "layout.cpp"
     source.write_text(
-        f'#include "{FOLDER}/block.h"\n#include <cstddef>\n#include <cstdio>\n#include <initializer_list>\n'
-        "using siglip::sm90::Block;\n"
-        f'int main() {{ for (int at : {{{offsets}, int(sizeof(Block))}}) std::printf("%d ", at); }}\n'
+        f'#include "{FOLDER}/params.h"\n#include <cstddef>\n#include <cstdio>\n#include <initializer_list>\n'
+        "using siglip::sm90::BlockParams;\n"
+        f'int main() {{ for (int at : {{{offsets}, int(sizeof(BlockParams))}}) std::printf("%d ", at); }}\n'
     )
     subprocess.run([cxx, "-std=c++17", str(source), "-o", str(tmp_path / "layout")], check=True)
     printed = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
-    ours = [getattr(cuda.Block, name).offset for name in names]
-    assert list(map(int, printed.split())) == [*ours, ctypes.sizeof(cuda.Block)]
+    ours = [getattr(cuda.BlockParams, name).offset for name in names]
+    assert list(map(int, printed.split())) == [*ours, ctypes.sizeof(cuda.BlockParams)]
 
 
 def test_every_kernel_is_sound(kernels: list[Kernel]) -> None:

@@ -4,60 +4,60 @@
 #include <array>
 #include <vector>
 
-#include "product.h"
+#include "gemm.h"
 
 namespace siglip {
 namespace {
 
 using Epilogue = decltype(&portable::epilogue);
 
-// MKL's products for AMX run anywhere, the epilogue does not.
-Level usable(int32_t level) {
-  static const Level best = this_machine().level;
-  return std::min(static_cast<Level>(level), best);
+// Lowers `level` to what this CPU has: MKL's GEMMs for AMX run anywhere, the epilogue does not.
+IsaLevel supported(int32_t level) {
+  static const IsaLevel highest = detect_cpu().level;
+  return std::min(static_cast<IsaLevel>(level), highest);
 }
 
-Epilogue epilogue_of(Level level) {
+Epilogue select_epilogue(IsaLevel level) {
 #if defined(__x86_64__)
-  if (level >= Level::kAvx512) return avx512::epilogue;
-  if (level == Level::kAvx2) return avx2::epilogue;
+  if (level >= IsaLevel::kAvx512) return avx512::epilogue;
+  if (level == IsaLevel::kAvx2) return avx2::epilogue;
 #endif
   (void)level;
   return portable::epilogue;
 }
 
-// Runs partial(task, sums) for every task and adds the sums up in the tasks' order, whoever ran them.
+// Runs partial(task, sums) for every task and adds up the sums in task order, so that threads do not change the result.
 template <int kSize, class Partial>
-void sum_tasks_of(ParallelFor pool, int64_t tasks, int64_t work, const Block& block, Partial&& partial) {
+void reduce_tasks_of_size(ParallelFor pool, int64_t tasks, int64_t work, const BlockParams& params, Partial&& partial) {
   std::vector<std::array<double, kSize>> parts(tasks);
   for_each_task(pool, tasks, work, [&](int64_t task) { partial(task, parts[task].data()); });
-  for (int s = 0; s < kSums; ++s) {
-    block.sums[s] = 0;
-    for (const auto& part : parts) block.sums[s] += part[s];
+  for (int s = 0; s < kNumSums; ++s) {
+    params.sums[s] = 0;
+    for (const auto& part : parts) params.sums[s] += part[s];
   }
-  if constexpr (kSize > kSums)
-    for (int s = 0; s < kStats; ++s) {
-      double& total = block.stats[s] = parts[0][kSums + s];
+  if constexpr (kSize > kNumSums)
+    for (int s = 0; s < kNumStats; ++s) {
+      double& total = params.stats[s] = parts[0][kNumSums + s];
       for (int64_t task = 1; task < tasks; ++task) {
-        const double value = parts[task][kSums + s];
+        const double value = parts[task][kNumSums + s];
         total = s < 4 ? total + value : s < 6 ? std::min(total, value) : std::max(total, value);
       }
     }
 }
 
 template <class Partial>
-void sum_tasks(ParallelFor pool, int64_t tasks, int64_t work, const Block& block, Partial&& partial) {
-  block.stats ? sum_tasks_of<kSums + kStats>(pool, tasks, work, block, partial)
-              : sum_tasks_of<kSums>(pool, tasks, work, block, partial);
+void reduce_tasks(ParallelFor pool, int64_t tasks, int64_t work, const BlockParams& params, Partial&& partial) {
+  params.stats ? reduce_tasks_of_size<kNumSums + kNumStats>(pool, tasks, work, params, partial)
+               : reduce_tasks_of_size<kNumSums>(pool, tasks, work, params, partial);
 }
 
-// Picoseconds of one thread, about: a pair's epilogue, a packed word, a word's multiplication with another.
-constexpr int64_t kPair = 500, kPackedWord = 200, kMultiplied = 20;
+// Estimated picoseconds on one thread: the epilogue of a pair, packing a word, multiplying two words.
+constexpr int64_t kPairCost = 500, kPackWordCost = 200, kMultiplyWordCost = 20;
 
-// Row-major, or the transpose of that.
+// A row-major matrix, or its transpose.
 struct Matrix {
   const void* data;
-  int stride;  // elements from row to row
+  int stride;  // row stride in elements
   bool transpose;
 
   Matrix(const void* data, int64_t stride, bool transpose = false)
@@ -65,179 +65,181 @@ struct Matrix {
 };
 
 struct Blas {
-  Gemm gemm;
+  BlasGemm gemm;
   Dtype operand;
 
-  // out [m, n] = a·b, or += where `accumulate`: column by column, as Fortran has it, outᵀ [n, m] = bᵀ·aᵀ.
-  void multiply(void* out, int64_t out_stride, const Matrix& a, const Matrix& b, int64_t m, int64_t n, int64_t k,
-                bool accumulate) const {
+  // out [m, n] = a·b, or += with `accumulate`. A column-major BLAS computes the transpose: outᵀ [n, m] = bᵀ·aᵀ.
+  void run(void* out, int64_t out_stride, const Matrix& a, const Matrix& b, int64_t m, int64_t n, int64_t k,
+           bool accumulate) const {
     const int sizes[] = {int(n), int(m), int(k)}, ldc = int(std::max<int64_t>(out_stride, 1));
-    if (operand == Dtype::kFloat64) return fortran<double>(out, ldc, b, a, sizes, accumulate);
-    if (operand == Dtype::kFloat32) return fortran<float>(out, ldc, b, a, sizes, accumulate);
-    using Cblas = void (*)(int, int, int, int, int, int, float, const void*, int, const void*, int, float, void*, int);
+    if (operand == Dtype::kFloat64) return run_fortran<double>(out, ldc, b, a, sizes, accumulate);
+    if (operand == Dtype::kFloat32) return run_fortran<float>(out, ldc, b, a, sizes, accumulate);
+    using CblasGemm =
+        void (*)(int, int, int, int, int, int, float, const void*, int, const void*, int, float, void*, int);
     constexpr int kColumnMajor = 102, kNoTrans = 111, kTrans = 112;
-    reinterpret_cast<Cblas>(gemm)(kColumnMajor, b.transpose ? kTrans : kNoTrans, a.transpose ? kTrans : kNoTrans,
-                                  sizes[0], sizes[1], sizes[2], 1, b.data, b.stride, a.data, a.stride, accumulate, out,
-                                  ldc);
+    reinterpret_cast<CblasGemm>(gemm)(kColumnMajor, b.transpose ? kTrans : kNoTrans, a.transpose ? kTrans : kNoTrans,
+                                      sizes[0], sizes[1], sizes[2], 1, b.data, b.stride, a.data, a.stride, accumulate,
+                                      out, ldc);
   }
 
  private:
   template <class T>
-  void fortran(void* c, int ldc, const Matrix& a, const Matrix& b, const int (&sizes)[3], T beta) const {
-    using Fortran = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const void*,
-                             const int*, const void*, const int*, const T*, void*, const int*);
+  void run_fortran(void* c, int ldc, const Matrix& a, const Matrix& b, const int (&sizes)[3], T beta) const {
+    using FortranGemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const void*,
+                                 const int*, const void*, const int*, const T*, void*, const int*);
     const T alpha = 1;
-    reinterpret_cast<Fortran>(gemm)(a.transpose ? "T" : "N", b.transpose ? "T" : "N", &sizes[0], &sizes[1], &sizes[2],
-                                    &alpha, a.data, &a.stride, b.data, &b.stride, &beta, c, &ldc);
+    reinterpret_cast<FortranGemm>(gemm)(a.transpose ? "T" : "N", b.transpose ? "T" : "N", &sizes[0], &sizes[1],
+                                        &sizes[2], &alpha, a.data, &a.stride, b.data, &b.stride, &beta, c, &ldc);
   }
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-Range part(int64_t index, int64_t size, int64_t end) { return {index * size, std::min(end, (index + 1) * size)}; }
+Range chunk(int64_t index, int64_t size, int64_t end) { return {index * size, std::min(end, (index + 1) * size)}; }
 
 }  // namespace
 
-void siglip_machine(Machine* machine) { *machine = this_machine(); }
+void siglip_machine(CpuInfo* info) { *info = detect_cpu(); }
 
-void siglip_epilogue(const Block* block, const void* u, int64_t u_stride, int32_t level, ParallelFor pool) {
-  constexpr int64_t kPairs = 16384;  // a task
-  const Epilogue epilogue = epilogue_of(usable(level));
-  const int64_t rows = std::max<int64_t>(1, kPairs / std::max<int64_t>(1, block->cols));
-  const int64_t size = block->logits == Dtype::kFloat64 ? 8 : 4;
-  const int64_t work = block->rows * block->cols * kPair;
-  sum_tasks(pool, ceil_div(block->rows, rows), work, *block, [&](int64_t task, double* sums) {
-    const Range range = part(task, rows, block->rows);
-    epilogue(*block, static_cast<const char*>(u) + range.begin * u_stride * size, u_stride, range, {0, block->cols},
-             sums);
+void siglip_epilogue(const BlockParams* params, const void* u, int64_t u_stride, int32_t level, ParallelFor pool) {
+  constexpr int64_t kPairsPerTask = 16384;
+  const Epilogue epilogue = select_epilogue(supported(level));
+  const int64_t rows = std::max<int64_t>(1, kPairsPerTask / std::max<int64_t>(1, params->cols));
+  const int64_t item_size = params->logits == Dtype::kFloat64 ? 8 : 4;
+  const int64_t work = params->rows * params->cols * kPairCost;
+  reduce_tasks(pool, ceil_div(params->rows, rows), work, *params, [&](int64_t task, double* sums) {
+    const Range range = chunk(task, rows, params->rows);
+    epilogue(*params, static_cast<const char*>(u) + range.begin * u_stride * item_size, u_stride, range,
+             {0, params->cols}, sums);
   });
 }
 
-void siglip_block_by_blas(const Block* block, const void* x, const void* y, int64_t features, void* u,
-                          int64_t u_stride, Gemm gemm, int32_t level, ParallelFor pool) {
-  const int64_t rows = block->rows, cols = block->cols;
-  const Blas blas{gemm, block->operand};
-  const Matrix dz{block->dz, block->dz_stride};
-  blas.multiply(u, u_stride, {x, features}, {y, features, true}, rows, cols, features, false);
-  siglip_epilogue(block, u, u_stride, level, pool);
-  if (block->dz && block->dx)
-    blas.multiply(block->dx, features, dz, {y, features}, rows, features, cols, block->dx_begun);
-  if (block->dz && block->dy)
-    blas.multiply(block->dy, features, {dz.data, dz.stride, true}, {x, features}, cols, features, rows,
-                  block->dy_begun);
+void siglip_block_by_blas(const BlockParams* params, const void* x, const void* y, int64_t features, void* u,
+                          int64_t u_stride, BlasGemm gemm, int32_t level, ParallelFor pool) {
+  const int64_t rows = params->rows, cols = params->cols;
+  const Blas blas{gemm, params->operand};
+  const Matrix dz{params->dz, params->dz_stride};
+  blas.run(u, u_stride, {x, features}, {y, features, true}, rows, cols, features, false);
+  siglip_epilogue(params, u, u_stride, level, pool);
+  if (params->dz && params->dx)
+    blas.run(params->dx, features, dz, {y, features}, rows, features, cols, params->dx_begun);
+  if (params->dz && params->dy)
+    blas.run(params->dy, features, {dz.data, dz.stride, true}, {x, features}, cols, features, rows,
+                  params->dy_begun);
 }
 
 #if defined(__x86_64__)
 
 namespace {
 
-// A block task's largest tile, in L1; its part of y in L2.
-constexpr int64_t kTileRows = 24, kTileColumns = 4 * avx512::kPanel;
-constexpr int64_t kPackedAtOnce = 256;  // of y's features, by a task
-// Panels of the right-hand matrix in a product's task.
-constexpr int64_t kProductPanels = 3;
-// Rows of a result up to which packing its operands costs more than it saves: of logits, as many as a row has words,
-// and no more than these, unless the row is wide for the caches; of gradients, where float32 need not be packed.
-constexpr int64_t kFewLogitRows = 1024, kWideRow = 8192, kFewRows = 128;
+// The largest tile of a task, which fits L1; its part of y fits L2.
+constexpr int64_t kTileRows = 24, kTileColumns = 4 * avx512::kNR;
+constexpr int64_t kPackChunkK = 256;  // features that one task packs
+constexpr int64_t kPanelsPerGemmTask = 3;
+// With few rows, packing costs more than it saves. Logits: no more rows than a row has words, nor than this limit, and
+// no row too wide for the caches. Gradients: float32 only, because words of bfloat16 combine two rows.
+constexpr int64_t kMaxUnpackedLogitRows = 1024, kMaxUnpackedWords = 8192, kMaxUnpackedGradRows = 128;
 
-template <class Operand>
-void block_of(const Block& block, const void* x_data, const void* y_data, int64_t features, uint32_t* packed,
-              ParallelFor pool) {
+// The GEMM of the logits with the epilogue on each tile, while it is in the cache.
+template <class Element>
+void fused_gemm_epilogue(const BlockParams& params, const void* x_data, const void* y_data, int64_t features,
+                         uint32_t* packed, ParallelFor pool) {
   using namespace avx512;
-  const auto* x = static_cast<const typename Operand::Element*>(x_data);
-  const auto* y = static_cast<const typename Operand::Element*>(y_data);
-  const int64_t wide = words<Operand>(features);
-  const bool as_they_are = block.rows <= std::min(kFewLogitRows, wide) && wide <= kWideRow;
-  // Work for every thread.
-  const int64_t rows_each = as_they_are || block.rows * block.cols < 256 * 256 ? 6 : kTileRows;
-  const int64_t panel_words = words<Operand>(features) * kPanel, row_tasks = ceil_div(block.rows, rows_each);
-  const int64_t pieces = ceil_div(features, kPackedAtOnce);
-  const int64_t packs = as_they_are ? 0 : panels(block.cols);
-  for_each_task(pool, packs * pieces, packs * panel_words * kPackedWord, [&](int64_t task) {
-    const int64_t p = task / pieces;
-    const Range of_k = part(task % pieces, kPackedAtOnce, features);
-    pack_transposed_panel<Operand>(y + of_k.begin, features, of_k.size(), part(p, kPanel, block.cols),
-                                   packed + p * panel_words + words<Operand>(of_k.begin) * kPanel);
+  const auto* x = static_cast<const typename Element::Storage*>(x_data);
+  const auto* y = static_cast<const typename Element::Storage*>(y_data);
+  const int64_t k_words = num_k_words<Element>(features);
+  const bool unpacked = params.rows <= std::min(kMaxUnpackedLogitRows, k_words) && k_words <= kMaxUnpackedWords;
+  // Small blocks get small tiles, so that there are tasks for every thread.
+  const int64_t tile_rows = unpacked || params.rows * params.cols < 256 * 256 ? 6 : kTileRows;
+  const int64_t panel_words = num_k_words<Element>(features) * kNR, row_tiles = ceil_div(params.rows, tile_rows);
+  const int64_t k_chunks = ceil_div(features, kPackChunkK);
+  const int64_t panels = unpacked ? 0 : num_panels(params.cols);
+  for_each_task(pool, panels * k_chunks, panels * panel_words * kPackWordCost, [&](int64_t task) {
+    const int64_t p = task / k_chunks;
+    const Range k = chunk(task % k_chunks, kPackChunkK, features);
+    pack_transposed_panel<Element>(y + k.begin, features, k.size(), chunk(p, kNR, params.cols),
+                                   packed + p * panel_words + num_k_words<Element>(k.begin) * kNR);
   });
-  const int64_t tasks = row_tasks * ceil_div(block.cols, kTileColumns);
-  const int64_t work = block.rows * block.cols * (words<Operand>(features) * kMultiplied + kPair);
-  sum_tasks(pool, tasks, work, block, [&](int64_t task, double* sums) {
+  const int64_t tasks = row_tiles * ceil_div(params.cols, kTileColumns);
+  const int64_t work = params.rows * params.cols * (num_k_words<Element>(features) * kMultiplyWordCost + kPairCost);
+  reduce_tasks(pool, tasks, work, params, [&](int64_t task, double* sums) {
     alignas(64) float tile[kTileRows * kTileColumns];
-    const Range rows = part(task % row_tasks, rows_each, block.rows);
-    const Range cols = part(task / row_tasks, kTileColumns, block.cols);
-    const auto* const left = x + rows.begin * features;
-    if (as_they_are)
-      multiply_rows<Operand>(left, y + cols.begin * features, features, tile, kTileColumns, rows.size(), cols.size());
-    for (int64_t j = cols.begin; j < cols.end && !as_they_are; j += kPanel)
-      multiply<Operand>(row_major(left, features), {packed + j / kPanel * panel_words}, features,
-                        tile + (j - cols.begin), kTileColumns, rows.size(), std::min(kPanel, cols.end - j), false);
-    epilogue(block, tile, kTileColumns, rows, cols, sums);
+    const Range rows = chunk(task % row_tiles, tile_rows, params.rows);
+    const Range cols = chunk(task / row_tiles, kTileColumns, params.cols);
+    const auto* const x_rows = x + rows.begin * features;
+    if (unpacked)
+      gemm_nt<Element>(x_rows, y + cols.begin * features, features, tile, kTileColumns, rows.size(), cols.size());
+    for (int64_t j = cols.begin; j < cols.end && !unpacked; j += kNR)
+      gemm_panel<Element>(row_major_a(x_rows, features), {packed + j / kNR * panel_words}, features,
+                          tile + (j - cols.begin), kTileColumns, rows.size(), std::min(kNR, cols.end - j), false);
+    epilogue(params, tile, kTileColumns, rows, cols, sums);
   });
 }
 
-template <class Operand>
-void product_of(const Product& product, ParallelFor pool) {
+template <class Element>
+void parallel_gemm(const GemmParams& params, ParallelFor pool) {
   using namespace avx512;
-  const int64_t m = product.m, n = product.n, k = product.k, panel_words = words<Operand>(k) * kPanel;
-  const bool as_they_are = Operand::kInWord == 1 && n % kPanel == 0 && m <= kFewRows;
-  const int64_t of_b = panels(n), of_a = product.transpose ? panels(m) : 0, packs = as_they_are ? 0 : of_b + of_a;
-  const auto* a = static_cast<const typename Operand::Element*>(product.a);
-  const auto* b = static_cast<const typename Operand::Element*>(product.b);
-  uint32_t* const packed = product.packed;
-  for_each_task(pool, packs, packs * panel_words * kPackedWord, [&](int64_t p) {
-    if (p < of_b)
-      pack_panel<Operand>(b, n, k, part(p, kPanel, n), packed + p * panel_words);
+  const int64_t m = params.m, n = params.n, k = params.k, panel_words = num_k_words<Element>(k) * kNR;
+  const bool unpacked = Element::kElementsPerWord == 1 && n % kNR == 0 && m <= kMaxUnpackedGradRows;
+  const int64_t b_panels = num_panels(n), a_panels = params.transpose_a ? num_panels(m) : 0;
+  const int64_t panels = unpacked ? 0 : b_panels + a_panels;
+  const auto* a = static_cast<const typename Element::Storage*>(params.a);
+  const auto* b = static_cast<const typename Element::Storage*>(params.b);
+  uint32_t* const packed = params.packed;
+  for_each_task(pool, panels, panels * panel_words * kPackWordCost, [&](int64_t p) {
+    if (p < b_panels)
+      pack_panel<Element>(b, n, k, chunk(p, kNR, n), packed + p * panel_words);
     else
-      pack_panel<Operand>(a, product.a_stride, k, part(p - of_b, kPanel, m), packed + p * panel_words);
+      pack_panel<Element>(a, params.a_stride, k, chunk(p - b_panels, kNR, m), packed + p * panel_words);
   });
-  const int64_t groups = ceil_div(of_b, kProductPanels);
-  for_each_task(pool, panels(m) * groups, m * n * words<Operand>(k) * kMultiplied, [&](int64_t task) {
+  const int64_t groups = ceil_div(b_panels, kPanelsPerGemmTask);
+  for_each_task(pool, num_panels(m) * groups, m * n * num_k_words<Element>(k) * kMultiplyWordCost, [&](int64_t task) {
     const int64_t row_panel = task / groups;
-    const Range rows = part(row_panel, kPanel, m), group = part(task % groups, kProductPanels, of_b);
-    const Right a_columns = as_they_are ? Right{a + rows.begin, product.a_stride}
-                                        : Right{packed + (of_b + row_panel) * panel_words};
-    const Left left = product.transpose ? transposed(a_columns)
-                                        : row_major(a + rows.begin * product.a_stride, product.a_stride);
+    const Range rows = chunk(row_panel, kNR, m), group = chunk(task % groups, kPanelsPerGemmTask, b_panels);
+    const OperandB a_columns = unpacked ? OperandB{a + rows.begin, params.a_stride}
+                                        : OperandB{packed + (b_panels + row_panel) * panel_words};
+    const OperandA a_rows = params.transpose_a ? transposed_panel_a(a_columns)
+                                               : row_major_a(a + rows.begin * params.a_stride, params.a_stride);
     for (int64_t p = group.begin; p < group.end; ++p) {
-      const Range cols = part(p, kPanel, n);
-      const Right right = as_they_are ? Right{b + cols.begin, n} : Right{packed + p * panel_words};
-      multiply<Operand>(left, right, k, product.out + rows.begin * n + cols.begin, n, rows.size(),
-                        cols.size(), product.accumulate);
+      const Range cols = chunk(p, kNR, n);
+      const OperandB b_columns = unpacked ? OperandB{b + cols.begin, n} : OperandB{packed + p * panel_words};
+      gemm_panel<Element>(a_rows, b_columns, k, params.out + rows.begin * n + cols.begin, n, rows.size(), cols.size(),
+                          params.accumulate);
     }
   });
 }
 
 }  // namespace
 
-void siglip_block(const Block* block, const void* x, const void* y, int64_t features, uint32_t* packed,
+void siglip_block(const BlockParams* params, const void* x, const void* y, int64_t features, uint32_t* packed,
                   ParallelFor pool) {
-  const int64_t rows = block->rows, cols = block->cols, stride = block->dz_stride;
-  const Dtype operand = block->operand;
-  auto* const dx = static_cast<float*>(block->dx);
-  auto* const dy = static_cast<float*>(block->dy);
+  const int64_t rows = params->rows, cols = params->cols, stride = params->dz_stride;
+  const Dtype operand = params->operand;
+  auto* const dx = static_cast<float*>(params->dx);
+  auto* const dy = static_cast<float*>(params->dy);
   if (operand == Dtype::kBfloat16)
-    block_of<avx512::Bfloat16>(*block, x, y, features, packed, pool);
+    fused_gemm_epilogue<avx512::Bfloat16>(*params, x, y, features, packed, pool);
   else
-    block_of<avx512::Float32>(*block, x, y, features, packed, pool);
-  if (block->dz && dx)
-    multiply({dx, block->dz, stride, y, packed, rows, features, cols, operand, false, block->dx_begun}, pool);
-  if (block->dz && dy)
-    multiply({dy, block->dz, stride, x, packed, cols, features, rows, operand, true, block->dy_begun}, pool);
+    fused_gemm_epilogue<avx512::Float32>(*params, x, y, features, packed, pool);
+  if (params->dz && dx)
+    gemm({dx, params->dz, stride, y, packed, rows, features, cols, operand, false, params->dx_begun}, pool);
+  if (params->dz && dy)
+    gemm({dy, params->dz, stride, x, packed, cols, features, rows, operand, true, params->dy_begun}, pool);
 }
 
-void multiply(const Product& product, ParallelFor pool) {
-  if (product.operand == Dtype::kBfloat16)
-    product_of<avx512::Bfloat16>(product, pool);
+void gemm(const GemmParams& params, ParallelFor pool) {
+  if (params.operand == Dtype::kBfloat16)
+    parallel_gemm<avx512::Bfloat16>(params, pool);
   else
-    product_of<avx512::Float32>(product, pool);
+    parallel_gemm<avx512::Float32>(params, pool);
 }
 
 #endif
 
-void siglip_evaluate(int32_t level, Function function, Dtype dtype, const void* in, void* out, int64_t count) {
+void siglip_evaluate(int32_t level, VectorFunction function, Dtype dtype, const void* in, void* out, int64_t count) {
 #if defined(__x86_64__)
-  const Level best = usable(level);
-  if (best >= Level::kAvx512) return avx512::evaluate(function, dtype, in, out, count);
-  if (best == Level::kAvx2) return avx2::evaluate(function, dtype, in, out, count);
+  const IsaLevel supported_level = supported(level);
+  if (supported_level >= IsaLevel::kAvx512) return avx512::evaluate(function, dtype, in, out, count);
+  if (supported_level == IsaLevel::kAvx2) return avx2::evaluate(function, dtype, in, out, count);
 #endif
   (void)level;
   portable::evaluate(function, dtype, in, out, count);

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from siglip_kernels import build
 from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
-from siglip_kernels.backends.cpu_native import DTYPES, LEVELS, Block, CpuLibrary, Machine, address, load
+from siglip_kernels.backends.cpu_native import DTYPES, LEVELS, BlockParams, CpuLibrary, Machine, address, load
 from siglip_kernels.gemm import gemm_
 
 AVX512, AVX512_BF16, AMX = (LEVELS.index(name) for name in ("avx512", "avx512_bf16", "amx"))
-PANEL = 64  # kPanel of csrc/cpu/product.h
+PANEL = 64  # kNR of csrc/cpu/gemm.h
 
 
 def choose_gemm(machine: Machine, dtype: torch.dtype) -> str:
@@ -114,14 +114,14 @@ class CpuBlockKernel(BlockKernel):
         return Workspace(None if in_dz else torch.empty(R * C, dtype=logits, device=problem.device), None)
 
     def block(self, task: BlockTask) -> None:
-        self._run(task, _block_struct(task), self._mkl_gemm(task.x.dtype))
+        self._run(task, _block_params(task), self._mkl_gemm(task.x.dtype))
 
     def block_and_grads(self, task: BlockTask) -> None:
         gemm = self._mkl_gemm(task.x.dtype)
         if gemm is None and task.workspace.packed is None:
             super().block_and_grads(task)
             return
-        block = _block_struct(task)
+        block = _block_params(task)
         block.dx, block.dx_begun = address(task.dx), task.accumulate_dx
         block.dy, block.dy_begun = address(task.dy), task.accumulate_dy
         self._run(task, block, gemm)
@@ -134,7 +134,7 @@ class CpuBlockKernel(BlockKernel):
         allowed = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
         return None if dtype is torch.float32 and allowed in ("bf16", "tf32") else self._native.gemm.get(dtype)
 
-    def _run(self, task: BlockTask, block: Block, gemm: ctypes.c_void_p | None) -> None:
+    def _run(self, task: BlockTask, block: BlockParams, gemm: ctypes.c_void_p | None) -> None:
         x, y, workspace = task.x, task.y, task.workspace
         native, features = self._native, (x.data_ptr(), y.data_ptr(), x.shape[1])
         if workspace.packed is not None:
@@ -152,10 +152,10 @@ class CpuBlockKernel(BlockKernel):
         native.epilogue(ctypes.byref(block), *inner_products, self._machine.level, native.pool)
 
 
-def _block_struct(task: BlockTask) -> Block:
-    """The task as a Block of the library, without features and gradients."""
+def _block_params(task: BlockTask) -> BlockParams:
+    """The task as a BlockParams of the library, without features and gradients."""
     pairs, dz, r, c = task.pairs, task.dz, task.x.shape[0], task.y.shape[0]
-    block = Block(
+    block = BlockParams(
         rows=r,
         cols=c,
         scale=task.scale.data_ptr(),

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from siglip_kernels import build
 
-# Instruction sets; each contains those before it. An index here is a value of Level in csrc/cpu/machine.h.
+# Instruction sets; each contains those before it. An index here is a value of IsaLevel in csrc/cpu/cpu_info.h.
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype in csrc/cpu/block.h
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype in csrc/cpu/params.h
 
 
-class Block(Structure):
-    """``Block`` of csrc/cpu/block.h."""
+class BlockParams(Structure):
+    """``BlockParams`` of csrc/cpu/params.h."""
 
     _fields_ = (
         ("rows", c_int64),
@@ -52,7 +52,7 @@ class Block(Structure):
 
 
 class _Machine(Structure):
-    """``Machine`` of csrc/cpu/machine.h."""
+    """``CpuInfo`` of csrc/cpu/cpu_info.h."""
 
     _fields_ = (
         ("vendor", c_char * 16),
@@ -84,14 +84,15 @@ class CpuLibrary:
         self.gemm = _gemm(libtorch)
         self.machine = _this_machine(library, frozenset(self.gemm))
         self.level = self.machine.level
-        self.epilogue = _function(library, "siglip_epilogue", POINTER(Block), c_void_p, c_int64, c_int32, c_void_p)
+        params = POINTER(BlockParams)
+        self.epilogue = _function(library, "siglip_epilogue", params, c_void_p, c_int64, c_int32, c_void_p)
         self.evaluate = _function(library, "siglip_evaluate", *[c_int32] * 3, c_void_p, c_void_p, c_int64)
         features = (c_void_p, c_void_p, c_int64)
         self.block_by_blas = _function(
-            library, "siglip_block_by_blas", POINTER(Block), *features, c_void_p, c_int64, c_void_p, c_int32, c_void_p
+            library, "siglip_block_by_blas", params, *features, c_void_p, c_int64, c_void_p, c_int32, c_void_p
         )
         if hasattr(library, "siglip_block"):
-            self.block = _function(library, "siglip_block", POINTER(Block), *features, c_void_p, c_void_p)
+            self.block = _function(library, "siglip_block", params, *features, c_void_p, c_void_p)
 
 
 def _this_machine(library: ctypes.CDLL, mkl: frozenset[torch.dtype]) -> Machine:

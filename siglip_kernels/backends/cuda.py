@@ -17,11 +17,11 @@ from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Probl
 from siglip_kernels.backends.cpu_native import address
 from siglip_kernels.gemm import pad_to_alignment
 
-DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # Dtype in csrc/cuda/sm90/block.h
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # Dtype in csrc/cuda/sm90/params.h
 
 
-class Block(Structure):
-    """``Block`` of csrc/cuda/sm90/block.h."""
+class BlockParams(Structure):
+    """``BlockParams`` of csrc/cuda/sm90/params.h."""
 
     _fields_ = (
         ("x", c_void_p),
@@ -92,10 +92,10 @@ class CudaBlockKernel(BlockKernel):
     def block(self, task: BlockTask) -> None:
         library, (r, c) = _library(), (len(task.x), len(task.y))
         pairs, dz = task.pairs, task.dz
-        # Keep x and y alive until the launch: the Block holds only addresses. After it the stream keeps their memory.
+        # Keep x and y alive until the launch: BlockParams holds only addresses. After it the stream keeps their memory.
         x, y = pad_to_alignment(task.x), pad_to_alignment(task.y)
         partials = task.workspace[: 3 * library.siglip_sm90_partials(r, c)].view(3, -1)
-        block = Block(
+        block = BlockParams(
             x=address(x),
             y=address(y),
             dz=address(dz),

@@ -1,5 +1,5 @@
-// Every exported function against plain loops in float64, on heap arrays of the exact size and two threads of its own,
-// so that the sanitizers see each access. Prints the first mismatch and returns 1.
+// Tests every exported function against plain loops in float64, on heap arrays of the exact size and two threads of its
+// own, so that the sanitizers see each access. Prints the first mismatch and returns 1.
 
 #include <algorithm>
 #include <array>
@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
+#include "../cpu_info.h"
+#include "../gemm.h"
 #include "../interface.h"
-#include "../machine.h"
-#include "../product.h"
 
 namespace {
 
@@ -62,35 +62,35 @@ enum class Labels { kNone, kDiagonal, kIds, kWeights, kStats, kWeightsStats, kIg
 double softplus(double a) { return std::max(a, 0.0) + std::log1p(std::exp(-std::abs(a))); }
 double sigmoid(double a) { return 1 / (1 + std::exp(-a)); }
 
-// Dz, sums and stats of a block, defined.
+// dz, sums and stats of a block, by their definitions.
 struct Expected {
   std::vector<double> dz;
-  double sums[kSums] = {}, stats[kStats] = {0, 0, 0, 0, INFINITY, INFINITY, -INFINITY, -INFINITY};
+  double sums[kNumSums] = {}, stats[kNumStats] = {0, 0, 0, 0, INFINITY, INFINITY, -INFINITY, -INFINITY};
 
-  Expected(const Block& block, const std::vector<double>& u, double scale, double bias, const float* weights,
+  Expected(const BlockParams& params, const std::vector<double>& u, double scale, double bias, const float* weights,
            const float* masses) {
-    for (int64_t i = 0; i < block.rows; ++i)
-      for (int64_t j = 0; j < block.cols; ++j) {
-        const bool same = block.image_ids && block.image_ids[i] == block.text_ids[j];
-        const bool positive = block.image_ids && !block.ignore_ids ? same : i + block.offset == j;
-        const double z = scale * u[i * block.cols + j] + bias, s = positive ? 1 : -1;
+    for (int64_t i = 0; i < params.rows; ++i)
+      for (int64_t j = 0; j < params.cols; ++j) {
+        const bool same = params.image_ids && params.image_ids[i] == params.text_ids[j];
+        const bool positive = params.image_ids && !params.ignore_ids ? same : i + params.offset == j;
+        const double z = scale * u[i * params.cols + j] + bias, s = positive ? 1 : -1;
         const double weight = weights ? double(weights[i]) * weights[j] : 1;
         const double mass = masses && positive ? double(masses[i]) + masses[j] : 1;
-        const double rest = block.soft_targets ? 1 - mass : 0;
+        const double negative_mass = params.soft_targets ? 1 - mass : 0;
         if (same && !positive) {
           dz.push_back(0);
           continue;
         }
-        dz.push_back(-s * weight * (mass * sigmoid(-s * z) - rest * sigmoid(s * z)));
-        sums[0] += weight * (mass * softplus(-s * z) + rest * softplus(s * z));
-        sums[1] += dz.back() * u[i * block.cols + j];
+        dz.push_back(-s * weight * (mass * sigmoid(-s * z) - negative_mass * sigmoid(s * z)));
+        sums[0] += weight * (mass * softplus(-s * z) + negative_mass * softplus(s * z));
+        sums[1] += dz.back() * u[i * params.cols + j];
         sums[2] += dz.back();
         if (weight == 0) continue;
-        const int which = positive ? 0 : 1;
-        stats[which] += z;
-        stats[2 + which] += 1;
-        stats[4 + which] = std::min(stats[4 + which], z);
-        stats[6 + which] = std::max(stats[6 + which], z);
+        const int kind = positive ? 0 : 1;
+        stats[kind] += z;
+        stats[2 + kind] += 1;
+        stats[4 + kind] = std::min(stats[4 + kind], z);
+        stats[6 + kind] = std::max(stats[6 + kind], z);
       }
   }
 };
@@ -108,13 +108,13 @@ std::vector<Case> all_cases() {
   return cases;
 }
 
-// A block description over `case_`'s own arrays; dz, stride and dtypes are the caller's to fill in.
+// Parameters of a block with arrays of their own; the caller sets dz, its stride and the dtypes.
 struct Inputs {
   float scale = 7, bias = -3;
   std::vector<int64_t> ids;
   std::vector<float> weights, masses;
-  double sums[kSums], stats[kStats];
-  Block block{};
+  double sums[kNumSums], stats[kNumStats];
+  BlockParams params{};
 
   explicit Inputs(const Case& c)
       : ids(std::max(c.rows, c.cols)),
@@ -124,31 +124,31 @@ struct Inputs {
     const bool has_masses = c.labels == Labels::kMasses || c.labels == Labels::kSoftTargets;
     const bool has_weights = has_masses || c.labels == Labels::kWeights || c.labels == Labels::kWeightsStats;
     for (size_t i = 0; i < ids.size(); ++i) ids[i] = int64_t(i % 5);
-    block.rows = c.rows;
-    block.cols = c.cols;
-    block.scale = &scale;
-    block.bias = &bias;
-    block.offset = c.labels == Labels::kNone ? c.cols : 2;
-    block.sums = sums;
-    block.ignore_ids = c.labels == Labels::kIgnore;
-    block.soft_targets = c.labels == Labels::kSoftTargets;
-    if (c.labels == Labels::kIds || block.ignore_ids || has_masses) block.image_ids = block.text_ids = ids.data();
-    if (has_weights) block.image_weights = block.text_weights = weights.data();
-    if (has_masses) block.image_masses = block.text_masses = masses.data();
-    if (c.labels != Labels::kMasses && c.labels >= Labels::kStats) block.stats = stats;
+    params.rows = c.rows;
+    params.cols = c.cols;
+    params.scale = &scale;
+    params.bias = &bias;
+    params.offset = c.labels == Labels::kNone ? c.cols : 2;
+    params.sums = sums;
+    params.ignore_ids = c.labels == Labels::kIgnore;
+    params.soft_targets = c.labels == Labels::kSoftTargets;
+    if (c.labels == Labels::kIds || params.ignore_ids || has_masses) params.image_ids = params.text_ids = ids.data();
+    if (has_weights) params.image_weights = params.text_weights = weights.data();
+    if (has_masses) params.image_masses = params.text_masses = masses.data();
+    if (c.labels != Labels::kMasses && c.labels >= Labels::kStats) params.stats = stats;
   }
 
   Expected expected(const std::vector<double>& u) const {
-    return {block, u, scale, bias, block.image_weights ? weights.data() : nullptr,
-            block.image_masses ? masses.data() : nullptr};
+    return {params, u, scale, bias, params.image_weights ? weights.data() : nullptr,
+            params.image_masses ? masses.data() : nullptr};
   }
 
   void expect(const Expected& right, double tolerance, const char* what) const {
-    const double size = double(block.rows * block.cols);
-    for (int s = 0; s < (block.loss_only ? 1 : 3); ++s)
+    const double size = double(params.rows * params.cols);
+    for (int s = 0; s < (params.loss_only ? 1 : 3); ++s)
       expect_close(sums[s], right.sums[s], tolerance * size, what, s);
-    for (int s = 0; block.stats && s < kStats; ++s)
-      if (stats[s] != right.stats[s]) expect_close(stats[s], right.stats[s], 10 * tolerance * size, what, kSums + s);
+    for (int s = 0; params.stats && s < kNumStats; ++s)
+      if (stats[s] != right.stats[s]) expect_close(stats[s], right.stats[s], 10 * tolerance * size, what, kNumSums + s);
   }
 };
 
@@ -157,19 +157,19 @@ void test_epilogue(const Case& c, int32_t level) {
   const auto u = uniform<float>(c.rows * c.cols, -1, 1);
   const Expected right = inputs.expected({u.begin(), u.end()});
   auto in_place = u;
-  inputs.block.dz = in_place.data();
-  inputs.block.dz_stride = c.cols;
-  siglip_epilogue(&inputs.block, in_place.data(), c.cols, level, two_threads);
+  inputs.params.dz = in_place.data();
+  inputs.params.dz_stride = c.cols;
+  siglip_epilogue(&inputs.params, in_place.data(), c.cols, level, two_threads);
   inputs.expect(right, 1e-6, "sums of the epilogue in place");
   for (size_t i = 0; i < u.size(); ++i) expect_close(in_place[i], right.dz[i], 1e-5, "dz in place", i);
 
-  // Rows padded to an odd stride; the last row ends with its last element.
+  // Rows have an odd stride, and no padding follows the last one.
   std::vector<uint16_t> dz((c.rows - 1) * (c.cols + 3) + c.cols);
-  inputs.block.dz = dz.data();
-  inputs.block.dz_stride = c.cols + 3;
+  inputs.params.dz = dz.data();
+  inputs.params.dz_stride = c.cols + 3;
   for (Dtype dtype : {Dtype::kFloat16, Dtype::kBfloat16}) {
-    inputs.block.operand = dtype;
-    siglip_epilogue(&inputs.block, u.data(), c.cols, level, two_threads);
+    inputs.params.operand = dtype;
+    siglip_epilogue(&inputs.params, u.data(), c.cols, level, two_threads);
     inputs.expect(right, 1e-6, "sums of the epilogue, half precision");
   }
   for (int64_t i = 0; i < c.rows * c.cols; ++i) {
@@ -177,10 +177,10 @@ void test_epilogue(const Case& c, int32_t level) {
     expect_close(value, right.dz[i], 0.005 * std::abs(right.dz[i]) + 1e-6, "dz in bfloat16", i);
   }
 
-  inputs.block.dz = nullptr;
+  inputs.params.dz = nullptr;
   for (int32_t loss_only : {0, 1}) {
-    inputs.block.loss_only = loss_only;
-    siglip_epilogue(&inputs.block, u.data(), c.cols, level, nullptr);
+    inputs.params.loss_only = loss_only;
+    siglip_epilogue(&inputs.params, u.data(), c.cols, level, nullptr);
     inputs.expect(right, 1e-6, "sums without dz");
   }
 }
@@ -193,14 +193,14 @@ void test_float64(const Case& c, int32_t level) {
   const std::vector<double> masses(inputs.masses.begin(), inputs.masses.end());
   const Expected right = inputs.expected(u);
   auto dz = u;
-  inputs.block.scale = &scale;
-  inputs.block.bias = &bias;
-  if (inputs.block.image_weights) inputs.block.image_weights = inputs.block.text_weights = weights.data();
-  if (inputs.block.image_masses) inputs.block.image_masses = inputs.block.text_masses = masses.data();
-  inputs.block.logits = inputs.block.operand = Dtype::kFloat64;
-  inputs.block.dz = dz.data();
-  inputs.block.dz_stride = c.cols;
-  siglip_epilogue(&inputs.block, dz.data(), c.cols, level, two_threads);
+  inputs.params.scale = &scale;
+  inputs.params.bias = &bias;
+  if (inputs.params.image_weights) inputs.params.image_weights = inputs.params.text_weights = weights.data();
+  if (inputs.params.image_masses) inputs.params.image_masses = inputs.params.text_masses = masses.data();
+  inputs.params.logits = inputs.params.operand = Dtype::kFloat64;
+  inputs.params.dz = dz.data();
+  inputs.params.dz_stride = c.cols;
+  siglip_epilogue(&inputs.params, dz.data(), c.cols, level, two_threads);
   inputs.expect(right, 1e-13, "sums in float64");
   for (size_t i = 0; i < u.size(); ++i) expect_close(dz[i], right.dz[i], 1e-13, "dz in float64", i);
 }
@@ -209,8 +209,8 @@ void test_functions(int32_t level) {
   for (int64_t count : {1, 7, 64, 1001}) {
     const auto x = uniform<float>(count, -90, 0);
     std::vector<float> exp(count), log1p(count);
-    siglip_evaluate(level, Function::kExp, Dtype::kFloat32, x.data(), exp.data(), count);
-    siglip_evaluate(level, Function::kLog1p, Dtype::kFloat32, exp.data(), log1p.data(), count);
+    siglip_evaluate(level, VectorFunction::kExp, Dtype::kFloat32, x.data(), exp.data(), count);
+    siglip_evaluate(level, VectorFunction::kLog1p, Dtype::kFloat32, exp.data(), log1p.data(), count);
     for (int64_t i = 0; i < count; ++i) {
       expect_close(exp[i], std::exp(double(x[i])), 3e-7 * std::exp(double(x[i])) + 3e-45, "exp", i);
       expect_close(log1p[i], std::log1p(double(exp[i])), 3e-7 * exp[i] + 3e-45, "log1p", i);
@@ -218,10 +218,10 @@ void test_functions(int32_t level) {
   }
 }
 
-// An operand's elements and how exact results from them are.
+// The operands' dtypes, with their conversions and the rounding of dz.
 struct Bfloat16 : avx512::Bfloat16 {
   static constexpr Dtype kDtype = Dtype::kBfloat16;
-  static constexpr double kRounding = 0.005;  // of dz
+  static constexpr double kRounding = 0.005;  // relative, of dz
   static uint16_t from(float value) { return to_bf16(value); }
   static double wide(uint16_t value) { return from_bf16(value); }
 };
@@ -232,39 +232,39 @@ struct Float32 : avx512::Float32 {
   static double wide(float value) { return value; }
 };
 
-template <class Operand>
-std::vector<typename Operand::Element> operand(int64_t count, double size) {
-  std::vector<typename Operand::Element> values;
-  for (float value : uniform<float>(count, -size, size)) values.push_back(Operand::from(value));
+template <class Element>
+std::vector<typename Element::Storage> random_elements(int64_t count, double size) {
+  std::vector<typename Element::Storage> values;
+  for (float value : uniform<float>(count, -size, size)) values.push_back(Element::from(value));
   return values;
 }
 
-// A block and its gradients, which run(block, x, y) forms.
-template <class Operand, class Run>
+// A block and its gradients, computed by run(params, x, y).
+template <class Element, class Run>
 void test_block(const Case& c, int64_t features, Run&& run) {
   Inputs inputs(c);
-  const auto x = operand<Operand>(c.rows * features, 0.2), y = operand<Operand>(c.cols * features, 0.2);
+  const auto x = random_elements<Element>(c.rows * features, 0.2), y = random_elements<Element>(c.cols * features, 0.2);
   std::vector<double> u(c.rows * c.cols);
   for (int64_t i = 0; i < c.rows; ++i)
     for (int64_t j = 0; j < c.cols; ++j)
       for (int64_t f = 0; f < features; ++f)
-        u[i * c.cols + j] += Operand::wide(x[i * features + f]) * Operand::wide(y[j * features + f]);
+        u[i * c.cols + j] += Element::wide(x[i * features + f]) * Element::wide(y[j * features + f]);
   const Expected right = inputs.expected(u);
-  std::vector<typename Operand::Element> dz(c.rows * c.cols);
-  inputs.block.dz = dz.data();
-  inputs.block.dz_stride = c.cols;
-  inputs.block.operand = Operand::kDtype;
+  std::vector<typename Element::Storage> dz(c.rows * c.cols);
+  inputs.params.dz = dz.data();
+  inputs.params.dz_stride = c.cols;
+  inputs.params.operand = Element::kDtype;
   auto dx = uniform<float>(c.rows * features, -1, 1);
   const auto dx_before = dx;
   std::vector<float> dy(c.cols * features, NAN);
-  inputs.block.dx = dx.data();
-  inputs.block.dx_begun = true;
-  inputs.block.dy = dy.data();
-  run(inputs.block, x.data(), y.data());
+  inputs.params.dx = dx.data();
+  inputs.params.dx_begun = true;
+  inputs.params.dy = dy.data();
+  run(inputs.params, x.data(), y.data());
   inputs.expect(right, 3e-6, "sums of a block");
   for (size_t i = 0; i < dz.size(); ++i)
-    expect_close(Operand::wide(dz[i]), right.dz[i], Operand::kRounding * std::abs(right.dz[i]) + 1e-5, "dz", i);
-  if (c.labels != Labels::kDiagonal) return;  // the gradients' products do not ask for labels
+    expect_close(Element::wide(dz[i]), right.dz[i], Element::kRounding * std::abs(right.dz[i]) + 1e-5, "dz", i);
+  if (c.labels != Labels::kDiagonal) return;  // the gradients' GEMMs do not depend on labels
   const auto sum = [&](double begun, int64_t terms, auto&& term) {
     for (int64_t t = 0; t < terms; ++t) begun += term(t);
     return begun;
@@ -273,31 +273,31 @@ void test_block(const Case& c, int64_t features, Run&& run) {
     for (int64_t f = 0; f < features; ++f) {
       const int64_t at = i * features + f;
       const double expected = sum(dx_before[at], c.cols, [&](int64_t j) {
-        return Operand::wide(dz[i * c.cols + j]) * Operand::wide(y[j * features + f]);
+        return Element::wide(dz[i * c.cols + j]) * Element::wide(y[j * features + f]);
       });
       expect_close(dx[at], expected, 1e-6 * (double(c.cols) + 1), "dx", at);
     }
   for (int64_t j = 0; j < c.cols; ++j)
     for (int64_t f = 0; f < features; ++f) {
       const double expected = sum(0, c.rows, [&](int64_t i) {
-        return Operand::wide(dz[i * c.cols + j]) * Operand::wide(x[i * features + f]);
+        return Element::wide(dz[i * c.cols + j]) * Element::wide(x[i * features + f]);
       });
       expect_close(dy[j * features + f], expected, 1e-6 * (double(c.rows) + 1), "dy", j * features + f);
     }
 }
 
-// c = alpha·a·b + beta·c, column by column, as a BLAS has it.
-template <class Operand>
-void plain_gemm(bool trans_a, bool trans_b, int m, int n, int k, float alpha, const void* a, int lda, const void* b,
-                int ldb, float beta, void* c, int ldc) {
+// c = alpha·a·b + beta·c, column-major like a BLAS.
+template <class Element>
+void reference_gemm(bool trans_a, bool trans_b, int m, int n, int k, float alpha, const void* a, int lda, const void* b,
+                    int ldb, float beta, void* c, int ldc) {
   const auto at = [](const void* matrix, int64_t ld, bool transpose, int row, int col) {
-    const auto* elements = static_cast<const typename Operand::Element*>(matrix);
-    return Operand::wide(elements[transpose ? row * ld + col : col * ld + row]);
+    const auto* elements = static_cast<const typename Element::Storage*>(matrix);
+    return Element::wide(elements[transpose ? row * ld + col : col * ld + row]);
   };
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < m; ++i) {
       float& out = static_cast<float*>(c)[int64_t(j) * ldc + i];
-      double sum = beta == 0 ? 0 : beta * out;  // what is there may be NaN
+      double sum = beta == 0 ? 0 : beta * out;  // c may hold NaN
       for (int p = 0; p < k; ++p) sum += alpha * at(a, lda, trans_a, i, p) * at(b, ldb, trans_b, p, j);
       out = float(sum);
     }
@@ -305,74 +305,74 @@ void plain_gemm(bool trans_a, bool trans_b, int m, int n, int k, float alpha, co
 
 void sgemm(const char* trans_a, const char* trans_b, const int* m, const int* n, const int* k, const float* alpha,
            const void* a, const int* lda, const void* b, const int* ldb, const float* beta, void* c, const int* ldc) {
-  plain_gemm<Float32>(*trans_a == 'T', *trans_b == 'T', *m, *n, *k, *alpha, a, *lda, b, *ldb, *beta, c, *ldc);
+  reference_gemm<Float32>(*trans_a == 'T', *trans_b == 'T', *m, *n, *k, *alpha, a, *lda, b, *ldb, *beta, c, *ldc);
 }
 
 void gemm_bf16bf16f32(int layout, int trans_a, int trans_b, int m, int n, int k, float alpha, const void* a, int lda,
                       const void* b, int ldb, float beta, void* c, int ldc) {
   expect_close(layout, 102, 0, "layout", 0);
-  plain_gemm<Bfloat16>(trans_a == 112, trans_b == 112, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  reference_gemm<Bfloat16>(trans_a == 112, trans_b == 112, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 void test_blas(const Case& c, int32_t level) {
   for (int64_t features : {1, 31}) {
     std::vector<float> u(c.rows * c.cols);
-    test_block<Float32>(c, features, [&](const Block& block, const float* x, const float* y) {
-      const auto gemm = reinterpret_cast<Gemm>(sgemm);
-      siglip_block_by_blas(&block, x, y, features, block.dz, block.dz_stride, gemm, level, two_threads);
+    test_block<Float32>(c, features, [&](const BlockParams& params, const float* x, const float* y) {
+      const auto gemm = reinterpret_cast<BlasGemm>(sgemm);
+      siglip_block_by_blas(&params, x, y, features, params.dz, params.dz_stride, gemm, level, two_threads);
     });
-    test_block<Bfloat16>(c, features, [&](const Block& block, const uint16_t* x, const uint16_t* y) {
-      const auto gemm = reinterpret_cast<Gemm>(gemm_bf16bf16f32);
-      siglip_block_by_blas(&block, x, y, features, u.data(), c.cols, gemm, level, two_threads);
+    test_block<Bfloat16>(c, features, [&](const BlockParams& params, const uint16_t* x, const uint16_t* y) {
+      const auto gemm = reinterpret_cast<BlasGemm>(gemm_bf16bf16f32);
+      siglip_block_by_blas(&params, x, y, features, u.data(), c.cols, gemm, level, two_threads);
     });
   }
 }
 
 #if defined(__x86_64__)
 
-template <class Operand>
-int64_t packed_words(int64_t k, int64_t n) {
-  return (k + Operand::kInWord - 1) / Operand::kInWord * avx512::panels(n) * avx512::kPanel;
+template <class Element>
+int64_t packed_size(int64_t k, int64_t n) {
+  return (k + Element::kElementsPerWord - 1) / Element::kElementsPerWord * avx512::num_panels(n) * avx512::kNR;
 }
 
-template <class Operand>
-void test_own_block(const Case& c, int64_t features) {
-  const int64_t for_dy = packed_words<Operand>(c.rows, features) + packed_words<Operand>(c.rows, c.cols);
+template <class Element>
+void test_fused_block(const Case& c, int64_t features) {
+  const int64_t dy_size = packed_size<Element>(c.rows, features) + packed_size<Element>(c.rows, c.cols);
   std::vector<uint32_t> packed(
-      std::max({packed_words<Operand>(features, c.cols), packed_words<Operand>(c.cols, features), for_dy}));
-  test_block<Operand>(c, features, [&](const Block& block, const auto* x, const auto* y) {
-    siglip_block(&block, x, y, features, packed.data(), two_threads);
+      std::max({packed_size<Element>(features, c.cols), packed_size<Element>(c.cols, features), dy_size}));
+  test_block<Element>(c, features, [&](const BlockParams& params, const auto* x, const auto* y) {
+    siglip_block(&params, x, y, features, packed.data(), two_threads);
   });
 }
 
-template <class Operand>
-void test_product(int64_t m, int64_t n, int64_t k, bool transpose, bool accumulate) {
-  const int64_t a_rows = transpose ? k : m, a_cols = transpose ? m : k, stride = a_cols + 5;
-  const auto a = operand<Operand>((a_rows - 1) * stride + a_cols, 1), b = operand<Operand>(k * n, 1);
+template <class Element>
+void test_gemm(int64_t m, int64_t n, int64_t k, bool transpose_a, bool accumulate) {
+  const int64_t a_rows = transpose_a ? k : m, a_cols = transpose_a ? m : k, stride = a_cols + 5;
+  const auto a = random_elements<Element>((a_rows - 1) * stride + a_cols, 1), b = random_elements<Element>(k * n, 1);
   auto out = uniform<float>(m * n, -1, 1);
   const auto before = out;
-  std::vector<uint32_t> packed(packed_words<Operand>(k, n) + (transpose ? packed_words<Operand>(k, m) : 0));
-  const Product product{out.data(), a.data(), stride, b.data(), packed.data(), m, n, k, Operand::kDtype, transpose,
-                        accumulate};
-  multiply(product, two_threads);
+  std::vector<uint32_t> packed(packed_size<Element>(k, n) + (transpose_a ? packed_size<Element>(k, m) : 0));
+  const GemmParams params{out.data(), a.data(), stride, b.data(), packed.data(), m, n, k, Element::kDtype, transpose_a,
+                          accumulate};
+  gemm(params, two_threads);
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       double right = accumulate ? before[i * n + j] : 0;
       for (int64_t p = 0; p < k; ++p)
-        right += Operand::wide(a[transpose ? p * stride + i : i * stride + p]) * Operand::wide(b[p * n + j]);
-      expect_close(out[i * n + j], right, 1e-6 * (double(k) + 1), "product", i * n + j);
+        right += Element::wide(a[transpose_a ? p * stride + i : i * stride + p]) * Element::wide(b[p * n + j]);
+      expect_close(out[i * n + j], right, 1e-6 * (double(k) + 1), "gemm", i * n + j);
     }
 }
 
-template <class Operand>
+template <class Element>
 void test_operand() {
   for (const Case& c : all_cases())
-    for (int64_t features : {1, 31, 64, 1603}) test_own_block<Operand>(c, features);
-  test_own_block<Operand>({330, 70, Labels::kDiagonal}, 301);  // rows enough to pack y, features for two pieces
-  for (bool transpose : {false, true})
+    for (int64_t features : {1, 31, 64, 1603}) test_fused_block<Element>(c, features);
+  test_fused_block<Element>({330, 70, Labels::kDiagonal}, 301);  // enough rows to pack y, in two chunks of features
+  for (bool transpose_a : {false, true})
     for (bool accumulate : {false, true})
       for (auto [m, n, k] : {std::array{1, 1, 1}, {13, 70, 31}, {65, 64, 1601}})
-        test_product<Operand>(m, n, k, transpose, accumulate);
+        test_gemm<Element>(m, n, k, transpose_a, accumulate);
 }
 
 #endif
@@ -389,11 +389,11 @@ void test_level(int32_t level) {
 }  // namespace
 
 int main() {
-  const int32_t best = int32_t(this_machine().level);
-  for (int32_t level = 0; level <= std::min(best, int32_t(Level::kAvx512)); ++level) test_level(level);
+  const int32_t highest = int32_t(detect_cpu().level);
+  for (int32_t level = 0; level <= std::min(highest, int32_t(IsaLevel::kAvx512)); ++level) test_level(level);
 #if defined(__x86_64__)
-  if (best >= int32_t(Level::kAvx512)) test_operand<Float32>();
-  if (best >= int32_t(Level::kAvx512Bf16)) test_operand<Bfloat16>();
+  if (highest >= int32_t(IsaLevel::kAvx512)) test_operand<Float32>();
+  if (highest >= int32_t(IsaLevel::kAvx512Bf16)) test_operand<Bfloat16>();
 #endif
-  std::printf("ok up to level %d\n", best);
+  std::printf("ok up to level %d\n", highest);
 }

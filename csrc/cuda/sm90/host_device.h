@@ -1,4 +1,4 @@
-// Functions for the device that the host can test.
+// Macros for functions that compile for the device and for the host, where they are tested.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,276 +1,158 @@
-// The block kernel: inner products by the tensor cores, then the sigmoid loss on them in registers.
+// The block kernel: a GEMM of inner products with the sigmoid loss as its epilogue.
 //
-// Persistent: each multiprocessor works on tiles blockIdx.x, blockIdx.x + gridDim.x, … A producer warp brings their
-// operands; two consumer warpgroups take the tiles in turn, so that one's epilogue runs under the other's products.
+// Persistent and warp-specialized: each SM computes the tiles blockIdx.x, blockIdx.x + gridDim.x, … One producer thread
+// loads their operands by TMA; two consumer warpgroups take the tiles in turn (ping-pong), so that the epilogue of one
+// overlaps with the MMAs of the other.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "block.h"
-#include "epilogue.h"
-#include "fragment.h"
+#include "epilogue.cuh"
+#include "layout.h"
+#include "params.h"
 #include "pipeline.h"
 #include "ptx.cuh"
-#include "tiles.h"
+#include "tile_scheduler.h"
 
 namespace siglip::sm90 {
 
-constexpr int kWarpgroup = 128;
-constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kWarps = kWarpgroup / 32;
-// Of 65,536 registers, 168 a thread at launch.
+constexpr int kWarpgroupThreads = 128;
+constexpr int kNumThreads = (1 + kNumConsumers) * kWarpgroupThreads;
+constexpr int kWarpsPerWarpgroup = kWarpgroupThreads / 32;
+// An SM has 65,536 registers, 168 a thread at launch; the consumers take over what the producer gives up.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 + kConsumers));
+static_assert(kProducerRegisters + kNumConsumers * kConsumerRegisters <= 168 * (1 + kNumConsumers));
 
-struct Bfloat16 {
-  static constexpr bool kIsBfloat16 = true;
-  __device__ static uint32_t pack(float low, float high) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
+struct SharedStorage {
+  alignas(1024) uint16_t x[kNumStages][kBlockM * kBlockK];
+  alignas(1024) uint16_t y[kNumStages][kBlockN * kBlockK];
+  alignas(1024) uint16_t dz[kNumConsumers][kBlockN / kStoreBoxColumns][kBlockM * kStoreBoxColumns];
+  uint64_t full_barrier[kNumStages], empty_barrier[kNumStages], ordered_barrier[kNumConsumers];
 };
-struct Float16 {
-  static constexpr bool kIsBfloat16 = false;
-  __device__ static uint32_t pack(float low, float high) {
-    const __half2 both = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
-};
+constexpr int kSmemBytes = sizeof(SharedStorage) + 1024;  // the runtime aligns it less than the swizzle needs
 
-enum class Output { kDz, kSums, kLoss };  // dz and sums; no dz; the first sum alone
+// Waits until the stage is free, and announces its bytes to the full barrier, which it returns.
+__device__ __forceinline__ uint64_t* producer_acquire(SharedStorage& shared, const PipelineState& state) {
+  mbarrier_wait(&shared.empty_barrier[state.stage], state.producer_phase());
+  uint64_t* const full_barrier = &shared.full_barrier[state.stage];
+  mbarrier_arrive_expect_tx(full_barrier, sizeof shared.x[0] + sizeof shared.y[0]);
+  return full_barrier;
+}
+// Waits until the operands of the stage have arrived.
+__device__ __forceinline__ void consumer_wait(SharedStorage& shared, const PipelineState& state) {
+  mbarrier_wait(&shared.full_barrier[state.stage], state.phase);
+}
+// Frees a stage; to be called by one thread of each warp, as the barrier counts.
+__device__ __forceinline__ void consumer_release(uint64_t* empty_barrier) { mbarrier_arrive(empty_barrier); }
 
-struct Shared {
-  alignas(1024) uint16_t x[kStages][kBlockM * kBlockK];
-  alignas(1024) uint16_t y[kStages][kBlockN * kBlockK];
-  alignas(1024) uint16_t dz[kConsumers][kBlockN / kStoredColumns][kBlockM * kStoredColumns];
-  uint64_t full[kStages], empty[kStages], turn[kConsumers];
-};
-constexpr int kSharedBytes = sizeof(Shared) + 1024;  // room to align it
-
-// One warp's part of a tile's epilogue, in chunks of 32 columns.
-template <class Operand, bool kGeneral, Output kOutput>
-class Epilogue {
- public:
-  static constexpr int kColumns = 32, kPairs = kColumns / 2;  // of a chunk; of one thread: two rows
-  static constexpr bool kLossOnly = kOutput == Output::kLoss;
-
-  __device__ explicit Epilogue(const Block& block)
-      : block_(block),
-        scale_(*block.scale),
-        bias_(*block.bias),
-        dz_scale_(block.dz_scale ? *block.dz_scale : 1.0f),
-        lane_(threadIdx.x % 32) {}
-
-  // Inner products of 16 rows from `row` on, 128 columns from `column` on: the warp's part of acc. dz: where the copy
-  // engine takes the tile's first column of these rows from, as swizzled boxes.
-  __device__ void run(const float (&acc)[64], int row, int column, uint32_t dz) {
-    // Unrolled: registers have no addresses.
-    SIGLIP_UNROLL
-    for (int c = 0; c < kBlockN / kColumns; ++c)
-      chunk(reinterpret_cast<const float(&)[kPairs]>(acc[c * kPairs]), row, column + c * kColumns,
-            dz + c * kColumns / kStoredColumns * (kBlockM * kStoredColumns * 2), c * kColumns % kStoredColumns);
-    sums_.flush();
-  }
-
-  // Of all that has been run, one of the warp.
-  __device__ void write(float* partials, int64_t stride) {
-    const float sums[3] = {sums_.loss, sums_.dz_u, sums_.dz};
-    for (int s = 0; s < (kLossOnly ? 1 : 3); ++s) {
-      float sum = sums[s];
-      for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-      if (lane_ == 0) partials[s * stride] = sum;
-    }
-    sums_ = Sums();
-  }
-
- private:
-  __device__ int row_of(int i) const { return fragment_row(lane_, i); }
-  __device__ int column_of(int i) const { return fragment_column(lane_, i); }
-
-  __device__ void chunk(const float (&u)[kPairs], int row, int column, uint32_t dz, int dz_column) {
-    float a[kPairs], g[kPairs];
-    SIGLIP_UNROLL
-    for (int i = 0; i < kPairs; ++i) a[i] = fmaf(u[i], scale_, bias_);
-
-    // Which pairs are positive, one bit each.
-    uint32_t positive = 0;
-    const int first = row + block_.offset - column;
-    if (kGeneral && block_.image_ids) {
-      SIGLIP_UNROLL
-      for (int i = 0; i < kPairs; ++i) positive |= uint32_t(ids_agree(row + row_of(i), column + column_of(i))) << i;
-    } else if (-16 < first && first < kColumns) {
-      SIGLIP_UNROLL
-      for (int i = 0; i < kPairs; ++i) positive |= uint32_t(first + row_of(i) == column_of(i)) << i;
-    }
-    const bool any_positive = __any_sync(~0u, positive != 0);
-    if (any_positive) {
-      SIGLIP_UNROLL
-      for (int i = 0; i < kPairs; ++i) a[i] = positive >> i & 1 ? -a[i] : a[i];
-    }
-    if (row + 16 > block_.rows || column + kColumns > block_.cols) {
-      // Out of range: softplus and sigmoid of -inf are 0.
-      SIGLIP_UNROLL
-      for (int i = 0; i < kPairs; ++i)
-        if (row + row_of(i) >= block_.rows || column + column_of(i) >= block_.cols) a[i] = -INFINITY;
-    }
-
-    if (kGeneral && block_.image_weights) {
-      float weight[kPairs];
-      SIGLIP_UNROLL
-      for (int i = 0; i < kPairs; ++i) weight[i] = weight_of(row + row_of(i), column + column_of(i));
-      weighted_pairs<kLossOnly>(a, weight, g, sums_);
-    } else if (__all_sync(~0u, all_low(a))) {
-      pairs<true, kLossOnly>(a, g, sums_);
-    } else {
-      pairs<false, kLossOnly>(a, g, sums_);
-    }
-    if constexpr (kLossOnly) return;
-
-    if (any_positive) {
-      SIGLIP_UNROLL
-      for (int i = 0; i < kPairs; ++i) g[i] = positive >> i & 1 ? -g[i] : g[i];
-    }
-    SIGLIP_UNROLL
-    for (int i = 0; i < kPairs; ++i) {
-      sums_.dz_u = fmaf(g[i], u[i], sums_.dz_u);
-      sums_.dz += g[i];
-    }
-    if constexpr (kOutput == Output::kDz) {
-      SIGLIP_UNROLL
-      for (int i = 0; i < kPairs; i += 8) {
-        uint32_t packed[4];
-        SIGLIP_UNROLL
-        for (int p = 0; p < 4; ++p)
-          packed[p] = Operand::pack(g[i + 2 * p] * dz_scale_, g[i + 2 * p + 1] * dz_scale_);
-        store_matrices(dz + stored_at(lane_, dz_column / 8 + i / 4), packed[0], packed[1], packed[2], packed[3]);
-      }
-    }
-  }
-
-  __device__ bool ids_agree(int row, int column) const {
-    return row < block_.rows && column < block_.cols && block_.image_ids[row] == block_.text_ids[column];
-  }
-  __device__ float weight_of(int row, int column) const {
-    const bool inside = row < block_.rows && column < block_.cols;
-    return inside ? block_.image_weights[row] * block_.text_weights[column] : 0.0f;
-  }
-
-  const Block& block_;
-  const float scale_, bias_, dz_scale_;
-  const int lane_;
-  Sums sums_;
-};
-
-__device__ __forceinline__ void produce(Shared& shared, const Block& block, const CUtensorMap& x,
-                                        const CUtensorMap& y) {
-  const Tiles tiles(block.rows, block.cols);
-  const int steps = stages_of(block.features);
-  Turn turn;
-  prefetch(&x);
-  prefetch(&y);
-  for (int index = blockIdx.x; index < tiles.count(); index += gridDim.x) {
-    const Tile tile = tiles.at(index);
-    for (int step = 0; step < steps; ++step, turn.advance()) {
-      barrier_wait(&shared.empty[turn.stage], turn.before());
-      uint64_t* const full = &shared.full[turn.stage];
-      barrier_arrive_expecting(full, sizeof shared.x[0] + sizeof shared.y[0]);
-      load_box(shared.x[turn.stage], &x, step * kBlockK, tile.m, full);
-      load_box(shared.y[turn.stage], &y, step * kBlockK, tile.n, full);
+__device__ __forceinline__ void producer_loop(SharedStorage& shared, const BlockParams& params,
+                                              const CUtensorMap& x_map, const CUtensorMap& y_map) {
+  const TileScheduler scheduler(params.rows, params.cols);
+  const int k_tiles = num_k_tiles(params.features);
+  PipelineState state;
+  prefetch_tensormap(&x_map);
+  prefetch_tensormap(&y_map);
+  for (int index = blockIdx.x; index < scheduler.num_tiles(); index += gridDim.x) {
+    const TileCoord tile = scheduler.tile_coord(index);
+    for (int k_tile = 0; k_tile < k_tiles; ++k_tile, state.advance()) {
+      uint64_t* const full_barrier = producer_acquire(shared, state);
+      tma_load_2d(shared.x[state.stage], &x_map, k_tile * kBlockK, tile.m, full_barrier);
+      tma_load_2d(shared.y[state.stage], &y_map, k_tile * kBlockK, tile.n, full_barrier);
     }
   }
 }
 
-// acc = the inner products of the consumer's tile number `own`: images 0 to 63 of it, and 64 to 127.
-template <class Operand>
-__device__ __forceinline__ void inner_products(Shared& shared, int consumer, int own, int steps, Turn& turn,
-                                               float (&acc)[2][64]) {
+// acc = the inner products of the consumer's own tile number `iteration`: images 0 to 63 of the tile, and 64 to 127.
+template <class Element>
+__device__ __forceinline__ void mma_mainloop(SharedStorage& shared, int consumer, int iteration, int k_tiles,
+                                             PipelineState& state, float (&acc)[2][64]) {
   const bool arrives = threadIdx.x % 32 == 0;
-  uint64_t* last = nullptr;
-  barrier_wait(&shared.turn[consumer], turn_parity(consumer, own));
-  for (int step = 0; step < steps; ++step, turn.advance()) {
-    barrier_wait(&shared.full[turn.stage], turn.parity);
-    const uint64_t x = operand_descriptor(shared.x[turn.stage]), y = operand_descriptor(shared.y[turn.stage]);
-    products_begin();
+  uint64_t* previous_empty_barrier = nullptr;
+  mbarrier_wait(&shared.ordered_barrier[consumer], ordered_barrier_phase(consumer, iteration));
+  for (int k_tile = 0; k_tile < k_tiles; ++k_tile, state.advance()) {
+    consumer_wait(shared, state);
+    const uint64_t x_desc = make_smem_desc(shared.x[state.stage]), y_desc = make_smem_desc(shared.y[state.stage]);
+    wgmma_fence();
     SIGLIP_UNROLL
     for (int k = 0; k < kBlockK; k += 16) {
-      const uint64_t at = descriptor_bytes(k * 2);
-      multiply<Operand>(acc[0], x + at, y + at, step > 0 || k > 0);
-      multiply<Operand>(acc[1], x + at + descriptor_bytes(64 * kBlockK * 2), y + at, step > 0 || k > 0);
+      const uint64_t offset = desc_offset(k * 2);
+      const bool accumulate = k_tile > 0 || k > 0;
+      wgmma_m64n128k16<Element>(acc[0], x_desc + offset, y_desc + offset, accumulate);
+      wgmma_m64n128k16<Element>(acc[1], x_desc + offset + desc_offset(64 * kBlockK * 2), y_desc + offset, accumulate);
     }
-    products_commit();
-    // One group stays under way, so that the tensor cores never wait for a barrier.
-    products_wait<1>();
-    if (last && arrives) barrier_arrive(last);
-    last = &shared.empty[turn.stage];
+    wgmma_commit_group();
+    // One group stays in flight, so that the tensor cores never wait for a barrier.
+    wgmma_wait_group<1>();
+    if (previous_empty_barrier && arrives) consumer_release(previous_empty_barrier);
+    previous_empty_barrier = &shared.empty_barrier[state.stage];
   }
-  if (arrives) barrier_arrive(&shared.turn[next_consumer(consumer)]);
-  products_wait<0>();
-  products_end(acc[0]);
-  products_end(acc[1]);
-  if (arrives) barrier_arrive(last);
+  if (arrives) mbarrier_arrive(&shared.ordered_barrier[next_consumer(consumer)]);
+  wgmma_wait_group<0>();
+  wgmma_fence_accumulator(acc[0]);
+  wgmma_fence_accumulator(acc[1]);
+  if (arrives) consumer_release(previous_empty_barrier);
 }
 
-template <class Operand, bool kGeneral, Output kOutput>
-__device__ __forceinline__ void consume(Shared& shared, const Block& block, const CUtensorMap& dz_map, int consumer) {
-  const Tiles tiles(block.rows, block.cols);
-  const int steps = stages_of(block.features), warp = threadIdx.x % kWarpgroup / 32;
-  const bool stores = threadIdx.x % kWarpgroup == 0;
-  const int64_t partials_stride = int64_t(kPartials) * tiles.count();
-  Epilogue<Operand, kGeneral, kOutput> epilogue(block);
-  Turn turn;
-  turn.advance(consumer * steps);
+template <class Element, bool kGeneral, Output kOutput>
+__device__ __forceinline__ void consumer_loop(SharedStorage& shared, const BlockParams& params,
+                                              const CUtensorMap& dz_map, int consumer) {
+  const TileScheduler scheduler(params.rows, params.cols);
+  const int k_tiles = num_k_tiles(params.features), warp = threadIdx.x % kWarpgroupThreads / 32;
+  const bool stores = threadIdx.x % kWarpgroupThreads == 0;
+  const int64_t partials_stride = int64_t(kPartialsPerTile) * scheduler.num_tiles();
+  Epilogue<Element, kGeneral, kOutput> epilogue(params);
+  PipelineState state;
+  state.advance(consumer * k_tiles);
   int index = blockIdx.x + consumer * gridDim.x;
-  for (int own = 0; index < tiles.count(); ++own, index += kConsumers * gridDim.x) {
-    const Tile tile = tiles.at(index);
+  for (int iteration = 0; index < scheduler.num_tiles(); ++iteration, index += kNumConsumers * gridDim.x) {
+    const TileCoord tile = scheduler.tile_coord(index);
     float acc[2][64];
-    inner_products<Operand>(shared, consumer, own, steps, turn, acc);
-    turn.advance((kConsumers - 1) * steps);
+    mma_mainloop<Element>(shared, consumer, iteration, k_tiles, state, acc);
+    state.advance((kNumConsumers - 1) * k_tiles);
 
     if constexpr (kOutput == Output::kDz) {
-      if (stores) store_wait_read();
-      named_barrier(1 + consumer, kWarpgroup);
+      if (stores) tma_store_wait_group_read();
+      named_barrier_sync(1 + consumer, kWarpgroupThreads);
     }
     SIGLIP_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = half * 64 + warp * 16;
-      epilogue.run(acc[half], tile.m + row, tile.n, shared_address(shared.dz[consumer]) + row * kStoredColumns * 2);
+      epilogue.run(acc[half], tile.m + row, tile.n, smem_addr(shared.dz[consumer]) + row * kStoreBoxColumns * 2);
     }
-    epilogue.write(block.partials + int64_t(index) * kPartials + warp, partials_stride);
+    epilogue.write_partials(params.partials + int64_t(index) * kPartialsPerTile + warp, partials_stride);
     if constexpr (kOutput == Output::kDz) {
-      store_fence();
-      named_barrier(1 + consumer, kWarpgroup);
+      fence_proxy_async();
+      named_barrier_sync(1 + consumer, kWarpgroupThreads);
       if (stores) {
-        for (int box = 0; box < kBlockN / kStoredColumns; ++box)
-          store_box(&dz_map, tile.n + box * kStoredColumns, tile.m, shared.dz[consumer][box]);
-        store_commit();
+        for (int box = 0; box < kBlockN / kStoreBoxColumns; ++box)
+          tma_store_2d(&dz_map, tile.n + box * kStoreBoxColumns, tile.m, shared.dz[consumer][box]);
+        tma_store_commit_group();
       }
     }
   }
-  if (kOutput == Output::kDz && stores) store_wait();
+  if (kOutput == Output::kDz && stores) tma_store_wait_group();
 }
 
-template <class Operand, bool kGeneral, Output kOutput>
-__global__ void __launch_bounds__(kThreads, 1)
-    sigmoid_block_kernel(const __grid_constant__ Block block, const __grid_constant__ CUtensorMap x,
-                         const __grid_constant__ CUtensorMap y, const __grid_constant__ CUtensorMap dz) {
-  extern __shared__ uint8_t memory[];
-  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t(1023));
+template <class Element, bool kGeneral, Output kOutput>
+__global__ void __launch_bounds__(kNumThreads, 1)
+    sigmoid_block_kernel(const __grid_constant__ BlockParams params, const __grid_constant__ CUtensorMap x_map,
+                         const __grid_constant__ CUtensorMap y_map, const __grid_constant__ CUtensorMap dz_map) {
+  extern __shared__ uint8_t smem[];
+  SharedStorage& shared =
+      *reinterpret_cast<SharedStorage*>((reinterpret_cast<uintptr_t>(smem) + 1023) & ~uintptr_t(1023));
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(&shared.full[stage], 1);
-      barrier_init(&shared.empty[stage], kWarps);
+    for (int stage = 0; stage < kNumStages; ++stage) {
+      mbarrier_init(&shared.full_barrier[stage], 1);
+      mbarrier_init(&shared.empty_barrier[stage], kWarpsPerWarpgroup);
     }
-    for (uint64_t& turn : shared.turn) barrier_init(&turn, kWarps);
-    barrier_init_fence();
+    for (uint64_t& barrier : shared.ordered_barrier) mbarrier_init(&barrier, kWarpsPerWarpgroup);
+    fence_mbarrier_init();
   }
   __syncthreads();
-  if (threadIdx.x < kWarpgroup) {
-    fewer_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce(shared, block, x, y);
+  if (threadIdx.x < kWarpgroupThreads) {
+    setmaxnreg_dec<kProducerRegisters>();
+    if (threadIdx.x == 0) producer_loop(shared, params, x_map, y_map);
   } else {
-    more_registers<kConsumerRegisters>();
-    consume<Operand, kGeneral, kOutput>(shared, block, dz, threadIdx.x / kWarpgroup - 1);
+    setmaxnreg_inc<kConsumerRegisters>();
+    consumer_loop<Element, kGeneral, kOutput>(shared, params, dz_map, threadIdx.x / kWarpgroupThreads - 1);
   }
 }
 

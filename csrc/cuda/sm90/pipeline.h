@@ -1,9 +1,9 @@
-// The ring of shared-memory stages between the producer and the consumers: whose turn it is. Compiles for the host too.
+// State of the shared-memory pipeline between the TMA producer and the MMA consumers. Compiles for the host too.
 //
-// The producer fills stages in the order of this multiprocessor's tiles. Tile k belongs to consumer k % kConsumers, so
-// that one consumer's epilogue runs under the other's products. Each stage has two barriers, `full` and `empty`; a
-// barrier's phase says how often the ring has come round, by its parity alone. So that no consumer mistakes a round for
-// the one before, it waits at its barrier `turn` until the consumer of the tile before has seen all of its stages.
+// The producer fills the stages in the order of this SM's tiles. The consumers take the tiles in turn (ping-pong), tile
+// k goes to consumer k % kNumConsumers, so that the epilogue of one overlaps with the MMAs of the other. Each stage has
+// a full and an empty barrier, and a wait on them sees only the parity of the phase. The ordered barriers keep a
+// consumer from mistaking one phase for an earlier one: its mainloop starts when the other has seen all its stages.
 #pragma once
 
 #include <cstdint>
@@ -12,25 +12,27 @@
 
 namespace siglip::sm90 {
 
-constexpr int kConsumers = 2;
-constexpr int kStages = 5;
+constexpr int kNumConsumers = 2;
+constexpr int kNumStages = 5;
 
-struct Turn {
+struct PipelineState {
   int stage = 0;
-  uint32_t parity = 0;  // of the phase of `full` that fills this stage
+  uint32_t phase = 0;  // parity of the full barrier's phase in which this stage is filled
 
-  SIGLIP_HOST_DEVICE void advance(int steps = 1) {
-    stage += steps;
-    parity ^= stage / kStages & 1;
-    stage %= kStages;
+  SIGLIP_HOST_DEVICE void advance(int count = 1) {
+    stage += count;
+    phase ^= stage / kNumStages & 1;
+    stage %= kNumStages;
   }
-  // The parity for which the producer waits on `empty`: at first it passes, for nothing is in the ring.
-  SIGLIP_HOST_DEVICE uint32_t before() const { return parity ^ 1; }
+  // Parity for the producer's wait on the empty barrier: flipped, because at first every stage is free.
+  SIGLIP_HOST_DEVICE uint32_t producer_phase() const { return phase ^ 1; }
 };
 
-// The parity for which a consumer waits on its `turn` before its tile number `own`, counted from 0: the first tile of
-// all comes after none.
-SIGLIP_HOST_DEVICE uint32_t turn_parity(int consumer, int own) { return (own & 1) ^ (consumer == 0); }
-SIGLIP_HOST_DEVICE int next_consumer(int consumer) { return (consumer + 1) % kConsumers; }
+// Parity for a consumer's wait on its ordered barrier before its tile number `iteration`, counted from 0. Consumer 0
+// does not wait for its first tile, because no tile comes before it.
+SIGLIP_HOST_DEVICE uint32_t ordered_barrier_phase(int consumer, int iteration) {
+  return (iteration & 1) ^ (consumer == 0);
+}
+SIGLIP_HOST_DEVICE int next_consumer(int consumer) { return (consumer + 1) % kNumConsumers; }
 
 }  // namespace siglip::sm90

@@ -1,4 +1,4 @@
-// Hopper's instructions as functions: barriers, bulk tensor copies, warpgroup products.
+// PTX instructions of sm_90a as functions, under their PTX names: mbarrier, TMA, setmaxnreg, stmatrix, WGMMA.
 #pragma once
 
 #include <cuda.h>
@@ -6,111 +6,115 @@
 
 namespace siglip::sm90 {
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
+__device__ __forceinline__ uint32_t smem_addr(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // ---- mbarrier ----
 
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_addr(barrier)), "r"(arrivals));
 }
-// Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() {
+// Makes initialised barriers visible to TMA.
+__device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_addr(barrier)) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_addr(barrier)), "r"(bytes)
                : "memory");
 }
-// Until the phase of that parity is complete.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+// Waits until the phase of that parity is complete.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
+      "}\n" ::"r"(smem_addr(barrier)),
       "r"(parity)
       : "memory");
 }
 
-// ---- bulk tensor copies ----
+// ---- TMA ----
 
-// A box of `map` whose first element is (row, column), into shared memory; `barrier` counts its bytes.
-__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
+// Loads the box that starts at (row, column) into shared memory; `barrier` counts the bytes as they arrive.
+__device__ __forceinline__ void tma_load_2d(void* dst, const CUtensorMap* tensor_map, int column, int row,
+                                            uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+          smem_addr(dst)),
+      "l"(tensor_map), "r"(smem_addr(barrier)), "r"(column), "r"(row)
       : "memory");
 }
-// What lies out of range is not written, save the rest of a row's last 16 bytes: up to seven elements.
-__device__ __forceinline__ void store_box(const CUtensorMap* map, int column, int row, const void* from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-               "r"(shared_address(from)), "r"(column), "r"(row)
+// Elements out of bounds are not written, except those that share a row's last 16 bytes: up to seven.
+__device__ __forceinline__ void tma_store_2d(const CUtensorMap* tensor_map, int column, int row, const void* src) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(tensor_map),
+               "r"(smem_addr(src)), "r"(column), "r"(row)
                : "memory");
 }
-__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until this thread's stores have read their shared memory.
-__device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-// Makes this thread's writes to shared memory visible to the copy engine.
-__device__ __forceinline__ void store_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void tma_store_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until this thread's stores have read their shared memory, which may then be reused.
+__device__ __forceinline__ void tma_store_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void tma_store_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Makes this thread's writes to shared memory visible to TMA.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ void prefetch(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+__device__ __forceinline__ void prefetch_tensormap(const CUtensorMap* tensor_map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(tensor_map) : "memory");
 }
 
-// ---- threads ----
+// ---- warpgroups ----
 
-// Of the `threads` that name the same `id`.
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Synchronizes the `num_threads` threads that use barrier `id`.
+__device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 template <int kRegisters>
-__device__ __forceinline__ void fewer_registers() {
+__device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-__device__ __forceinline__ void more_registers() {
+__device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Four 8 × 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+// Stores four 8 × 8 matrices of 16-bit elements; lane l passes the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0), "r"(r1),
                "r"(r2), "r"(r3)
                : "memory");
 }
 
-// ---- warpgroup products ----
+// ---- WGMMA ----
 
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most kPending of this warpgroup's groups are under way.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most kPending of this warpgroup's groups are in flight.
 template <int kPending>
-__device__ __forceinline__ void products_wait() {
+__device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// No use of a result may be moved to before the wait, which does not name it.
-__device__ __forceinline__ void products_end(float (&acc)[64]) {
+// Keeps the compiler from moving reads of the accumulator above wgmma_wait_group, which does not name it.
+__device__ __forceinline__ void wgmma_fence_accumulator(float (&acc)[64]) {
   for (float& value : acc) asm volatile("" : "+f"(value)::"memory");
 }
 
-// Rows of 128 bytes, in the 128-byte swizzle that the copy engine writes; eight rows are 1024 bytes.
-__device__ __forceinline__ uint64_t operand_descriptor(const void* rows) {
-  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kStride = uint64_t(1024 >> 4) << 32, kUnused = uint64_t(1) << 16;
-  return kSwizzle128 | kStride | kUnused | ((shared_address(rows) & 0x3ffff) >> 4);
+// Matrix descriptor of a K-major operand in TMA's 128-byte swizzle: rows of 128 bytes, eight of them 1024 bytes.
+__device__ __forceinline__ uint64_t make_smem_desc(const void* operand) {
+  constexpr uint64_t kSwizzle128B = uint64_t(1) << 62, kStrideByteOffset = uint64_t(1024 >> 4) << 32;
+  constexpr uint64_t kLeadingByteOffset = uint64_t(1) << 16;  // ignored in a swizzled layout
+  return kSwizzle128B | kStrideByteOffset | kLeadingByteOffset | ((smem_addr(operand) & 0x3ffff) >> 4);
 }
-// As a descriptor counts bytes.
-__device__ constexpr uint64_t descriptor_bytes(int bytes) { return bytes >> 4; }
+// Descriptors hold addresses in units of 16 bytes.
+__device__ constexpr uint64_t desc_offset(int bytes) { return bytes >> 4; }
 
 #define SIGLIP_ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SIGLIP_ACC16(d, i) SIGLIP_ACC4(d, i), SIGLIP_ACC4(d, i + 4), SIGLIP_ACC4(d, i + 8), SIGLIP_ACC4(d, i + 12)
@@ -128,11 +132,11 @@ __device__ constexpr uint64_t descriptor_bytes(int bytes) { return bytes >> 4; }
       : SIGLIP_ACC16(acc, 0), SIGLIP_ACC16(acc, 16), SIGLIP_ACC16(acc, 32), SIGLIP_ACC16(acc, 48)              \
       : "l"(a), "l"(b), "r"(int32_t(accumulate)))
 
-// acc [64, 128] = a [64, 16] · b [128, 16]ᵀ, or +=. Thread t holds row t / 32 · 16 + t % 32 / 4 (+ 8 where i & 2),
-// columns i / 4 · 8 + t % 4 · 2 (+ 1 where i & 1).
-template <class Operand>
-__device__ __forceinline__ void multiply(float (&acc)[64], uint64_t a, uint64_t b, bool accumulate) {
-  if constexpr (Operand::kIsBfloat16)
+// acc [64, 128] = a [64, 16] · b [128, 16]ᵀ, or += with `accumulate`. a and b are descriptors; layout.h says which
+// element of acc is where.
+template <class Element>
+__device__ __forceinline__ void wgmma_m64n128k16(float (&acc)[64], uint64_t a, uint64_t b, bool accumulate) {
+  if constexpr (Element::kIsBfloat16)
     SIGLIP_WGMMA("bf16");
   else
     SIGLIP_WGMMA("f16");

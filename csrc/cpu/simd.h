@@ -1,5 +1,5 @@
-// Vectors of the instruction set that this file is compiled for, by the compilers' own extension. Everything is in the
-// namespace SIGLIP_LEVEL: the linker must not fold code of one level into another's.
+// SIMD vectors of the instruction set that a file is compiled for, by the compilers' vector extension. Everything is in
+// the namespace SIGLIP_ISA_LEVEL, so that the linker cannot replace code of one level with that of another.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 
 #define SIGLIP_INLINE [[gnu::always_inline]] inline
 
-namespace siglip::SIGLIP_LEVEL {
+namespace siglip::SIGLIP_ISA_LEVEL {
 
 template <class T, int kBytes = SIGLIP_VECTOR_BYTES>
 struct VectorOf {
@@ -28,28 +28,28 @@ template <class T>
 constexpr int kLanes = SIGLIP_VECTOR_BYTES / sizeof(T);
 
 template <class T>
-struct Format;
+struct FloatTraits;
 template <>
-struct Format<float> {
+struct FloatTraits<float> {
   using Int = int32_t;
-  static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kExpIsZero = -104;  // below, exp rounds to 0
+  static constexpr int kMantissaBits = 23, kExponentBias = 127;
+  static constexpr float kExpUnderflow = -104;  // below this exp rounds to 0
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cf79abc9e3bp-20f;
   static constexpr int kExpTerms = 7, kLogTerms = 5;
 };
 template <>
-struct Format<double> {
+struct FloatTraits<double> {
   using Int = int64_t;
-  static constexpr int kMantissa = 52, kBias = 1023;
-  static constexpr double kExpIsZero = -746;
+  static constexpr int kMantissaBits = 52, kExponentBias = 1023;
+  static constexpr double kExpUnderflow = -746;
   static constexpr double kLn2High = 0x1.62e42fefap-1, kLn2Low = 0x1.cf79abc9e3b39803fp-40;
   static constexpr int kExpTerms = 13, kLogTerms = 11;
 };
 template <class T>
-using Int = typename Format<T>::Int;
+using Int = typename FloatTraits<T>::Int;
 
 template <class To, class From>
-SIGLIP_INLINE To bits_as(const From& from) {
+SIGLIP_INLINE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
@@ -61,12 +61,12 @@ SIGLIP_INLINE Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
-// The first `count` lanes, zeros after them.
+// Loads the first `count` lanes and zeros the others.
 template <class T>
-SIGLIP_INLINE Vector<T> load(const T* from, int count = kLanes<T>) {
+SIGLIP_INLINE Vector<T> load(const T* src, int count = kLanes<T>) {
   Vector<T> vector{};
-  std::memcpy(&vector, from, count * sizeof(T));
+  std::memcpy(&vector, src, count * sizeof(T));
   return vector;
 }
 
-}  // namespace siglip::SIGLIP_LEVEL
+}  // namespace siglip::SIGLIP_ISA_LEVEL

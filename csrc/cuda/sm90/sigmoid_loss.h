@@ -1,0 +1,88 @@
+// The sigmoid loss of one thread's logits. Compiles for the host too, where it is tested against float64.
+//
+// With a = -s·z and e = exp(-|a|):  softplus(a) = max(a, 0) + log1p(e),  σ(a) = (a < 0 ? e : 1) / (1 + e).
+// Many pairs share one log1p: p = Π(1 + e) - 1 is accumulated as p ← p + e + p·e. Folding log2(e) into scale and bias
+// would save a multiplication, but every pair would get the same rounding error: at z = -10 it shifts σ by 5e-7.
+#pragma once
+
+#include <math.h>
+
+#include "host_device.h"
+
+namespace siglip::sm90 {
+
+// The special function unit's, which flushes subnormal numbers to 0; on the host the exact value.
+SIGLIP_HOST_DEVICE float exp2_approx(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
+#endif
+}
+SIGLIP_HOST_DEVICE float rcp_approx(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1 / x;
+#endif
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+// If every a is below this, e < 0.0184: the series e·(1 - e + e² - e³) gives σ to 1.2e-7, and max(a, 0) is 0.
+constexpr float kSeriesThreshold = -4.0f;
+// Factors 1 + e <= 2 in one product, which must not overflow.
+constexpr int kMaxFactors = 64;
+
+// A thread's partial sums.
+struct Sums {
+  float loss = 0, dz_u = 0, dz = 0;
+  float product = 0;  // Π(1 + e) - 1 of at most kMaxFactors pairs
+
+  SIGLIP_HOST_DEVICE void flush() {
+    loss += log1pf(product);  // not lg2.approx, which is off by 2^-22 near 1, where the product starts
+    product = 0;
+  }
+};
+
+// Whether every a is below kSeriesThreshold; false if one is NaN.
+template <int kCount>
+SIGLIP_HOST_DEVICE bool all_below_threshold(const float (&a)[kCount]) {
+  bool below = true;
+  for (int i = 0; i < kCount; ++i) below &= a[i] < kSeriesThreshold;
+  return below;
+}
+
+// Computes σ(a) of kCount pairs and adds their losses to `sums`. kSeries requires all_below_threshold(a).
+template <bool kSeries, bool kLossOnly, int kCount>
+SIGLIP_HOST_DEVICE void accumulate_pairs(const float (&a)[kCount], float (&sigmoid)[kCount], Sums& sums) {
+  SIGLIP_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    const float e = exp2_approx((kSeries ? a[i] : -fabsf(a[i])) * kLog2E);
+    sums.product = fmaf(sums.product, e, e) + sums.product;
+    if (!kSeries) sums.loss += fmaxf(a[i], 0);
+    if (kLossOnly) continue;
+    if (kSeries)
+      sigmoid[i] = e * fmaf(-e, fmaf(-e, 1 - e, 1), 1);
+    else
+      sigmoid[i] = (a[i] < 0 ? e : 1) * rcp_approx(1 + e);
+  }
+}
+
+// The same for pairs with weights: sigmoid is multiplied by the weight too.
+template <bool kLossOnly, int kCount>
+SIGLIP_HOST_DEVICE void accumulate_weighted_pairs(const float (&a)[kCount], const float (&weight)[kCount],
+                                                  float (&sigmoid)[kCount], Sums& sums) {
+  SIGLIP_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    const float e = exp2_approx(-fabsf(a[i]) * kLog2E);
+    sums.loss = fmaf(weight[i], fmaxf(a[i], 0) + log1pf(e), sums.loss);
+    if (!kLossOnly) sigmoid[i] = weight[i] * (a[i] < 0 ? e : 1) * rcp_approx(1 + e);
+  }
+}
+
+}  // namespace siglip::sm90
