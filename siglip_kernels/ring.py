@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
 # Images from which on a rank cuts its own block in two, to compute beside the first transfer and beside the last. By
-# the model of bench/scaling.py the launches of one more block take longer than what they hide below.
+# the model of bench/scaling/model.py the launches of one more block take longer than what they hide below.
 ENOUGH_TO_SPLIT = 2048
 
 

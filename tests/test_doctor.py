@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import contenders, load_module
-from bench.timing import MIB, peak_bytes
+from bench import load_module
+from bench.harness.timing import MIB, peak_bytes
+from bench.microbenchmark import contenders
 from siglip_kernels import backends, doctor, footprint, sigmoid_loss
 from siglip_kernels.__main__ import main
 from siglip_kernels.backends.eager import EagerBlockKernel, Workspace

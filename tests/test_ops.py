@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import checks
+from bench.gpu import checks
 from siglip_kernels import SigmoidLoss, backends, ops, products, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
