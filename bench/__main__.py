@@ -1,4 +1,4 @@
-"""``python -m bench``: gradient check, then ours beside the floor and the baselines; table, CSV, Markdown, plot.
+"""``python -m bench``: gradient check, then ours compared with the floor and the baselines; table, CSV, Markdown, plot.
 
 ``python -m bench gpu``: everything to know about a GPU. ``python -m bench sweep``: which configuration to ship on it.
 ``python -m bench static``: registers, spills and instructions of the kernels, without a GPU.

@@ -21,7 +21,7 @@ GOOD = Resources(registers=168, spills=0, stack=0, shared=98304, tensor_core=8, 
 def compiled(variants: list[Variant], monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     # In fresh processes, which take the environment of this one: under the interpreter there is nothing to compile.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    return list(triton_report.report(variants))
+    return list(triton_report.inspect_variants(variants))
 
 
 def test_every_shipped_variant_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,5 +69,5 @@ def test_two_programs_share_a_hopper_multiprocessor(dtype: torch.dtype, monkeypa
     ],
 )
 def test_problems(changes: dict[str, int], problem: str) -> None:
-    assert triton_report.problems(HOPPER, GOOD) == []
-    assert triton_report.problems(HOPPER, replace(GOOD, **changes)) == [problem]
+    assert triton_report.find_problems(HOPPER, GOOD) == []
+    assert triton_report.find_problems(HOPPER, replace(GOOD, **changes)) == [problem]

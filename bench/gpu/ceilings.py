@@ -1,4 +1,4 @@
-"""What the device can do at the very shapes of a block, and what the parts of a block take: where the time goes."""
+"""The device's ceilings: copy bandwidth, the library's GEMMs at the shapes of a block, and the block kernels."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from bench.harness.timing import MIB, interleaved, peak_bytes, spread
+from bench.harness.timing import MIB, peak_bytes, spread, time_interleaved
 from bench.microbenchmark.problems import Problem
-from bench.microbenchmark.results import Bound, Rate
+from bench.microbenchmark.results import Rate, WorkspaceBound
 from siglip_kernels import schedule
 from siglip_kernels.backends.base import BlockKernel
-from siglip_kernels.backends.base import Problem as Call
+from siglip_kernels.backends.base import Problem as BackendProblem
 from siglip_kernels.backends.triton import TritonBlockKernel
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.products import matmul_
@@ -23,42 +23,42 @@ from siglip_kernels.testing import make_inputs
 COPY_BYTES = {"cuda": 2**32, "cpu": 2**26}
 
 
-def copy_rate(device: torch.device, seconds: float) -> Rate:
-    """Device memory read and written."""
+def copy_bandwidth(device: torch.device, seconds: float) -> Rate:
+    """Bandwidth of a copy in device memory, bytes read plus bytes written."""
     source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    (times,) = _timed({"copy": partial(target.copy_, source)}, device, seconds).values()
+    (times,) = _warm_up_and_time({"copy": partial(target.copy_, source)}, device, seconds).values()
     size = source.numel() * 4
-    return _rate("copy", f"{size / MIB:,.0f} MiB", times, 2 * size)
+    return _make_rate("copy", f"{size / MIB:,.0f} MiB", times, 2 * size)
 
 
-def block_rates(
+def block_throughput(
     kernels: Mapping[str, BlockKernel],  # by the name to show
     problem: Problem,
     device: torch.device,
     seconds: float,
-    pairs: PairSpec | None = None,  # of the texts of B images; None: the diagonal, and two other forms beside it
+    pairs: PairSpec | None = None,  # None: the diagonal, and two variants of it
 ) -> list[Rate]:
-    """The library's three products at the shape of each kernel's block of ``problem``, the kernels beside them."""
-    call = problem.call(device)
+    """The library's three GEMMs at the block shape of each kernel for ``problem``, timed in turns with the kernels."""
+    call = problem.for_backend(device)
     steps: dict[tuple[str, str], Callable[[], Any]] = {}  # by name and shape
-    work: dict[tuple[str, str], int] = {}
-    data: dict[tuple[int, int, torch.dtype], _Block] = {}
+    operations: dict[tuple[str, str], int] = {}
+    operands: dict[tuple[int, int, torch.dtype], _BlockOperands] = {}
     for name, kernel in kernels.items():
-        R, C = problem.block(kernel, device)
+        R, C = problem.block_shape(kernel, device)
         key = R, C, kernel.operand_dtype(call)
-        if key not in data:
-            data[key] = _Block(*key, problem.D, device)
-        block = data[key]
-        for title, step in {**block.products(), **block.forms(kernel, name, call, pairs)}.items():
+        if key not in operands:
+            operands[key] = _BlockOperands(*key, problem.D, device)
+        block = operands[key]
+        for title, step in {**block.library_gemms(), **block.kernel_variants(kernel, name, call, pairs)}.items():
             steps[title, block.shape] = step
-            work[title, block.shape] = 2 * R * C * problem.D
-    times = _timed(steps, device, seconds) if steps else {}
-    return [_rate(*key, times[key], work[key]) for key in steps]
+            operations[title, block.shape] = 2 * R * C * problem.D
+    times = _warm_up_and_time(steps, device, seconds) if steps else {}
+    return [_make_rate(*key, times[key], operations[key]) for key in steps]
 
 
-class _Block:
-    """The operands and the outputs of one block, and what can be done with them."""
+class _BlockOperands:
+    """Operands and outputs of one block, with the steps to time on them."""
 
     def __init__(self, R: int, C: int, dtype: torch.dtype, D: int, device: torch.device) -> None:
         self.size, self.shape = (R, C), f"{R} × {C} × {D}"
@@ -69,15 +69,17 @@ class _Block:
         self.dx, self.dy = (torch.zeros(t.shape, device=device) for t in (self.x, self.y))
         self.sums = torch.empty(3, dtype=schedule.sum_dtype(device), device=device)
 
-    def products(self) -> dict[str, Callable[[], Any]]:
+    def library_gemms(self) -> dict[str, Callable[[], Any]]:
         return {
             "x·yᵀ": partial(torch.mm, self.x, self.y.T, out=self.z),
             "dx += dz·y, float32": partial(matmul_, self.dx, self.dz, self.y, accumulate=True),
             "dy += dzᵀ·x, float32": partial(matmul_, self.dy, self.dz.T, self.x, accumulate=True),
         }
 
-    def forms(self, kernel: BlockKernel, name: str, call: Call, pairs: PairSpec | None) -> dict[str, Callable[[], Any]]:
-        """The block kernel with dz; for the diagonal also without positives, and for the loss alone."""
+    def kernel_variants(
+        self, kernel: BlockKernel, name: str, call: BackendProblem, pairs: PairSpec | None
+    ) -> dict[str, Callable[[], Any]]:
+        """The block kernel with dz; on the diagonal also without positives, and with the loss alone."""
         block = partial(kernel.block, self.x, self.y, self.scale, self.bias, sums=self.sums, dz_scale=None)
         with_dz, without = (kernel.workspace(call._replace(needs_dz=needs), *self.size) for needs in (True, False))
 
@@ -86,16 +88,18 @@ class _Block:
 
         if pairs is not None:
             return {f"block ({name})": partial(block, prepared(pairs), dz=self.out, workspace=with_dz)}
-        diagonal, elsewhere = prepared(PairSpec()), prepared(PairSpec(positive_offset=None))
+        diagonal, no_positives = prepared(PairSpec()), prepared(PairSpec(positive_offset=None))
         return {
             f"block ({name})": partial(block, diagonal, dz=self.out, workspace=with_dz),
-            f"block ({name}), no positives": partial(block, elsewhere, dz=self.out, workspace=with_dz),
+            f"block ({name}), no positives": partial(block, no_positives, dz=self.out, workspace=with_dz),
             f"block ({name}), loss only": partial(block, diagonal, dz=None, workspace=without, loss_only=True),
         }
 
 
-def workspace_curve(problem: Problem, device: torch.device, seconds: float, mib: tuple[float, ...]) -> list[Bound]:
-    """Forward with every gradient by the Triton kernel, its dz bounded by each of ``mib``."""
+def workspace_sweep(
+    problem: Problem, device: torch.device, seconds: float, mib: tuple[float, ...]
+) -> list[WorkspaceBound]:
+    """Time and peak memory of the Triton kernel with every gradient, its dz limited to each of ``mib``."""
     x, y, scale, bias = make_inputs(problem.B, problem.B, problem.D, problem.dtype, device=device, drawn_on=device)
     steps = {
         size: partial(
@@ -108,18 +112,20 @@ def workspace_curve(problem: Problem, device: torch.device, seconds: float, mib:
     peaks = {}
     for size, step in steps.items():
         step()
-        taken = peak_bytes(step, device)
-        peaks[size] = None if taken is None else taken / MIB
-    times = _timed(steps, device, seconds)
-    return [Bound(size, *spread([1000 * t for t in times[size]]), peaks[size]) for size in mib]
+        peak = peak_bytes(step, device)
+        peaks[size] = None if peak is None else peak / MIB
+    times = _warm_up_and_time(steps, device, seconds)
+    return [WorkspaceBound(size, *spread([1000 * t for t in times[size]]), peaks[size]) for size in mib]
 
 
-def _timed(steps: Mapping[Any, Callable[[], Any]], device: torch.device, seconds: float) -> dict[Any, list[float]]:
+def _warm_up_and_time(
+    steps: Mapping[Any, Callable[[], Any]], device: torch.device, seconds: float
+) -> dict[Any, list[float]]:
     for step in steps.values():
         step()
-    return interleaved(steps, device, seconds)
+    return time_interleaved(steps, device, seconds)
 
 
-def _rate(name: str, shape: str, times: list[float], work: float) -> Rate:
+def _make_rate(name: str, shape: str, times: list[float], operations: float) -> Rate:
     ms = spread([1000 * t for t in times])
-    return Rate(name, shape, *ms, rate=work / ms.median / 1e9)
+    return Rate(name, shape, *ms, rate=operations / ms.median / 1e9)

@@ -1,4 +1,4 @@
-"""Which Triton kernels a run will ask for, found by running its schedule on tensors without data; compiled ahead."""
+"""Finds the Triton kernels that a run will launch by running its schedule on meta tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from bench.gpu import checks
 from bench.gpu.plan import Plan
+from bench.harness.timing import MIB
 from bench.microbenchmark.problems import FORWARD, FROZEN, FULL, Problem
 from siglip_kernels import schedule
 from siglip_kernels.backends.triton import TritonBlockKernel
@@ -17,22 +18,21 @@ from siglip_kernels.pairs import PairSpec
 from siglip_kernels.schedule import Wanted
 from siglip_kernels.testing import PAIRS
 
-MIB = 2**20
 META = torch.device("meta")
-WANTED = {FULL: Wanted(), FROZEN: Wanted(dx=False), FORWARD: Wanted(*(False,) * 4)}
+NEEDS_GRAD = {FULL: Wanted(), FROZEN: Wanted(dx=False), FORWARD: Wanted(*(False,) * 4)}
 
 
-class Ask(NamedTuple):
-    """A call of the loss."""
+class LossCall(NamedTuple):
+    """The arguments of one call of the loss that decide which kernels it launches."""
 
     shape: tuple[int, int, int]  # M, N, D
     dtype: torch.dtype
-    pairs: dict[str, Any]  # as sigmoid_loss takes them, without data
-    wanted: Wanted = WANTED[FULL]
+    pairs: dict[str, Any]  # arguments of sigmoid_loss, meta tensors
+    needs_grad: Wanted = NEEDS_GRAD[FULL]
 
 
-class Recorder(TritonBlockKernel):
-    """Notes which compilation each block asks for, in place of running it."""
+class VariantRecorder(TritonBlockKernel):
+    """Records the kernel variant of each block instead of launching it."""
 
     def __init__(self, arch: str, **options: Any) -> None:
         super().__init__(**options)
@@ -48,50 +48,50 @@ class Recorder(TritonBlockKernel):
         self.variants[found] = None
 
 
-def variants(arch: str, asks: Iterable[Ask], **options: Any) -> list[Variant]:
-    """Those that ``asks`` need on ``arch``, in their order; ``options``: of TritonBlockKernel."""
-    recorder = Recorder(arch, **options)
-    for (M, N, D), dtype, pairs, wanted in asks:
+def variants_of_calls(arch: str, calls: Iterable[LossCall], **options: Any) -> list[Variant]:
+    """The variants that ``calls`` launch on ``arch``, in order; ``options``: of TritonBlockKernel."""
+    recorder = VariantRecorder(arch, **options)
+    for (M, N, D), dtype, pairs, needs_grad in calls:
         x, y = (torch.empty(rows, D, dtype=dtype, device=META) for rows in (M, N))
         scalar = torch.empty((), device=META)
         labels = PairSpec(**{name: value for name, value in pairs.items() if name != "reduction"})
-        schedule.run(recorder, x, y, scalar, scalar, labels, "sum", wanted)
+        schedule.run(recorder, x, y, scalar, scalar, labels, "sum", needs_grad)
     return list(recorder.variants)
 
 
-def by_checks(plan: Plan, dtype: torch.dtype) -> Iterator[Ask]:
-    """What gpu.py's checks of one dtype call."""
-    for shape in (*plan.checked, checks.SMALL_SHAPE):
+def calls_of_checks(plan: Plan, dtype: torch.dtype) -> Iterator[LossCall]:
+    """The calls of the checks of ``bench gpu`` in one dtype."""
+    for shape in (*plan.check_shapes, checks.SMALL_SHAPE):
         for pairs in _every_pairs(shape):
-            yield Ask(shape, dtype, pairs)
-    for pairs in _every_pairs(plan.checked[1]):
-        yield Ask(plan.checked[1], dtype, pairs, Wanted(stats=True))
-    yield Ask((plan.many_pairs, plan.many_pairs, checks.MANY_PAIRS_D), dtype, {})
-    yield Ask(checks.SHAPE, dtype, {"positive_offset": 3})
+            yield LossCall(shape, dtype, pairs)
+    for pairs in _every_pairs(plan.check_shapes[1]):
+        yield LossCall(plan.check_shapes[1], dtype, pairs, Wanted(stats=True))
+    yield LossCall((plan.overflow_batch, plan.overflow_batch, checks.OVERFLOW_D), dtype, {})
+    yield LossCall(checks.SHAPE, dtype, {"positive_offset": 3})
 
 
-def by_timings(plan: Plan) -> Iterator[Ask]:
-    """What gpu.py's steps with a clock call."""
-    for problem in (*plan.compared, plan.largest):
-        yield of(problem)
-    for problem in plan.blocks:
-        shape = *problem.block(TritonBlockKernel(), META), problem.D
-        for offset, wanted in ((0, FULL), (None, FULL), (0, FORWARD)):
-            yield Ask(shape, problem.dtype, {"positive_offset": offset}, WANTED[wanted])
+def calls_of_timings(plan: Plan) -> Iterator[LossCall]:
+    """The calls of the timed steps of ``bench gpu``."""
+    for problem in (*plan.compared_problems, plan.largest_problem):
+        yield loss_call(problem)
+    for problem in plan.block_problems:
+        shape = *problem.block_shape(TritonBlockKernel(), META), problem.D
+        for offset, mode in ((0, FULL), (None, FULL), (0, FORWARD)):
+            yield LossCall(shape, problem.dtype, {"positive_offset": offset}, NEEDS_GRAD[mode])
 
 
-def of(problem: Problem) -> Ask:
-    return Ask((problem.B, problem.B, problem.D), problem.dtype, {}, WANTED[problem.mode])
+def loss_call(problem: Problem) -> LossCall:
+    return LossCall((problem.B, problem.B, problem.D), problem.dtype, {}, NEEDS_GRAD[problem.mode])
 
 
-def by_plan(arch: str, plan: Plan, dtypes: Iterable[torch.dtype]) -> list[Variant]:
-    """All that ``python -m bench gpu`` needs: what is checked and timed first, first."""
+def variants_of_plan(arch: str, plan: Plan, dtypes: Iterable[torch.dtype]) -> list[Variant]:
+    """The variants that ``python -m bench gpu`` launches, in the order in which it checks and times them."""
     first, *others = dtypes
-    found = variants(arch, by_checks(plan, first)) + variants(arch, by_timings(plan))
-    for size in plan.workspaces:
-        found += variants(arch, [of(plan.blocks[0])], dz_bytes=int(size * MIB))
+    found = variants_of_calls(arch, calls_of_checks(plan, first)) + variants_of_calls(arch, calls_of_timings(plan))
+    for size in plan.workspace_mib:
+        found += variants_of_calls(arch, [loss_call(plan.block_problems[0])], dz_bytes=int(size * MIB))
     for dtype in others:
-        found += variants(arch, by_checks(plan, dtype))
+        found += variants_of_calls(arch, calls_of_checks(plan, dtype))
     return list(dict.fromkeys(found))
 
 

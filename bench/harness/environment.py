@@ -49,7 +49,7 @@ def _triton_version() -> str:
 
 @functools.cache
 def _import_time() -> str:
-    """What importing siglip_kernels adds to torch's own import."""
+    """Time that importing siglip_kernels takes after torch is imported."""
     program = "import time, torch; s = time.perf_counter(); import siglip_kernels; print(time.perf_counter() - s)"
     seconds = _output(sys.executable, "-c", program)
     return seconds and f"{1000 * float(seconds):.0f} ms"

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def pyplot() -> Any:
-    """For pictures in files; None without matplotlib."""
+    """matplotlib.pyplot with a backend that writes files; None without matplotlib."""
     try:
         import matplotlib
 

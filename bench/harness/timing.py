@@ -1,4 +1,4 @@
-"""Clocks and peak memory, of the CPU and of CUDA devices."""
+"""Times and peak memory on the CPU and on CUDA devices."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def spread(values: list[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
-def seconds_of(step: Callable[[], Any], device: torch.device) -> float:
-    """One run from an idle device: by CUDA events, launches included, or by the process's clock."""
+def time_once(step: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one run that starts on an idle device: by CUDA events, launches included, or by perf_counter."""
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         torch.cuda.synchronize(device)
@@ -40,19 +40,19 @@ def seconds_of(step: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def interleaved(
+def time_interleaved(
     steps: Mapping[Any, Callable[[], Any]],
     device: torch.device,
     seconds: float,
     min_rounds: int = 3,
     max_rounds: int = 50,
-    before: Callable[[Any], Any] = lambda name: None,
-    progress: Callable[[int], None] = lambda done: None,
+    setup: Callable[[Any], Any] = lambda name: None,
+    on_round: Callable[[int], None] = lambda done: None,
 ) -> dict[Any, list[float]]:
-    """Seconds of each step, by round: every step once a round, so that all share the machine's moods.
+    """Seconds of each step by round: every step runs once a round, so that all see the same state of the machine.
 
-    The first of a round becomes the last of the next, so that none profits from its place. ``before`` runs untimed
-    ahead of each step. The caller has warmed the steps up. No round begins that would not end within ``seconds``.
+    The first step of a round is the last of the next, so that no position is favoured. ``setup`` runs untimed before
+    each step. The caller has warmed up the steps. A round that would not end within ``seconds`` is not started.
     """
     times: dict[Any, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -61,23 +61,23 @@ def interleaved(
         spent = time.perf_counter() - start
         if done >= min_rounds and spent * (done + 1) > seconds * done:
             break
-        progress(done)
+        on_round(done)
         for name in names:
-            before(name)
-            times[name].append(seconds_of(steps[name], device))
+            setup(name)
+            times[name].append(time_once(steps[name], device))
         names.append(names.pop(0))
     return times
 
 
-def release(device: torch.device) -> None:
-    """Give back what is no longer held, so that one contender's leavings do not crowd out the next."""
+def free_cached_memory(device: torch.device) -> None:
+    """Return unused memory to the device, so that one contender does not reduce what the next can allocate."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that ``step`` takes at its peak above what is held before it; None where that cannot be read."""
+    """Peak bytes of ``step`` above what was allocated before; None where that cannot be read."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -89,7 +89,7 @@ def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
-    # Freed memory that the allocator holds on to would hide what the step takes: give it back first.
+    # Freed memory that the allocator keeps would hide what the step allocates: return it first.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

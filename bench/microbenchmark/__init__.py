@@ -1,1 +1,1 @@
-"""The loss alone: ours beside the floor and the baselines, timed in turns in one process; its results and reports."""
+"""The loss alone: ours, the floor and the baselines timed in turns in one process; results and reports."""

@@ -1,4 +1,4 @@
-"""What one run of the benchmark found, as records: their fields are the columns of every file that is written."""
+"""The records of one run. Their fields are the columns and keys of the files that are written."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Row:
     ms_low: float | None = None
     ms_high: float | None = None
     rounds: int | None = None
-    tflops: float | None = None  # by the operations of the mode's products: 6·B²·D with every gradient
+    tflops: float | None = None  # counts the GEMMs of the mode: 6·B²·D with every gradient
     floor_ratio: float | None = None  # the floor's time / this time
     times_ours: float | None = None  # this time / ours, round by round
-    of_full: float | None = None  # this time / the same backend's with every gradient, round by round
+    of_full: float | None = None  # this time / that of the same backend with every gradient, round by round
     peak_mib: float | None = None  # above inputs and gradients
     loss_error: float | None = None  # relative, against float64
     dx_error: float | None = None  # relative L2 over a sample of rows
@@ -32,14 +32,14 @@ class Row:
     note: str = ""
 
     @classmethod
-    def blank(cls, problem: Problem, contender: str, note: str) -> Row:
-        """Of a contender that could not run."""
+    def not_measured(cls, problem: Problem, contender: str, note: str) -> Row:
+        """The row of a contender that could not run."""
         return cls(*problem.key, contender, note=note)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """One measured part. ``rate``: TFLOP/s of 2·R·C·D operations, for the copy TB/s of bytes read and written."""
+    """One measured GEMM, kernel or copy. ``rate``: TFLOP/s of 2·R·C·D operations; for the copy TB/s."""
 
     name: str
     shape: str
@@ -50,8 +50,8 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Bound:
-    """Time and peak memory of the whole loss under one bound of the workspace."""
+class WorkspaceBound:
+    """Time and peak memory of the whole loss under one limit of the workspace for dz."""
 
     dz_mib: float
     ms: float
@@ -62,14 +62,14 @@ class Bound:
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate of ``bench sweep`` on one problem; None: not measured, or not to be had."""
+    """One candidate of ``bench sweep`` on one problem; None: not measured or not available."""
 
     use: str  # which pairs
     D: int
     candidate: str
     tile: str  # rows × columns × features, warps, stages
     block: str  # images × texts
-    registers: int | None = None  # a thread; of its kernels for this problem the most, as are the next
+    registers: int | None = None  # a thread; the most among its kernels for this problem, as in the next two
     spills: int | None = None
     shared_kib: float | None = None
     block_ms: float | None = None  # the block kernel alone
@@ -85,12 +85,12 @@ class Trial:
 class Results:
     """One run of the benchmark."""
 
-    about: dict[str, str]  # what the figures depend on
-    checks: list[dict[str, Any]] = field(default_factory=list)  # by check, backend and dtype: what is wrong
+    about: dict[str, str]  # the environment: device, versions, commit, date
+    checks: list[dict[str, Any]] = field(default_factory=list)  # check, backend, dtype, and a list of what is wrong
     rates: list[Rate] = field(default_factory=list)
-    bounds: list[Bound] = field(default_factory=list)
+    bounds: list[WorkspaceBound] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
-    conclusions: list[str] = field(default_factory=list)  # of a sweep: what to ship
+    conclusions: list[str] = field(default_factory=list)  # what a sweep recommends to ship
     left_out: list[str] = field(default_factory=list)  # what was not timed, and why
     seconds: dict[str, float] = field(default_factory=dict)  # by step

@@ -1,7 +1,7 @@
-"""``python -m bench scaling``: on a given cluster, when the transfers of the distributed loss hide behind its products.
+"""``python -m bench scaling``: on a given cluster, when computation hides the transfers of the distributed loss.
 
-All of it is predicted by the model in ``model.py``. Every input is an assumption, but for a rate from ``--measured``.
-``--validate`` holds the model against real processes on this machine.
+All of it is predicted by the model in ``model.py``. Every input is an assumption, except a rate from ``--measured``.
+``--validate`` compares the model with real processes on this machine.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.microbenchmark.problems import FORWARD, FULL, PRODUCTS
+from bench.microbenchmark.problems import FORWARD, FULL, GEMMS
 from bench.scaling import validation
-from bench.scaling.model import Cluster, Job, Link
-from bench.scaling.prediction import Rate, measured_rate, predict
+from bench.scaling.model import Cluster, Link, Workload
+from bench.scaling.prediction import BlockRate, measured_rate, predict
 from bench.scaling.report import GLOBAL_BATCH, markdown, plot, write
 from siglip_kernels.ring import ENOUGH_TO_SPLIT
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.validate:
         return validation.main(options.rounds)
     mode = FORWARD if options.forward else FULL
-    rate = Rate(f"assumed rate of {options.tflops} TFLOP/s, measured on no device", {1: options.tflops})
+    rate = BlockRate(f"assumed rate of {options.tflops} TFLOP/s, measured on no device", {1: options.tflops})
     if options.measured:
         try:
             rate = measured_rate(options.measured, mode, options.dtype, options.dim)
@@ -59,31 +59,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     D, e, a = options.dim, ELEMENT_BYTES[options.dtype], 0 if options.forward else options.sum_bytes
     links = [Link(1e9 * bandwidth, 1e-6 * latency) for bandwidth, latency in (options.intra, options.inter)]
     cluster = Cluster(options.gpus_per_node, *links)
-    flops = 2 * PRODUCTS[mode] * D
+    flops = 2 * GEMMS[mode] * D
 
-    def job(W: int, b: int) -> Job:
+    def workload(W: int, b: int) -> Workload:
         own_split = options.own_split if a and b >= ENOUGH_TO_SPLIT else 1.0
-        return Job(W, b, D, flops * b * b / (1e12 * rate.at(b)), 1e-6 * options.overhead, e, a, own_split)
+        return Workload(W, b, D, flops * b * b / (1e12 * rate.at(b)), 1e-6 * options.overhead, e, a, own_split)
 
     fastest = 1e12 * max(rate.tflops.values())
-    bandwidths = links[0].bandwidth, links[1].bandwidth, cluster.gpus * links[1].bandwidth
+    bandwidths = links[0].bandwidth, links[1].bandwidth, cluster.gpus_per_node * links[1].bandwidth
+    gpus = cluster.gpus_per_node
     within, between, node = (f"{(e + a) * D * fastest / (flops * bandwidth):,.0f}" for bandwidth in bandwidths)
     each = "{:g} GB/s and {:g} µs"
     about = {
         "rate": rate.label,
-        "cluster": f"assumed nodes of {cluster.gpus} GPUs, {each.format(*options.intra)} a GPU within, "
+        "cluster": f"assumed nodes of {gpus} GPUs, {each.format(*options.intra)} a GPU within, "
         f"{each.format(*options.inter)} a GPU between them, in each direction",
         "overhead": f"assumed {options.overhead:g} µs a block, counted as computation",
         "problem": f"{mode}, D = {D}, {options.dtype}, text gradients between ranks of {a} bytes an element",
         "own block": f"{options.own_split:g} of it first, the rest last; all of it first below a batch of "
         f"{ENOUGH_TO_SPLIT:,} and in forward only",
         "balance": "latencies apart, the products of a block take as long as its transfers over one link at a local "
-        f"batch of {within} (within a node), {between} (between nodes); those of a node's {cluster.gpus} blocks as "
-        f"long as the transfers of one between nodes at {node}",
+        f"batch of {within} (within a node), {between} (between nodes); those of a node's {gpus} blocks "
+        f"as long as the transfers of one between nodes at {node}",
     }
     large = [(W, GLOBAL_BATCH // W) for W in options.gpus if GLOBAL_BATCH % W == 0]
     shapes = sorted({*((W, b) for W in options.gpus for b in options.batches), *large})
-    points = [predict(job(W, b), cluster) for W, b in shapes]
+    points = [predict(workload(W, b), cluster) for W, b in shapes]
     paths = write(about, points, options.out) + plot(about, points, options.out)
     print(markdown(about, points))
     print("written: " + ", ".join(map(str, paths)))

@@ -1,20 +1,20 @@
-"""The loss over a process group as a model: when every rank of a ring, or of a gather, is done. Needs no GPU.
+"""A model of the loss over a process group: when each rank of a ring, or of a gather, is done. Needs no GPU.
 
-ring     Of N nodes with G ranks each; a ring of one level is one node. At step i of node o a rank works on the texts of
-         a rank o nodes back, the i-th that come by (siglip_kernels/ring.py has the order), once they are there: from
-         the rank before it (inner lane) or, the first of a node, from the node before (outer lane). It then sends them
-         on round the node and, the first of every node, to the next node, which may take G steps. The sum of their
-         gradients follows: at the end of a step a rank waits for the sum that the rank before sent at the end of its
-         step before, adds what it computed, and sends it on; the last step of every node but the own sends it to the
-         next node instead. Step 0 is the rank's own texts: a part of its images first, to compute beside the first
-         transfer, the others last, beside the last.
+ring     N nodes with G ranks each; a flat ring is one node. At step i of node o a rank works on the texts of a rank
+         o nodes back, the i-th that arrive (siglip_kernels/ring.py has the order). They come from the previous rank
+         (inner axis) or, the first of a node, from the previous node (outer axis). The rank then sends them on to the
+         next rank and, the first of every node, to the next node, which may take G steps. The sum of their gradients
+         follows: at the end of a step a rank waits for the sum that the previous rank sent at the end of its previous
+         step, adds its own contribution, and sends the sum on; the last step of every node except the rank's own sends
+         it to the next node instead. Step 0 is the rank's own texts: a part of its images first, overlapped with the
+         first transfer, the others at the end, overlapped with the last.
 gather   One all-gather, one block of all texts, one reduce-scatter; nothing overlaps.
 
-Either begins with an agreement: an all-gather of 128 bytes by hops, round the node and then across nodes. A transfer
-holds its link for latency + size / bandwidth, one at a time in each direction, in the order issued, and begins when
-both ends have asked for it; lanes have links of their own. A rank waits for what it sends as for what it receives, as
-two buffers in turn demand. Not modelled: passes over memory other than the block's, and whatever transfers take from
-the computation beside them.
+Both begin with a handshake: an all-gather of 128 bytes, hop by hop, around the node and then across nodes. A transfer
+occupies its link for latency + size / bandwidth, one at a time in each direction, in the order issued, and starts when
+both ends have posted it; each axis has its own links. A rank waits for its sends as for its receives, because it
+alternates between two buffers. Not modelled: memory passes other than the block's, and what transfers take from the
+computation that overlaps them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-AGREEMENT_BYTES = 128
+HANDSHAKE_BYTES = 128
 
 
-def after(N: int, G: int) -> list[NDArray[np.int64]]:
-    """[N·G] to which rank each sends: on the inner lane, and on the outer."""
+def next_ranks(N: int, G: int) -> list[NDArray[np.int64]]:
+    """[N·G] the rank to which each rank sends: on the inner axis and on the outer."""
     ranks = np.arange(N * G).reshape(N, G)
     return [np.roll(ranks, -1, axis).ravel() for axis in (1, 0)]
 
@@ -46,97 +46,100 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ranks fill one node after another, so that a ring of all of them leaves every node by one link."""
+    """Ranks fill one node after another, so a flat ring leaves every node over one link."""
 
-    gpus: int  # of a node
+    gpus_per_node: int
     intra: Link  # within a node
-    inter: Link  # between nodes, of each GPU
+    inter: Link  # between nodes, for each GPU
 
-    def nodes(self, W: int) -> int:
-        """Of a ring of two levels; 1, so that there is but one level, unless every node is full."""
-        return 1 if W % self.gpus else W // self.gpus
+    def ring_nodes(self, W: int) -> int:
+        """Nodes of a two-level ring of W ranks; 1, a flat ring, unless every node is full."""
+        return 1 if W % self.gpus_per_node else W // self.gpus_per_node
 
-    def hops(self, N: int, G: int, size: int) -> list[Array]:
-        """[N·G] seconds of a transfer from each rank to the next: on the inner lane, and on the outer."""
-        node = np.arange(N * G) // self.gpus
-        return [np.where(node == node[to], self.intra.seconds(size), self.inter.seconds(size)) for to in after(N, G)]
+    def hop_seconds(self, N: int, G: int, size: int) -> list[Array]:
+        """[N·G] seconds of a transfer from each rank to the next: on the inner axis and on the outer."""
+        node = np.arange(N * G) // self.gpus_per_node
+        return [
+            np.where(node == node[to], self.intra.seconds(size), self.inter.seconds(size)) for to in next_ranks(N, G)
+        ]
 
-    def agreement(self, N: int, G: int) -> float:
-        """What a rank says reaches the others of its node over all links but one, and so does a node's, G times as
-        much, the other nodes."""
-        inner, _ = self.hops(N, G, AGREEMENT_BYTES)
-        _, outer = self.hops(N, G, G * AGREEMENT_BYTES)
-        lanes = inner.reshape(N, G), outer.reshape(N, G).T
-        return float(sum((hops.sum(1) - hops.min(1)).max() for hops in lanes))
+    def handshake(self, N: int, G: int) -> float:
+        """Seconds of the all-gather: a rank's message crosses all links of its node but one, then a node's, G times as
+        large, all links between nodes but one."""
+        inner, _ = self.hop_seconds(N, G, HANDSHAKE_BYTES)
+        _, outer = self.hop_seconds(N, G, G * HANDSHAKE_BYTES)
+        axes = inner.reshape(N, G), outer.reshape(N, G).T
+        return float(sum((hops.sum(1) - hops.min(1)).max() for hops in axes))
 
-    def collective(self, W: int) -> Link:
-        """The slowest link of a collective. NCCL lays a ring through every network card of a node, each for its share
-        of the data (NVIDIA/nccl#601): a collective leaves a node by all its cards at once, our ring by one."""
-        if self.gpus >= W:
+    def collective_link(self, W: int) -> Link:
+        """The slowest link of a collective. NCCL builds a ring through every network card of a node, each for a share
+        of the data (NVIDIA/nccl#601): a collective uses all cards of a node at once, our flat ring uses one."""
+        if self.gpus_per_node >= W:
             return self.intra
-        return Link(min(self.intra.bandwidth, self.gpus * self.inter.bandwidth), self.inter.latency)
+        return Link(min(self.intra.bandwidth, self.gpus_per_node * self.inter.bandwidth), self.inter.latency)
 
 
-class Hops(NamedTuple):
-    """Seconds from each rank to the next of its lane."""
+class HopSeconds(NamedTuple):
+    """Seconds of a transfer from each rank to the next on its axis."""
 
-    features: Array  # [W] a block's texts
-    sums: Array  # [W] its text gradients
+    features: Array  # [W] of a rank's texts
+    sums: Array  # [W] of the sum of their gradients
 
 
 @dataclass(frozen=True)
-class Ring:
-    """What the time of a ring depends on, in seconds."""
+class RingModel:
+    """Everything that the time of a ring depends on, in seconds."""
 
     N: int  # nodes
-    G: int  # ranks of a node
-    block: Array | float  # [W, W] by rank and step, or what broadcasts to it
-    inner: Hops
-    outer: Hops  # not used by one node
+    G: int  # ranks in a node
+    block_seconds: Array | float  # [W, W] by rank and step, or broadcastable to it
+    inner: HopSeconds
+    outer: HopSeconds  # unused with one node
     backward: bool = True  # whether there are text gradients
-    overhead: float = 0.0  # of launches, for each block or part of one
-    own_split: float = 0.5  # the share of the own block that is computed first
-    agreement: float = 0.0
+    overhead: float = 0.0  # of kernel launches, for each block or part of a block
+    own_split: float = 0.5  # share of the rank's own block that is computed first
+    handshake: float = 0.0
 
     @property
     def ranks(self) -> int:
         return self.N * self.G
 
-    def blocks(self) -> Array:
-        """[W, W]"""
-        return np.broadcast_to(np.asarray(self.block, dtype=float), (self.ranks, self.ranks))
+    def block_matrix(self) -> Array:
+        """[W, W] seconds by rank and step."""
+        return np.broadcast_to(np.asarray(self.block_seconds, dtype=float), (self.ranks, self.ranks))
 
-    def own(self) -> tuple[Array, Array]:
-        """[W] the first and the last part of step 0."""
+    def own_parts(self) -> tuple[Array, Array]:
+        """[W] seconds of the first and the last part of step 0."""
         first, last = (
-            share * self.blocks()[:, 0] + bool(share) * self.overhead for share in (self.own_split, 1 - self.own_split)
+            share * self.block_matrix()[:, 0] + bool(share) * self.overhead
+            for share in (self.own_split, 1 - self.own_split)
         )
         return first, last
 
-    def compute(self) -> Array:
-        """[W] seconds in which a rank does not wait."""
-        return sum(self.own()) + (self.blocks()[:, 1:] + self.overhead).sum(1)
+    def compute_seconds(self) -> Array:
+        """[W] seconds in which a rank computes."""
+        return sum(self.own_parts()) + (self.block_matrix()[:, 1:] + self.overhead).sum(1)
 
 
-class Links:
-    """Of one lane, from each rank to the next."""
+class AxisLinks:
+    """The links of one axis, from each rank to the next."""
 
     def __init__(self, to: NDArray[np.int64], free: Array) -> None:
         self.to, self.sender = to, np.argsort(to)
-        self.free = free  # when each link has done what it was asked to
+        self.free_at = free  # when each link has finished its transfers
 
-    def shift(self, asked: Array, hops: Array) -> Array:
+    def shift(self, posted: Array, hops: Array) -> Array:
         """When each rank has both sent and received."""
-        self.free = np.maximum(self.free, np.maximum(asked, asked[self.to])) + hops
-        return np.maximum(self.free, self.free[self.sender])
+        self.free_at = np.maximum(self.free_at, np.maximum(posted, posted[self.to])) + hops
+        return np.maximum(self.free_at, self.free_at[self.sender])
 
 
-def finish(ring: Ring) -> Array:
-    """[W] seconds after which each rank is done: the events of ``scaling_events.py`` in max and plus, all at once."""
-    N, G, blocks, (first, last) = ring.N, ring.G, ring.blocks(), ring.own()
-    ready = np.full(ring.ranks, ring.agreement)
-    inner, outer = (Links(to, ready) for to in after(N, G))
-    # When what each lane moves has moved.
+def completion_times(ring: RingModel) -> Array:
+    """[W] seconds until each rank is done: the events of ``events.py`` as max and plus over all ranks at once."""
+    N, G, blocks, (first, last) = ring.N, ring.G, ring.block_matrix(), ring.own_parts()
+    ready = np.full(ring.ranks, ring.handshake)
+    inner, outer = (AxisLinks(to, ready) for to in next_ranks(N, G))
+    # When the last transfer of each kind on each axis is complete.
     inner_texts = outer_texts = inner_sums = outer_sums = ready
     for o in range(N):
         for i in range(G):
@@ -162,52 +165,52 @@ def finish(ring: Ring) -> Array:
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """One step of training: W ranks with b images and b texts each."""
 
     W: int
     b: int
     D: int
-    block: float  # seconds of b × b pairs
-    overhead: float = 0.0  # seconds of launches a block
+    block_seconds: float  # seconds for b × b pairs
+    overhead: float = 0.0  # seconds of kernel launches for each block
     feature_bytes: int = 2
-    sum_bytes: int = 4  # of an element of the text gradients between ranks; 0: forward only
+    sum_bytes: int = 4  # of an element of the text gradients that are sent; 0: forward only
     own_split: float = 0.5
 
-    def ring(self, cluster: Cluster, nodes: int = 1) -> Ring:
+    def ring(self, cluster: Cluster, nodes: int = 1) -> RingModel:
         N, G = nodes, self.W // nodes
-        features, sums = (cluster.hops(N, G, self._size(n)) for n in (self.feature_bytes, self.sum_bytes))
-        inner, outer = map(Hops, features, sums)
-        return Ring(
+        features, sums = (cluster.hop_seconds(N, G, self._size(n)) for n in (self.feature_bytes, self.sum_bytes))
+        inner, outer = map(HopSeconds, features, sums)
+        return RingModel(
             N,
             G,
-            self.block,
+            self.block_seconds,
             inner,
             outer,
             backward=bool(self.sum_bytes),
             overhead=self.overhead,
             own_split=self.own_split,
-            agreement=cluster.agreement(N, G),
+            handshake=cluster.handshake(N, G),
         )
 
     def gather_compute(self) -> float:
-        """Seconds: the texts of the ranks before, the own, those of the ranks after."""
-        return self.W * self.block + min(self.W, 3) * self.overhead
+        """Seconds for the texts of the ranks before, the rank's own, and those of the ranks after."""
+        return self.W * self.block_seconds + min(self.W, 3) * self.overhead
 
     def gather(self, cluster: Cluster) -> float:
-        """Seconds; either collective is W - 1 steps of a block each, none beside a computation."""
-        link = cluster.collective(self.W)
+        """Seconds; each collective takes W - 1 steps of one block, none overlapped with computation."""
+        link = cluster.collective_link(self.W)
         steps = sum(link.seconds(self._size(n)) for n in (self.feature_bytes, self.sum_bytes) if n)
-        return cluster.agreement(1, self.W) + self.gather_compute() + (self.W - 1) * steps
+        return cluster.handshake(1, self.W) + self.gather_compute() + (self.W - 1) * steps
 
     def ring_bytes(self, nodes: int = 1) -> int:
-        """dx, dy, one contribution to a text gradient; two inboxes a lane; two sums on their way and, between nodes,
-        two more and that of the own node. Without dz."""
-        inboxes, sums = 2 * (nodes < self.W) + 2 * (nodes > 1), 2 + 3 * (nodes > 1)
-        return self._size(12 * bool(self.sum_bytes) + inboxes * self.feature_bytes + sums * self.sum_bytes)
+        """dx, dy, one contribution to a text gradient; two receive buffers for each axis; two sums in transit and, with
+        several nodes, two more and that of the own node. Without dz."""
+        receive_buffers, sums = 2 * (nodes < self.W) + 2 * (nodes > 1), 2 + 3 * (nodes > 1)
+        return self._size(12 * bool(self.sum_bytes) + receive_buffers * self.feature_bytes + sums * self.sum_bytes)
 
     def gather_bytes(self) -> int:
-        """All texts and their gradients, these once more if they travel in half precision; dx, dy. Without dz."""
+        """All texts and their gradients, twice if these are sent in half precision; dx, dy. Without dz."""
         if not self.sum_bytes:
             return self.W * self._size(self.feature_bytes)
         return self.W * self._size(self.feature_bytes + 4 + self.sum_bytes % 4) + self._size(4 + self.sum_bytes)

@@ -8,26 +8,26 @@ from pathlib import Path
 
 from bench.harness.timing import MIB
 from bench.microbenchmark import report
-from bench.scaling.model import Cluster, Job, finish
+from bench.scaling.model import Cluster, Workload, completion_times
 from siglip_kernels.backends.base import DZ_BYTES
 
-HIDDEN = 0.05  # of the total time: traffic that takes less counts as hidden
+HIDDEN_BELOW = 0.05  # exposed communication below this share of the time counts as hidden
 
 
 @dataclass(frozen=True)
-class Rate:
-    """TFLOP/s of a block, by local batch."""
+class BlockRate:
+    """TFLOP/s of a block by local batch."""
 
     label: str
     tflops: dict[int, float]
 
     def at(self, b: int) -> float:
-        """Of the batch that is nearest to ``b``, by ratio."""
+        """The rate of the batch nearest to ``b`` by ratio."""
         return self.tflops[min(self.tflops, key=lambda B: abs(math.log(B / b)))]
 
 
-def measured_rate(folder: Path, mode: str, dtype: str, D: int) -> Rate:
-    """Of our fastest backend, from the results that ``bench`` wrote into ``folder``."""
+def measured_rate(folder: Path, mode: str, dtype: str, D: int) -> BlockRate:
+    """The rate of our fastest backend in the results that ``bench`` wrote into ``folder``."""
     results = report.read(folder)
     tflops: dict[int, float] = {}
     for row in results.rows:
@@ -37,21 +37,21 @@ def measured_rate(folder: Path, mode: str, dtype: str, D: int) -> Rate:
     if not tflops:
         raise ValueError(f"{folder} has no time of ours for {mode}, {dtype}, D = {D}")
     rates = ", ".join(f"{rate:,.3g} at B = {B:,}" for B, rate in sorted(tflops.items()))
-    return Rate(f"measured on {results.about['device']}, TFLOP/s: {rates}", tflops)
+    return BlockRate(f"measured on {results.about['device']}, TFLOP/s: {rates}", tflops)
 
 
 @dataclass(frozen=True)
-class Point:
-    """What the model predicts for W ranks of b images and texts each. Exposed: beyond the computation, as a share."""
+class Prediction:
+    """The prediction for W ranks with b images and b texts each. Exposed: not overlapped with computation."""
 
     W: int
-    nodes: int  # of the ring of two levels; 1: it is the flat ring
+    nodes: int  # of the two-level ring; 1: it is the flat ring
     b: int
     compute_ms: float
     ring_ms: float
     ring_exposed_ms: float
     ring_exposed: float
-    own_first_ms: float  # of the flat ring, had all of the own block been computed first
+    own_first_ms: float  # of the flat ring with the whole own block computed first
     own_last_ms: float
     two_level_ms: float
     two_level_exposed_ms: float
@@ -63,19 +63,19 @@ class Point:
     gather_mib: float
 
 
-def predict(job: Job, cluster: Cluster) -> Point:
-    """Memory is above the inputs, gradients included."""
-    nodes = cluster.nodes(job.W)
-    ring, two_level = job.ring(cluster), job.ring(cluster, nodes)
+def predict(workload: Workload, cluster: Cluster) -> Prediction:
+    """Memory includes the gradients but not the inputs."""
+    nodes = cluster.ring_nodes(workload.W)
+    ring, two_level = workload.ring(cluster), workload.ring(cluster, nodes)
     variants = ring, replace(ring, own_split=1.0), replace(ring, own_split=0.0)
-    flat, own_first, own_last = (1000 * float(finish(r).max()) for r in variants)
-    levels = flat if nodes == 1 else 1000 * float(finish(two_level).max())
-    compute, gather = 1000 * float(ring.compute().max()), job.gather(cluster)
-    workspace = DZ_BYTES if job.sum_bytes else 0
-    return Point(
-        W=job.W,
+    flat, own_first, own_last = (1000 * float(completion_times(r).max()) for r in variants)
+    levels = flat if nodes == 1 else 1000 * float(completion_times(two_level).max())
+    compute, gather = 1000 * float(ring.compute_seconds().max()), workload.gather(cluster)
+    workspace = DZ_BYTES if workload.sum_bytes else 0
+    return Prediction(
+        W=workload.W,
         nodes=nodes,
-        b=job.b,
+        b=workload.b,
         compute_ms=compute,
         ring_ms=flat,
         ring_exposed_ms=flat - compute,
@@ -86,14 +86,14 @@ def predict(job: Job, cluster: Cluster) -> Point:
         two_level_exposed_ms=levels - compute,
         two_level_exposed=1 - compute / levels,
         gather_ms=1000 * gather,
-        gather_exposed=1 - job.gather_compute() / gather,
-        ring_mib=(job.ring_bytes() + workspace) / MIB,
-        two_level_mib=(job.ring_bytes(nodes) + workspace) / MIB,
-        gather_mib=(job.gather_bytes() + workspace) / MIB,
+        gather_exposed=1 - workload.gather_compute() / gather,
+        ring_mib=(workload.ring_bytes() + workspace) / MIB,
+        two_level_mib=(workload.ring_bytes(nodes) + workspace) / MIB,
+        gather_mib=(workload.gather_bytes() + workspace) / MIB,
     )
 
 
-def hidden_from(exposed: dict[int, float]) -> int | None:
-    """The least local batch from which on traffic is hidden, of those whose exposed share is given."""
-    last = max((b for b, share in exposed.items() if share >= HIDDEN), default=0)
+def smallest_hidden_batch(exposed: dict[int, float]) -> int | None:
+    """The smallest local batch in ``exposed`` from which on all traffic is hidden; None if there is none."""
+    last = max((b for b, share in exposed.items() if share >= HIDDEN_BELOW), default=0)
     return min((b for b in exposed if b > last), default=None)

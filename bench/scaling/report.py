@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.harness.figures import pyplot
-from bench.harness.tables import grid
-from bench.scaling.prediction import HIDDEN, Point, hidden_from
+from bench.harness.tables import markdown_table
+from bench.scaling.prediction import HIDDEN_BELOW, Prediction, smallest_hidden_batch
 
 GLOBAL_BATCH = 2**20
 
 
-# Of the table; the files have all.
+# Columns of the table; the files have every field.
 COLUMNS = {
     "W": ("GPUs", "{:,}"),
     "b": ("local batch", "{:,}"),
@@ -33,29 +33,31 @@ COLUMNS = {
 RINGS = {"ring_exposed": "flat ring", "two_level_exposed": "two-level ring"}
 
 
-def table(points: Sequence[Point]) -> str:
+def table(points: Sequence[Prediction]) -> str:
     cells = [[form.format(getattr(p, key)) for key, (_, form) in COLUMNS.items()] for p in points]
-    return grid([title for title, _ in COLUMNS.values()], cells)
+    return markdown_table([title for title, _ in COLUMNS.values()], cells)
 
 
-def markdown(about: dict[str, str], points: Sequence[Point]) -> str:
-    """Everything; the same text serves the terminal."""
+def markdown(about: dict[str, str], points: Sequence[Prediction]) -> str:
+    """The whole report; also printed to the terminal."""
     hidden = []
     for W in dict.fromkeys(p.W for p in points):
         hidden.append([f"{W:,}"])
         for exposed in RINGS:
-            b = hidden_from({p.b: getattr(p, exposed) for p in points if p.W == W})
+            b = smallest_hidden_batch({p.b: getattr(p, exposed) for p in points if p.W == W})
             hidden[-1] += ["none", ""] if b is None else [f"{b:,}", f"{W * b:,}"]
     large = [p for p in points if p.W * p.b == GLOBAL_BATCH]
     splits = {
-        name: ", ".join(f"{p.W:,} × {p.b:,}" for p in large if getattr(p, exposed) < HIDDEN)
+        name: ", ".join(f"{p.W:,} × {p.b:,}" for p in large if getattr(p, exposed) < HIDDEN_BELOW)
         for exposed, name in RINGS.items()
     }
     sections = [
         "# The distributed loss on a cluster: predictions of a model (bench/scaling/model.py), not measurements",
         "\n".join(f"- {key}: {value}" for key, value in about.items()),
-        f"## From which local batch of these a ring hides its traffic (exposed < {HIDDEN:.0%})",
-        grid(("GPUs", *(f"{name}: {n} batch" for name in RINGS.values() for n in ("local", "global"))), hidden),
+        f"## From which local batch of these a ring hides its traffic (exposed < {HIDDEN_BELOW:.0%})",
+        markdown_table(
+            ("GPUs", *(f"{name}: {n} batch" for name in RINGS.values() for n in ("local", "global"))), hidden
+        ),
         f"## A global batch of {GLOBAL_BATCH:,}",
         "\n".join(
             f"- The {name} hides its traffic with GPUs × local batch of: {s or 'none of these'}."
@@ -68,7 +70,7 @@ def markdown(about: dict[str, str], points: Sequence[Point]) -> str:
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def write(about: dict[str, str], points: Sequence[Point], folder: Path) -> list[Path]:
+def write(about: dict[str, str], points: Sequence[Prediction], folder: Path) -> list[Path]:
     """scaling.json, scaling.csv and scaling.md."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"scaling.{kind}" for kind in ("json", "csv", "md")]
@@ -82,8 +84,8 @@ def write(about: dict[str, str], points: Sequence[Point], folder: Path) -> list[
     return paths
 
 
-def plot(about: dict[str, str], points: Sequence[Point], folder: Path) -> list[Path]:
-    """scaling.png: the exposed share of either ring against local batch, a colour for each W, and the time for a global
+def plot(about: dict[str, str], points: Sequence[Prediction], folder: Path) -> list[Path]:
+    """scaling.png: the exposed share of both rings against local batch, a colour for each W, and the time for a global
     batch of GLOBAL_BATCH against W; nothing without matplotlib."""
     plt = pyplot()
     if plt is None:
@@ -93,10 +95,10 @@ def plot(about: dict[str, str], points: Sequence[Point], folder: Path) -> list[P
     axes[0].sharey(axes[1])
     for axis, (key, name) in zip(axes[:2], RINGS.items(), strict=True):
         for index, W in enumerate(worlds):
-            mine = {p.b: 100 * getattr(p, key) for p in points if p.W == W}
+            shares = {p.b: 100 * getattr(p, key) for p in points if p.W == W}
             colour = plt.get_cmap("viridis")(index / max(1, len(worlds) - 1))
-            axis.plot(sorted(mine), [mine[b] for b in sorted(mine)], "o-", color=colour, label=f"{W:,} GPUs")
-        axis.axhline(100 * HIDDEN, color="grey", linewidth=0.8)
+            axis.plot(sorted(shares), [shares[b] for b in sorted(shares)], "o-", color=colour, label=f"{W:,} GPUs")
+        axis.axhline(100 * HIDDEN_BELOW, color="grey", linewidth=0.8)
         axis.set(title=f"{name}: exposed communication, % of the time", xlabel="local batch")
     if large:
         for key, style in {"gather_ms": "x--", "ring_ms": "o-", "two_level_ms": "s-", "compute_ms": "k:"}.items():

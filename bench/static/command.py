@@ -49,11 +49,11 @@ def report_triton(options: argparse.Namespace) -> int:
     if options.variants and options.variants < len(variants):
         variants = [variants[index * len(variants) // options.variants] for index in range(options.variants)]
     if not options.json:
-        print(triton_report.COLUMNS)
+        print(triton_report.HEADER)
     failed = 0
-    for row in triton_report.report(variants, options.processes):
+    for row in triton_report.inspect_variants(variants, options.processes):
         failed += bool(row.problems)
-        print(_as_json(row) if options.json else triton_report.line(row), flush=True)
+        print(_as_json(row) if options.json else triton_report.format_row(row), flush=True)
     if not options.json:
         print(f"{len(variants)} variants, {failed} with problems")
     return int(failed > 0)

@@ -10,11 +10,11 @@ from bench.static.disassembly import nvidia_tool, sass_opcodes
 from siglip_kernels import build
 from siglip_kernels.backends import cuda
 
-SHARED_MEMORY = 227 * 1024  # of a Hopper program
-REGISTERS = 168  # of a thread at launch. With fewer, setmaxnreg would wait forever for what the consumers want
+SHARED_MEMORY = 227 * 1024  # of a thread block on Hopper
+REGISTERS = 168  # of a thread at launch; with fewer, the consumers' setmaxnreg would wait forever
 OUTPUTS = ("dz", "sums", "loss")  # Output of csrc/cuda/sm90/kernel.cuh
 COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "MUFU", "LDL", "STL")
-# Of Float16, general, Output in a mangled name.
+# Matches Float16, general and Output in a mangled name.
 NAME = re.compile(r"sigmoid_block_kernelINS0_\d+(B?[Ff]loat16)ELb(\d)ELNS0_6OutputE(\d)")
 
 
@@ -31,17 +31,17 @@ class Kernel:
     opcodes: Counter[str]
 
     def problems(self) -> list[str]:
-        """What is wrong with it; empty when nothing is."""
+        """What is wrong with the kernel; empty if nothing is."""
         local = self.opcodes["LDL"] + self.opcodes["STL"]
-        wanted = ["HGMMA", "UTMALDG", "USETMAXREG", *(["UTMASTG", "STSM"] if self.output == "dz" else [])]
-        found = [f"no {opcode} instruction" for opcode in wanted if not self.opcodes[opcode]]
+        required = ["HGMMA", "UTMALDG", "USETMAXREG", *(["UTMASTG", "STSM"] if self.output == "dz" else [])]
+        problems = [f"no {opcode} instruction" for opcode in required if not self.opcodes[opcode]]
         if local or self.stack:
-            found.append(f"{local} local loads and stores, {self.stack} bytes of stack")
+            problems.append(f"{local} local loads and stores, {self.stack} bytes of stack")
         if self.registers != REGISTERS:
-            found.append(f"{self.registers} registers, expected {REGISTERS}")
+            problems.append(f"{self.registers} registers, expected {REGISTERS}")
         if self.shared > SHARED_MEMORY:
-            found.append(f"{self.shared} bytes of shared memory, {SHARED_MEMORY} fit")
-        return found
+            problems.append(f"{self.shared} bytes of shared memory, {SHARED_MEMORY} fit")
+        return problems
 
     def __str__(self) -> str:
         kind = f"{self.dtype:8} {'ids, weights' if self.general else 'offset':12} {self.output:4}"
@@ -51,13 +51,13 @@ class Kernel:
 
 
 def header() -> str:
-    """The titles above the lines of the kernels."""
+    """The column titles of the table of kernels."""
     counts = "".join(f"{opcode:>8}" for opcode in (*COUNTED, "instr"))
     return f"{'dtype':8} {'labels':12} {'out':4} {'regs':>5}{'stack':>6}{'shared':>8}{counts}"
 
 
 def kernels() -> list[Kernel]:
-    """Every kernel of the library, compiled where it is not yet; BuildError where it cannot be."""
+    """Every kernel of the library, which is built first if needed; BuildError if that fails."""
     library = str(build.library(build.TARGETS["cuda"]))
     loaded = cuda.load()
     assert not isinstance(loaded, str), loaded

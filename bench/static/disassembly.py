@@ -1,4 +1,4 @@
-"""The disassemblers that come with Triton, and what they print."""
+"""The disassemblers that come with Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def nvidia_tool(name: str, *arguments: str) -> str:
-    """What one of the disassemblers that come with Triton prints."""
+    """The output of a disassembler that comes with Triton."""
     import triton
 
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -16,5 +16,5 @@ def nvidia_tool(name: str, *arguments: str) -> str:
 
 
 def sass_opcodes(sass: str) -> list[str]:
-    """Of "  /*0a10*/  @!P0 HGMMA.64x128x16.F32 ...", HGMMA: without the predicate."""
+    """Opcodes without predicates: HGMMA of "  /*0a10*/  @!P0 HGMMA.64x128x16.F32 ..."."""
     return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.MULTILINE)

@@ -11,29 +11,29 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.static.compilation import compile_variant, side_by_side
+from bench.static.compilation import compile_variant, parallel_map
 from bench.static.disassembly import nvidia_tool, sass_opcodes
 from siglip_kernels.backends.triton import configs
 
-# The instructions that are the tensor cores at work.
+# Tensor-core instructions.
 TENSOR_CORE = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": r"v_mfma"}
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-COLUMNS = f"{'variant':76} {'regs':>5} {'spills':>6} {'stack':>6} {'shared':>7} {'tensor':>6} {'instr':>6}"
+HEADER = f"{'variant':76} {'regs':>5} {'spills':>6} {'stack':>6} {'shared':>7} {'tensor':>6} {'instr':>6}"
 
-# Of the problems of a row, those that are none of the kernel's.
-NO_FIGURES, LATE = "no figures", "not compiled in time"
+# Problems of a row that say nothing about the kernel.
+NO_FIGURES, TIMED_OUT = "no figures", "not compiled in time"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes of a multiprocessor."""
+    """Resources that one compiled kernel uses on a multiprocessor."""
 
     registers: int  # a thread; AMD: vector registers, accumulators included
-    spills: int  # NVIDIA: local loads and stores in the code; AMD: spilled vector and scalar registers
+    spills: int  # NVIDIA: local loads and stores; AMD: spilled vector and scalar registers
     stack: int  # bytes of local (scratch) memory a thread
     shared: int  # bytes
-    tensor_core: int  # instructions, as is the next
-    instructions: int
+    tensor_core: int  # instructions
+    instructions: int  # of all kinds
 
 
 class Row(NamedTuple):
@@ -45,12 +45,12 @@ class Row(NamedTuple):
 
 
 def resources(variant: configs.Variant, compiled: Any) -> Resources:
-    """Of ``variant``, as compile_variant compiled it."""
+    """The resources of ``variant`` as compile_variant compiled it."""
     return _amd_resources(compiled, variant) if _is_amd(variant) else _nvidia_resources(compiled, variant)
 
 
-def problems(variant: configs.Variant, resources: Resources) -> list[str]:
-    """What is wrong with the compiled ``variant``; empty when nothing is."""
+def find_problems(variant: configs.Variant, resources: Resources) -> list[str]:
+    """What is wrong with the compiled ``variant``; empty if nothing is."""
     family = configs.family(variant.arch)
     limit = configs.SHARED_MEMORY[family]
     found = []
@@ -63,14 +63,16 @@ def problems(variant: configs.Variant, resources: Resources) -> list[str]:
     return found
 
 
-def report(variants: list[configs.Variant], processes: int = 2, seconds: float | None = None) -> Iterator[Row]:
-    """A row for each variant, in order, as they are compiled; ``seconds``: for all of them."""
-    for variant, row in zip(variants, side_by_side(_row, variants, processes, seconds), strict=True):
-        yield row or Row(variant, None, [LATE])
+def inspect_variants(
+    variants: list[configs.Variant], processes: int = 2, seconds: float | None = None
+) -> Iterator[Row]:
+    """Compile the variants in parallel; a row for each, in order. ``seconds``: for all of them."""
+    for variant, row in zip(variants, parallel_map(_inspect, variants, processes, seconds), strict=True):
+        yield row or Row(variant, None, [TIMED_OUT])
 
 
 def describe(variant: configs.Variant) -> str:
-    """One line that tells any two shipped variants apart."""
+    """A name that differs for any two shipped variants."""
     flags = {
         "weights": variant.has_weights,
         "masses": variant.masses == "weights",
@@ -80,7 +82,7 @@ def describe(variant: configs.Variant) -> str:
         "no-dz": not variant.write_dz,
     }
     words = [
-        f"{variant.arch:6} {ELEMENTS[variant.dtype]} {tile(variant.config):17}",
+        f"{variant.arch:6} {ELEMENTS[variant.dtype]} {tile_name(variant.config):17}",
         "tma" if variant.use_tma else "ptr",
         f"{variant.precision:6}",
         variant.labels,
@@ -89,20 +91,20 @@ def describe(variant: configs.Variant) -> str:
     return " ".join(words)
 
 
-def tile(config: configs.Config) -> str:
+def tile_name(config: configs.Config) -> str:
     return f"{config.block_m}x{config.block_n}x{config.block_d} {config.num_warps}w {config.num_stages}s"
 
 
-def _row(variant: configs.Variant) -> Row:
+def _inspect(variant: configs.Variant) -> Row:
     try:
         compiled = compile_variant(variant)
     except Exception as error:
         return Row(variant, None, [f"does not compile: {type(error).__name__}: {str(error)[:300]}"])
     try:
         found = resources(variant, compiled)
-    except (OSError, subprocess.SubprocessError, LookupError) as error:  # a disassembler that is not there
+    except (OSError, subprocess.SubprocessError, LookupError) as error:  # a disassembler is missing
         return Row(variant, None, [f"{NO_FIGURES}: {error}"])
-    return Row(variant, found, problems(variant, found))
+    return Row(variant, found, find_problems(variant, found))
 
 
 def _is_amd(variant: configs.Variant) -> bool:
@@ -149,7 +151,7 @@ def _matches(pattern: str, opcodes: list[str]) -> int:
     return sum(re.match(pattern, opcode) is not None for opcode in opcodes)
 
 
-def line(row: Row) -> str:
+def format_row(row: Row) -> str:
     figures = list(asdict(row.resources).values()) if row.resources else ["-"] * 6
     widths = (5, 6, 6, 7, 6, 6)
     cells = " ".join(f"{figure:>{width}}" for figure, width in zip(figures, widths, strict=True))

@@ -1,6 +1,6 @@
 """``python -m bench study``: runs the experiment of ``experiment.py``, and writes study.json, study.md and study.png.
 
-The same command goes on where an interrupted one has stopped, and adds seeds.
+Run again, it continues an interrupted experiment, and adds seeds.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"--out: {error}")
         return 1
-    results.perform(design.search(), options.out)
-    rates = experiment.choose(results.outcomes, design)
-    results.perform([run for seed in range(options.seeds) for run in design.runs(seed, rates)], options.out)
+    results.run_missing(design.search(), options.out)
+    rates = experiment.choose_learning_rates(results.outcomes, design)
+    results.run_missing([run for seed in range(options.seeds) for run in design.runs(seed, rates)], options.out)
     paths = [results.write(options.out), options.out / "study.md"]
     paths[1].write_text(text := markdown(results))
     paths += plot.plot(results, options.out)

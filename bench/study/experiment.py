@@ -1,22 +1,22 @@
-"""Sigmoid against softmax over batch sizes, and the start of the bias, on real images: an experiment in small.
+"""Sigmoid against softmax over batch sizes, and initial values of the bias, on real images: a small experiment.
 
 After Zhai et al. 2023, arXiv 2303.15343: every batch size sees the same number of examples under the same schedule. The
 images, captions, losses and training are those of ``examples/train_digits.py``; the image tower is narrower, and the
 text tower has no attention.
 
-A batch is drawn from the pairs of an image and one of the 16 captions of its class, so above the number of images it
-holds an image several times. Which of its pairs are positive is said in two ways, to both losses alike:
+A batch is drawn from pairs of an image and one of the 16 captions of its class, so a batch larger than the number of
+images contains an image several times. Its positive pairs are labelled in two ways, the same for both losses:
 
-    pair     the pair itself alone, as in the paper; about a tenth of what is called negative is then true
-    class    every caption of the image's class, which is the truth here
+    pair     only the pair itself, as in the paper; about a tenth of the negatives are then false negatives
+    class    every caption of the image's class, which is correct here
 
-The learning rate of each loss, labels and batch is the one of ``Design.rates`` that reads the most of the validation
-images, which are taken from the training images (mean of three seeds where the bias is varied, one elsewhere, none of
-them among the results'); the smallest batch, whose steps take the longest, has that of the next by the square-root
-rule. The test images are read once a run, in the end. Softmax starts at t = 1/0.07, sigmoid at t = 10 and, by pair,
-b = −10, as published; by class at the log odds of a positive, −log 9. The bias alone is varied under the learning rate
-of that start. Equal examples leave a large batch few steps: one batch is also given the steps, and the learning rate,
-of a smaller.
+The learning rate for each loss, labels and batch is the one of ``Design.rates`` with the highest accuracy on validation
+images, which are split off the training images (mean of three seeds where the bias is varied, one elsewhere; the
+results use other seeds). The smallest batch, which takes the most steps, gets the rate of the next by the square-root
+rule. The test images are used once in a run, at its end. Softmax starts at t = 1/0.07, sigmoid at t = 10 and, by pair,
+b = −10, as published; by class b starts at the log odds of a positive, −log 9. When the bias is varied, the learning
+rate is that of this start. An equal number of examples leaves a large batch few steps, so one batch is also run with
+the steps and the learning rate of a smaller one.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from bench.harness.progress import Progress
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_digits.py"
 LOSSES, LABELS = ("sigmoid", "softmax"), ("pair", "class")
 PUBLISHED_BIAS = -10.0
-# Of the learning rates' runs; those of the results count from 0.
+# Seeds of the learning-rate search; those of the results count from 0.
 SEARCH_SEEDS = (1000, 1001, 1002)
-Cell = tuple[str, str, int]  # loss, labels, batch
+Setting = tuple[str, str, int]  # loss, labels, batch
 
 
 @dataclass(frozen=True)
@@ -56,25 +56,25 @@ class Run:
     labels: str  # of LABELS
     batch: int
     examples: int
-    bias: float | None  # b at the start; None: no bias
+    bias: float | None  # initial b; None: no bias
     lr: float
     seed: int
-    validation: bool = False  # trained without the validation images and read on them, to choose lr
+    validation: bool = False  # trained without the validation images and evaluated on them, to choose lr
 
     @property
-    def cell(self) -> Cell:
-        """What has a learning rate of its own."""
+    def setting(self) -> Setting:
+        """The key that has its own learning rate."""
         return self.loss, self.labels, self.batch
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run."""
+    """The result of a run."""
 
     run: Run
     accuracy: dict[str, float]  # zero-shot, by the captions' language
     curve: dict[int, float]  # the loss at steps 1, 2, 4, …
-    logit_scale: float  # t in the end
+    logit_scale: float  # t at the end
     logit_bias: float | None
     seconds: float
 
@@ -84,16 +84,16 @@ class Outcome:
         return sum(self.accuracy.values()) / len(self.accuracy)
 
 
-Rates = dict[Cell, float]
+LearningRates = dict[Setting, float]
 
 
 @dataclass(frozen=True)
 class Design:
     """The whole experiment."""
 
-    examples: int = 65_536  # seen by every run but the stretched
+    examples: int = 65_536  # seen by every run except the stretched ones
     batches: tuple[int, ...] = (16, 64, 256, 1024, 4096)
-    bias_batches: tuple[int, ...] = (256, 1024)  # of the batches, where the start of the bias is varied
+    bias_batches: tuple[int, ...] = (256, 1024)  # the batches for which the initial bias is varied
     stretched: tuple[int, int] = (1024, 256)  # the first also has as many steps as the second, at the second's lr
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     image_width: int = 8
@@ -111,22 +111,25 @@ class Design:
     def search(self) -> list[Run]:
         """The runs that choose the learning rates."""
         return [
-            Run(*cell, self.examples, start_bias(*cell), lr, seed, validation=True)
-            for cell in cells(self.batches[1:])
-            for seed in SEARCH_SEEDS[: None if cell[2] in self.bias_batches else 1]
+            Run(*setting, self.examples, initial_bias(*setting), lr, seed, validation=True)
+            for setting in settings(self.batches[1:])
+            for seed in SEARCH_SEEDS[: None if setting[2] in self.bias_batches else 1]
             for lr in self.rates
         ]
 
-    def runs(self, seed: int, rates: Rates) -> list[Run]:
-        """The runs of one seed: both losses at every batch; the other starts of sigmoid's bias; the stretched."""
-        runs = [Run(*cell, self.examples, start_bias(*cell), rates[cell], seed) for cell in cells(self.batches)]
-        for loss, labels, batch in cells(self.bias_batches):
+    def runs(self, seed: int, rates: LearningRates) -> list[Run]:
+        """The runs of one seed: both losses at every batch, other initial biases of sigmoid, and the stretched runs."""
+        runs = [
+            Run(*setting, self.examples, initial_bias(*setting), rates[setting], seed)
+            for setting in settings(self.batches)
+        ]
+        for loss, labels, batch in settings(self.bias_batches):
             if loss == "sigmoid":
                 start = loss, labels, batch, self.examples
-                runs += [Run(*start, b, rates[loss, labels, batch], seed) for b in bias_starts(labels, batch)]
+                runs += [Run(*start, b, rates[loss, labels, batch], seed) for b in initial_biases(labels, batch)]
         batch, like = self.stretched
-        for cell in cells((batch,)):
-            runs.append(Run(*cell, self.stretched_examples, start_bias(*cell), rates[*cell[:2], like], seed))
+        for setting in settings((batch,)):
+            runs.append(Run(*setting, self.stretched_examples, initial_bias(*setting), rates[*setting[:2], like], seed))
         return list(dict.fromkeys(runs))
 
     @property
@@ -138,71 +141,74 @@ class Design:
 QUICK = Design(128, (16, 64), (64,), (64, 16), (3e-3, 1e-2), image_width=4, text_width=8)
 
 
-def cells(batches: Sequence[int]) -> list[Cell]:
+def settings(batches: Sequence[int]) -> list[Setting]:
     """Both kinds of labels, both losses."""
     return [(loss, labels, batch) for labels in LABELS for batch in batches for loss in LOSSES]
 
 
 def log_odds(labels: str, batch: int) -> float:
-    """Of a positive pair among those of a batch."""
-    return -math.log(batch - 1 if labels == "pair" else example().CLASSES - 1)
+    """The log odds that a pair of a batch is positive."""
+    return -math.log(batch - 1 if labels == "pair" else digits_example().CLASSES - 1)
 
 
-def start_bias(loss: str, labels: str, batch: int) -> float | None:
-    """Of the comparison with softmax."""
+def initial_bias(loss: str, labels: str, batch: int) -> float | None:
+    """The initial bias in the comparison with softmax."""
     if loss == "softmax":
         return None
     return PUBLISHED_BIAS if labels == "pair" else log_odds(labels, batch)
 
 
-def bias_starts(labels: str, batch: int) -> list[float | None]:
+def initial_biases(labels: str, batch: int) -> list[float | None]:
     return [PUBLISHED_BIAS, log_odds(labels, batch), 0.0, None]
 
 
-def validated(outcomes: Sequence[Outcome]) -> dict[Cell, dict[float, float]]:
-    """The mean accuracy on the validation images by cell and learning rate."""
-    read: dict[Cell, dict[float, list[float]]] = {}
+def validation_accuracy(outcomes: Sequence[Outcome]) -> dict[Setting, dict[float, float]]:
+    """The mean accuracy on the validation images by setting and learning rate."""
+    accuracies: dict[Setting, dict[float, list[float]]] = {}
     for outcome in outcomes:
         run = outcome.run
         if run.validation:
-            read.setdefault(run.cell, {}).setdefault(run.lr, []).append(outcome.mean_accuracy)
-    return {cell: {lr: sum(v) / len(v) for lr, v in by_rate.items()} for cell, by_rate in read.items()}
+            accuracies.setdefault(run.setting, {}).setdefault(run.lr, []).append(outcome.mean_accuracy)
+    return {setting: {lr: sum(v) / len(v) for lr, v in by_rate.items()} for setting, by_rate in accuracies.items()}
 
 
-def choose(outcomes: Sequence[Outcome], design: Design) -> Rates:
-    """The learning rate of each cell that reads most of the validation images; of equals, the smaller."""
-    best = {cell: max(sorted(by_rate), key=by_rate.__getitem__) for cell, by_rate in validated(outcomes).items()}
+def choose_learning_rates(outcomes: Sequence[Outcome], design: Design) -> LearningRates:
+    """For each setting the learning rate with the highest validation accuracy; of equal ones the smaller."""
+    best = {
+        setting: max(sorted(by_rate), key=by_rate.__getitem__)
+        for setting, by_rate in validation_accuracy(outcomes).items()
+    }
     smallest, following = design.batches[:2]
     factor = math.sqrt(smallest / following)
-    return best | {(*cell[:2], smallest): factor * lr for cell, lr in best.items() if cell[2] == following}
+    return best | {(*setting[:2], smallest): factor * lr for setting, lr in best.items() if setting[2] == following}
 
 
 @functools.cache
-def example() -> ModuleType:
+def digits_example() -> ModuleType:
     """``examples/train_digits.py``, which needs scikit-learn."""
     return load_module(SCRIPT)
 
 
 @functools.cache
-def digits(validation: bool) -> Any:
-    """``Data``; for validation its test images are a quarter of the training images, and the others are trained on."""
+def load_digits(validation: bool) -> Any:
+    """``Data``; for validation a quarter of the training images are the test images, and the rest is trained on."""
     from sklearn.model_selection import train_test_split
 
-    data = example().Data.load(torch.device("cpu"))
+    data = digits_example().Data.load(torch.device("cpu"))
     if not validation:
         return data
     images, labels = data.train_images, data.train_labels
     train, held = train_test_split(range(len(labels)), test_size=0.25, stratify=labels.tolist(), random_state=1)
-    return example().Data(images[train], labels[train], images[held], labels[held], data.tokens)
+    return digits_example().Data(images[train], labels[train], images[held], labels[held], data.tokens)
 
 
 class ByteTower(nn.Module):
-    """Captions [B, CONTEXT] to L2-normalised features [B, FEATURES]: one hidden layer on every byte and its place,
-    averaged over the caption; a batch's equal captions are read once."""
+    """Captions [B, CONTEXT] to L2-normalised features [B, FEATURES]: one hidden layer on every byte and its position,
+    averaged over the caption; equal captions of a batch are encoded once."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        script = example()
+        script = digits_example()
         self.embedding = nn.Embedding(256, width)
         self.position = nn.Parameter(0.1 * torch.randn(script.CONTEXT, width))
         self.hidden = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU())
@@ -216,10 +222,10 @@ class ByteTower(nn.Module):
         return F.normalize(features, dim=-1).index_select(0, index)
 
 
-def perform(run: Run, design: Design) -> Outcome:
-    """Both losses of a seed, labels and batch start from the same towers and see the same batches."""
-    begin = time.perf_counter()
-    script, data = example(), digits(run.validation)
+def train(run: Run, design: Design) -> Outcome:
+    """One training. With equal seed, labels and batch both losses start from the same towers and see the same data."""
+    started = time.perf_counter()
+    script, data = digits_example(), load_digits(run.validation)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         image_tower = script.ImageTower(design.image_width)
@@ -237,21 +243,21 @@ def perform(run: Run, design: Design) -> Outcome:
         {step: losses[step - 1] for step in (2**k for k in range(steps.bit_length()))},
         loss_fn.logit_scale.exp().item(),
         None if loss_fn.logit_bias is None else loss_fn.logit_bias.item(),
-        time.perf_counter() - begin,
+        time.perf_counter() - started,
     )
 
 
 @dataclass
 class Study:
-    """The experiment as far as it has come."""
+    """The experiment and its outcomes so far."""
 
     design: Design
-    about: dict[str, str]  # what the figures depend on
+    about: dict[str, str]  # the environment
     outcomes: list[Outcome]
 
     @classmethod
     def resume(cls, design: Design, folder: Path) -> Study:
-        """What ``folder`` has of this design; raises ValueError if that is of another."""
+        """The study saved in ``folder``, or a new one; ValueError if the saved one has another design."""
         path = folder / "study.json"
         if not path.exists():
             about = environment(torch.device("cpu")) | {"scikit-learn": version("scikit-learn")}
@@ -267,8 +273,8 @@ class Study:
         ]
         return cls(design, saved["about"], outcomes)
 
-    def perform(self, runs: Sequence[Run], folder: Path) -> None:
-        """Those of ``runs`` that are missing."""
+    def run_missing(self, runs: Sequence[Run], folder: Path) -> None:
+        """Perform those of ``runs`` that have no outcome yet."""
         done = {outcome.run for outcome in self.outcomes}
         missing = [run for run in runs if run not in done]
         commit = environment(torch.device("cpu"))["commit"]
@@ -279,9 +285,9 @@ class Study:
             name = f"{run.loss} by {run.labels}, {run.examples // run.batch} steps of {run.batch}, "
             name += f"b {run.bias}, lr {run.lr:g}, seed {run.seed}"
             progress.show(name)
-            self.outcomes.append(perform(run, self.design))
+            self.outcomes.append(train(run, self.design))
             self.write(folder)
-            progress.finish(f"{name}: {self.outcomes[-1].mean_accuracy:.1%}")
+            progress.advance(f"{name}: {self.outcomes[-1].mean_accuracy:.1%}")
 
     def write(self, folder: Path) -> Path:
         """study.json"""

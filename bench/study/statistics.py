@@ -1,4 +1,4 @@
-"""Statistics of the study: figures over seeds, and differences of the losses seed by seed.
+"""Statistics of the study over seeds, and differences of the losses seed by seed.
 
 Both losses of a seed start from the same towers and see the same batches. Intervals are Student's, of 95 %, over the
 seeds; seeds change towers and batches, not which images are held out. Nothing is corrected for the number of
@@ -17,10 +17,10 @@ from bench.study.experiment import LABELS, LOSSES, Outcome, Study
 
 
 class Spread(NamedTuple):
-    """Of one figure over seeds."""
+    """Statistics of one value over seeds."""
 
     mean: float
-    sd: float  # of a sample; NaN for one seed
+    sd: float  # of the sample; NaN for one seed
     low: float
     high: float
     half_width: float  # of Student's 95 % interval of the mean; NaN for one seed
@@ -39,52 +39,52 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(mean, sd, min(values), max(values), half_width)
 
 
-class Seeds:
-    """The outcomes of the results, not of the choice of learning rates, by what differs between them but the seed."""
+class OutcomesBySeed:
+    """The outcomes without the learning-rate search, grouped by everything but the seed."""
 
     def __init__(self, results: Study) -> None:
         self.design = results.design
-        self.by_start: dict[tuple[str, str, int, int, float | None], dict[int, Outcome]] = {}
+        self.by_setting: dict[tuple[str, str, int, int, float | None], dict[int, Outcome]] = {}
         for outcome in results.outcomes:
             run = outcome.run
             if not run.validation:
-                self.by_start.setdefault((*run.cell, run.examples, run.bias), {})[run.seed] = outcome
+                self.by_setting.setdefault((*run.setting, run.examples, run.bias), {})[run.seed] = outcome
 
-    def of(self, loss: str, labels: str, batch: int, examples: int | None = None) -> dict[int, Outcome]:
-        """By seed, at the start of the comparison of the losses."""
-        start = experiment.start_bias(loss, labels, batch)
-        return self.by_start.get((loss, labels, batch, examples or self.design.examples, start), {})
+    def outcomes(self, loss: str, labels: str, batch: int, examples: int | None = None) -> dict[int, Outcome]:
+        """Outcomes by seed, with the initial bias of the comparison."""
+        start = experiment.initial_bias(loss, labels, batch)
+        return self.by_setting.get((loss, labels, batch, examples or self.design.examples, start), {})
 
     def difference(self, labels: str, batch: int, examples: int | None = None) -> Spread | None:
-        """Of the accuracies, sigmoid's − softmax's, over the seeds of both."""
-        sigmoid, softmax = (self.of(loss, labels, batch, examples) for loss in LOSSES)
+        """Accuracy of sigmoid minus that of softmax, over the seeds that both have."""
+        sigmoid, softmax = (self.outcomes(loss, labels, batch, examples) for loss in LOSSES)
         values = [sigmoid[seed].mean_accuracy - softmax[seed].mean_accuracy for seed in sigmoid if seed in softmax]
         return spread(values) if values else None
 
-    def of_biases(self) -> list[tuple[str, int, float | None, dict[int, Outcome]]]:
-        """(labels, batch, start of sigmoid's bias, outcomes by seed), as far as there are any."""
+    def bias_outcomes(self) -> list[tuple[str, int, float | None, dict[int, Outcome]]]:
+        """(labels, batch, initial bias of sigmoid, outcomes by seed), where there are any."""
         return [
             (labels, batch, bias, found)
             for labels in LABELS
             for batch in self.design.bias_batches
-            for bias in experiment.bias_starts(labels, batch)
-            if (found := self.by_start.get(("sigmoid", labels, batch, self.design.examples, bias)))
+            for bias in experiment.initial_biases(labels, batch)
+            if (found := self.by_setting.get(("sigmoid", labels, batch, self.design.examples, bias)))
         ]
 
-    def cells(self) -> list[tuple[str, int, int]]:
-        """(labels, batch, examples) of which both losses have a seed in common; the stretched come last."""
+    def shared_settings(self) -> list[tuple[str, int, int]]:
+        """(labels, batch, examples) for which both losses have a common seed; the stretched ones come last."""
         shapes = [(batch, self.design.examples) for batch in self.design.batches]
         shapes.append((self.design.stretched[0], self.design.stretched_examples))
         return [(labels, *shape) for labels in LABELS for shape in shapes if self.difference(labels, *shape)]
 
 
 def accuracy(outcomes: Iterable[Outcome], language: str | None = None) -> Spread:
-    """In one language, or averaged over all."""
+    """Accuracy in one language, or averaged over all."""
     return spread([o.accuracy[language] if language else o.mean_accuracy for o in outcomes])
 
 
-def verdict(difference: Spread) -> str:
-    """Which loss reads more, where the interval of the difference leaves 0 out."""
+def better_loss(difference: Spread) -> str:
+    """The loss with the higher accuracy, if the interval of the difference excludes 0."""
     if math.isnan(difference.half_width):
         return "one seed"
     if not abs(difference.mean) > difference.half_width:

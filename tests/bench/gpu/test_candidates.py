@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bench.gpu import candidates
-from bench.gpu.candidates import DIAGONAL, IDS, SHIPPED, Candidate, as_triton
+from bench.gpu.candidates import DIAGONAL, IDS, SHIPPED, Candidate, registered_as_triton
 from bench.static import compilation
 from siglip_kernels import backends, sigmoid_loss
-from siglip_kernels.backends.base import Problem as Call
+from siglip_kernels.backends.base import Problem as BackendProblem
 from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.backends.triton.configs import Config
 from siglip_kernels.pairs import PairSpec
@@ -25,12 +25,12 @@ SMALL = Config(32, 32, 16, num_warps=4, num_stages=2)
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_the_candidates(arch: str, device: torch.device) -> None:
-    plan, shipped = candidates.plan(device), configs.LARGE[arch, 2]
-    every = candidates.candidates(shipped, plan)
-    assert len(every) == len({(c.use, c.name) for c in every})
+    plan, shipped = candidates.make_plan(device), configs.LARGE[arch, 2]
+    every = candidates.make_candidates(shipped, plan)
+    assert len(every) == len({(c.pairs_kind, c.name) for c in every})
     for use in (DIAGONAL, IDS):
-        assert next(c.name for c in every if c.use == use) == SHIPPED
-    settings = [(c.use, c.config, c.blocks, c.dz_bytes) for c in every]
+        assert next(c.name for c in every if c.pairs_kind == use) == SHIPPED
+    settings = [(c.pairs_kind, c.config, c.blocks, c.dz_bytes) for c in every]
     assert len(settings) == len(set(settings))
     assert shipped not in [c.config for c in every]
     for config in [c.config for c in every if c.config]:
@@ -40,7 +40,7 @@ def test_the_candidates(arch: str, device: torch.device) -> None:
     if device == CUDA and arch == "sm_90":
         assert {(p.B, p.D, p.dtype) for p in plan.problems} == {(32_768, D, torch.bfloat16) for D in (768, 1152)}
         assert Config(128, 256, 64, num_warps=8, num_stages=3) in [c.config for c in every]
-        assert Config(128, 64, 64, num_warps=8, num_stages=3) in [c.config for c in every if c.use == IDS]
+        assert Config(128, 64, 64, num_warps=8, num_stages=3) in [c.config for c in every if c.pairs_kind == IDS]
         assert replace(shipped, num_warps=4) in [c.config for c in every]
         assert (11_008, 11_008) in [c.blocks for c in every]
         assert len({c.dz_bytes for c in every}) > 3
@@ -51,16 +51,16 @@ def test_the_candidates(arch: str, device: torch.device) -> None:
 def test_a_candidate_takes_the_place_of_triton_only_meanwhile() -> None:
     before = backends.BACKENDS["triton"]
     kernel = OutOfResource(config=SMALL)
-    with as_triton(kernel):
+    with registered_as_triton(kernel):
         assert backends.BACKENDS["triton"] is kernel
     assert backends.BACKENDS["triton"] is before
-    with pytest.raises(RuntimeError, match="out of resource"), as_triton(kernel):
+    with pytest.raises(RuntimeError, match="out of resource"), registered_as_triton(kernel):
         kernel.block()
     assert backends.BACKENDS["triton"] is before
 
 
 def test_a_kernel_takes_a_configuration_and_blocks() -> None:
-    call = Call(1000, 2000, 64, torch.bfloat16, CUDA)
+    call = BackendProblem(1000, 2000, 64, torch.bfloat16, CUDA)
     assert TritonBlockKernel(blocks=(384, 512)).block_shape(call) == (384, 512)
     assert TritonBlockKernel(config=SMALL).block_shape(call) == TritonBlockKernel().block_shape(call)
     assert configs.most_tiles(256, 256, SMALL) == 64
@@ -84,7 +84,7 @@ def test_the_configuration_is_the_one_that_is_launched(use: str, monkeypatch: py
         "ignored": {"image_ids": ids, "text_ids": ids, "ignore_ids": True},
     }[use]
     wide = Config(32, 128, 16, num_warps=4, num_stages=2)
-    with as_triton(TritonBlockKernel(config=wide, blocks=(32, 40))):
+    with registered_as_triton(TritonBlockKernel(config=wide, blocks=(32, 40))):
         sigmoid_loss(*make_inputs(40, 40, 16, torch.float16), backend="triton", **pairs)
     assert kernel is not launch._sigmoid_block_kernel
     columns, warps = (64, 8) if use == "ignored" else (128, 4)  # general pairs are narrowed, as the shipped ones are

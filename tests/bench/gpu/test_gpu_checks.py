@@ -70,16 +70,16 @@ class Unwritten(EagerBlockKernel):
 
 
 @pytest.mark.parametrize(("kernel", "wrong"), [(EagerBlockKernel, 0), (Restless, 20), (Unwritten, 40)])
-def test_repeats(kernel: type[EagerBlockKernel], wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bitwise_repeatable(kernel: type[EagerBlockKernel], wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "eager", kernel())
-    found = checks.repeats("eager", CPU, torch.float32, TINY)
+    found = checks.bitwise_repeatable("eager", CPU, torch.float32, TINY)
     assert len(found) >= wrong
     assert bool(found) == bool(wrong)
 
 
 @pytest.mark.parametrize(("kernel", "wrong"), [(EagerBlockKernel, set()), (LosesRow, {"dx_error", "dy_error"})])
-def test_many_pairs(kernel: type[EagerBlockKernel], wrong: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_overflow(kernel: type[EagerBlockKernel], wrong: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "eager", kernel())
     # 128 sampled rows of 128: the last one too.
-    found = checks.many_pairs("eager", CPU, torch.float32, 128, 16)
+    found = checks.index_overflow("eager", CPU, torch.float32, 128, 16)
     assert {line.split()[0] for line in found} == wrong

@@ -31,12 +31,12 @@ CPU = torch.device("cpu")
 bf16 = torch.bfloat16
 # Both tiles of every dtype, blocks off the diagonal, every mode.
 PLAN = Plan(
-    checked=((127, 129, 100), (1024, 2048, 16)),
-    many_pairs=128,
-    blocks=(Problem(1536, 16, bf16),),
-    workspaces=(0.5,),
-    compared=(Problem(256, 16, bf16), *(Problem(1536, 16, bf16, mode) for mode in (FORWARD, FROZEN))),
-    largest=Problem(1600, 16, bf16),
+    check_shapes=((127, 129, 100), (1024, 2048, 16)),
+    overflow_batch=128,
+    block_problems=(Problem(1536, 16, bf16),),
+    workspace_mib=(0.5,),
+    compared_problems=(Problem(256, 16, bf16), *(Problem(1536, 16, bf16, mode) for mode in (FORWARD, FROZEN))),
+    largest_problem=Problem(1600, 16, bf16),
 )
 HOPPER = Variant("sm_90", bf16, configs.SMALL["sm_90", 2], use_tma=True, precision="ieee")
 
@@ -76,22 +76,22 @@ def test_a_kernel_that_does_not_compile_leaves_the_others(monkeypatch: pytest.Mo
 
 def test_the_first_dtype_comes_first() -> None:
     dtypes = torch.bfloat16, torch.float16, torch.float32
-    found = [variant.dtype for variant in precompile.by_plan("sm_90", PLAN, dtypes)]
+    found = [variant.dtype for variant in precompile.variants_of_plan("sm_90", PLAN, dtypes)]
     assert found == sorted(found, key=dtypes.index)
     assert set(found) == set(dtypes)
 
 
 def test_the_command_compiles_before_it_checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiled: list[Variant] = []
-    monkeypatch.setattr(command, "_is_run", lambda backend, dtype, session: backend == "triton")
+    monkeypatch.setattr(command, "_is_selected", lambda backend, dtype, session: backend == "triton")
     monkeypatch.setattr(
         compilation, "compile_ahead", lambda variants, seconds: compiled.extend(variants) or ["no ptxas"]
     )
-    monkeypatch.setattr(compilation, "note_late", lambda late: None)
+    monkeypatch.setattr(compilation, "record_cache_misses", lambda misses: None)
     session = Session(CPU, tmp_path, None, float("inf"), Results({}))
     command.compile_kernels(session, PLAN, command.DTYPES)
-    assert compiled == precompile.by_plan("sm_90", PLAN, command.DTYPES)
-    assert session.failed == ["no ptxas"]
+    assert compiled == precompile.variants_of_plan("sm_90", PLAN, command.DTYPES)
+    assert session.failures == ["no ptxas"]
     assert not session.rejected  # the checks will tell
 
 
@@ -101,7 +101,7 @@ def test_a_disassembler_that_is_missing_is_not_the_kernel_s_fault(monkeypatch: p
 
     monkeypatch.setattr(triton_report, "compile_variant", lambda variant: type("Compiled", (), {"asm": {"cubin": b""}}))
     monkeypatch.setattr(triton_report, "nvidia_tool", missing)
-    row = triton_report._row(HOPPER)
+    row = triton_report._inspect(HOPPER)
     assert row.problems == [f"{triton_report.NO_FIGURES}: nvdisasm"]
 
 
@@ -113,8 +113,8 @@ def keys() -> dict[str, list[str]]:
 
     found: set[str] = set()
     knobs.runtime.jit_cache_hook = lambda *, key, **others: found.add(key) or True
-    stand_in()
-    for variant in precompile.by_plan("sm_90", PLAN, command.DTYPES):
+    compile_only()
+    for variant in precompile.variants_of_plan("sm_90", PLAN, command.DTYPES):
         launch.compile_variant(variant)
     ahead = sorted(found)
     found.clear()
@@ -129,13 +129,13 @@ def hits() -> dict[str, list[Any]]:
     from siglip_kernels.backends.triton import kernels
 
     call = partial(sigmoid_loss, *testing.make_inputs(64, 64, 16, bf16), backend="triton")
-    late: list[str] = []
+    misses: list[str] = []
     failed = compilation.compile_ahead(precompile_of_calls(), 300, processes=2)
-    stand_in()
+    compile_only()
     kernel, cache_hits = kernels._sigmoid_block_kernel, []
     run = kernel.run
     kernel.run = lambda *arguments, **how: run(*arguments, **{**how, "warmup": True})
-    compilation.note_late(late)
+    compilation.record_cache_misses(misses)
     note = knobs.compilation.listener
 
     def listen(**compiled: Any) -> None:
@@ -145,21 +145,21 @@ def hits() -> dict[str, list[Any]]:
     knobs.compilation.listener = listen
     call()
     call(positive_offset=None)
-    return {"failed": failed, "hits": cache_hits, "late": late}
+    return {"failed": failed, "hits": cache_hits, "late": misses}
 
 
 def precompile_of_calls() -> list[Variant]:
-    wanted = precompile.WANTED[FORWARD]
-    asks = [precompile.Ask((64, 64, 16), bf16, {"positive_offset": offset}, wanted) for offset in (0, None)]
-    return precompile.variants("sm_90", asks)
+    wanted = precompile.NEEDS_GRAD[FORWARD]
+    calls = [precompile.LossCall((64, 64, 16), bf16, {"positive_offset": offset}, wanted) for offset in (0, None)]
+    return precompile.variants_of_calls("sm_90", calls)
 
 
-def stand_in() -> None:
+def compile_only() -> None:
     """A Hopper for Triton's compiler, and CPU tensors as its tensors."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    driver.set_active(compilation.StandIn(GPUTarget("cuda", 90, 32)))
+    driver.set_active(compilation.CompileOnlyDriver(GPUTarget("cuda", 90, 32)))
     TritonBlockKernel.why_not = lambda self, problem: []  # type: ignore[method-assign]
     for kernel in backends.BACKENDS.values():
         type(kernel).automatic = lambda self, problem: self.name == "triton"  # type: ignore[method-assign]
@@ -173,10 +173,10 @@ def run_everything() -> None:
     torch.cuda.Stream = torch.cuda.CUDAGraph = Stream  # type: ignore[misc, assignment]
     torch.cuda.stream = torch.cuda.graph = lambda *arguments: nullcontext()  # type: ignore[misc, assignment]
     session = Session(CPU, Path(os.environ["TRITON_CACHE_DIR"]) / "out", ["ours (triton)"], float("inf"), Results({}))
-    command.check(session, PLAN, command.DTYPES)
+    command.run_checks(session, PLAN, command.DTYPES)
     for dtype in command.DTYPES:
-        checks.graph_replay("triton", CPU, dtype, PLAN.checked[1])
-        checks.no_synchronisation("triton", CPU, dtype)
+        checks.cuda_graph_replay("triton", CPU, dtype, PLAN.check_shapes[1])
+        checks.no_host_sync("triton", CPU, dtype)
     session.rejected.clear()  # nothing was computed
     command.measure_ceilings(session, PLAN)
     command.compare(session, PLAN)

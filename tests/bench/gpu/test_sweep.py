@@ -24,7 +24,7 @@ from siglip_kernels.backends.triton.configs import Config, Variant
 from tests.bench.gpu.faulty import OutOfResource, needs_interpreter
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-TINY = candidates.Plan((Problem(32, 8, torch.float16),), (33, 40, 8), 1, ((16, 32),), (0.0625,), 0.0)
+TINY = candidates.SweepPlan((Problem(32, 8, torch.float16),), (33, 40, 8), 1, ((16, 32),), (0.0625,), 0.0)
 SMALL = Config(32, 32, 16, num_warps=4, num_stages=2)
 SOUND = Resources(registers=100, spills=0, stack=0, shared=2048, tensor_core=4, instructions=1000)
 
@@ -63,7 +63,7 @@ class Late(TritonBlockKernel):
 class Faulty(Candidate):
     kind: type[TritonBlockKernel] = TritonBlockKernel
 
-    def kernel(self) -> TritonBlockKernel:
+    def make_kernel(self) -> TritonBlockKernel:
         return self.kind(**self.options)
 
 
@@ -84,9 +84,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     needs_interpreter()
 
     def run(chosen: list[Candidate], problems: dict[int, list[str]], *arguments: str) -> tuple[int, Results]:
-        monkeypatch.setattr(candidates, "plan", lambda device: TINY)
-        monkeypatch.setattr(candidates, "candidates", lambda shipped, plan: chosen)
-        monkeypatch.setattr(triton_report, "report", static(problems, []))
+        monkeypatch.setattr(candidates, "make_plan", lambda device: TINY)
+        monkeypatch.setattr(candidates, "make_candidates", lambda shipped, plan: chosen)
+        monkeypatch.setattr(triton_report, "inspect_variants", static(problems, []))
         code = main(["sweep", "--device", "cpu", "--minutes", "60", "--out", str(tmp_path), *arguments])
         return code, report.read(tmp_path)
 
@@ -166,10 +166,10 @@ def test_every_kernel_of_a_sweep_is_compiled_ahead(monkeypatch: pytest.MonkeyPat
     launched: list[Variant] = []
     constants = launch._constants
     monkeypatch.setattr(launch, "_constants", lambda variant: launched.append(variant) or constants(variant))
-    monkeypatch.setattr(candidates, "plan", lambda device: TINY)
+    monkeypatch.setattr(candidates, "make_plan", lambda device: TINY)
     chosen = [Candidate(SHIPPED), Candidate("blocks", DIAGONAL, SMALL, (16, 32)), Candidate("ids", IDS, SMALL)]
-    monkeypatch.setattr(candidates, "candidates", lambda shipped, plan: chosen)
-    monkeypatch.setattr(triton_report, "report", static({}, seen))
+    monkeypatch.setattr(candidates, "make_candidates", lambda shipped, plan: chosen)
+    monkeypatch.setattr(triton_report, "inspect_variants", static({}, seen))
     assert main(["sweep", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert len(seen) == len(set(seen)) > 3
     assert set(launched) == set(seen)

@@ -27,7 +27,9 @@ def test_peak_memory_is_read_right(mib: int) -> None:
 def test_rounds_are_interleaved() -> None:
     calls: list[str] = []
     steps = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
-    times = timing.interleaved(steps, CPU, seconds=0, min_rounds=3, before=lambda name: calls.append(f"before {name}"))
+    times = timing.time_interleaved(
+        steps, CPU, seconds=0, min_rounds=3, setup=lambda name: calls.append(f"before {name}")
+    )
     assert [call for call in calls if "before" not in call] == ["a", "b", "b", "a", "a", "b"]
     assert calls[:2] == ["before a", "a"]
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}

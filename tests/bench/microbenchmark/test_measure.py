@@ -21,26 +21,26 @@ def test_a_rival_that_cannot_run_is_shown_with_its_reason(monkeypatch: pytest.Mo
 
     rivals = [
         contenders.Contender("floor", None),
-        contenders.Contender("ours (eager)", contenders.eager, ours=True),
+        contenders.Contender("ours (eager)", contenders.eager_loss, ours=True),
         contenders.Contender("broken", broken),  # type: ignore[arg-type]
     ]
-    monkeypatch.setattr(measure, "contenders", lambda *arguments: rivals)
-    rows = measure.measure(Problem(16, 8, torch.float32, FROZEN), CPU, 0.0, None, Progress(1))
+    monkeypatch.setattr(measure, "contenders_for", lambda *arguments: rivals)
+    rows = measure.measure_problem(Problem(16, 8, torch.float32, FROZEN), CPU, 0.0, None, Progress(1))
     assert [(row.contender, row.note) for row in rows][2] == ("broken", "n/a: RuntimeError: no room")
     assert rows[2].ms is None
     assert rows[1].of_full is not None
     assert rows[1].of_full > 0
-    monkeypatch.setattr(measure, "contenders", lambda *arguments: [rivals[0], replace(rivals[2], ours=True)])
-    rows = measure.measure(Problem(16, 8, torch.float32), CPU, 0.0, None, Progress(1))
+    monkeypatch.setattr(measure, "contenders_for", lambda *arguments: [rivals[0], replace(rivals[2], ours=True)])
+    rows = measure.measure_problem(Problem(16, 8, torch.float32), CPU, 0.0, None, Progress(1))
     assert [(row.contender, row.note) for row in rows] == [("floor", ""), ("broken", "n/a: RuntimeError: no room")]
-    assert measure.failures(rows) == []
-    assert measure.failures(
+    assert measure.failure_lines(rows) == []
+    assert measure.failure_lines(
         [replace(rows[1], contender="ours (x), graph"), replace(rows[0], contender="ours (x)")]
     ) == ["forward + backward, float32, B = 16, D = 8: ours (x), graph: n/a: RuntimeError: no room"]
-    monkeypatch.setattr(measure, "contenders", lambda *arguments: [replace(rivals[2], loss=None), rivals[1]])
-    monkeypatch.setattr(contenders.Floor, "__call__", broken)
+    monkeypatch.setattr(measure, "contenders_for", lambda *arguments: [replace(rivals[2], loss=None), rivals[1]])
+    monkeypatch.setattr(contenders.GemmFloor, "__call__", broken)
     with pytest.raises(RuntimeError, match="no room"):
-        measure.measure(Problem(16, 8, torch.float32), CPU, 0.0, None, Progress(1))
+        measure.measure_problem(Problem(16, 8, torch.float32), CPU, 0.0, None, Progress(1))
 
 
 def test_who_fails_beside_the_others_leaves_them_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,11 +51,11 @@ def test_who_fails_beside_the_others_leaves_them_timed(monkeypatch: pytest.Monke
         calls.append(len(calls))
         if len(calls) > 3:
             raise torch.OutOfMemoryError("no room")
-        return contenders.eager(*inputs)
+        return contenders.eager_loss(*inputs)
 
     entrants = [
         contenders.Contender("floor", None),
-        contenders.Contender("ours (eager)", contenders.eager, ours=True),
+        contenders.Contender("ours (eager)", contenders.eager_loss, ours=True),
         contenders.Contender("hungry", hungry),
     ]
     rows = measure.measure_contenders(Problem(16, 8, torch.float32), entrants, CPU, 0.0, Progress(1))
@@ -66,17 +66,17 @@ def test_who_fails_beside_the_others_leaves_them_timed(monkeypatch: pytest.Monke
 def test_the_floor_s_buffers_are_not_there_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
     floors = []
 
-    class Floor(contenders.Floor):
+    class RecordedFloor(contenders.GemmFloor):
         def __init__(self, *arguments: Any) -> None:
             floors.append(self)
             super().__init__(*arguments)
 
     def rival(*inputs: torch.Tensor) -> torch.Tensor:
         assert not any(hasattr(floor, name) for floor in floors for name in ("z", "dz", "dx", "dy"))
-        return contenders.eager(*inputs)
+        return contenders.eager_loss(*inputs)
 
-    monkeypatch.setattr(contenders, "Floor", Floor)
-    monkeypatch.setattr(measure, "Floor", Floor)
+    monkeypatch.setattr(contenders, "GemmFloor", RecordedFloor)
+    monkeypatch.setattr(measure, "GemmFloor", RecordedFloor)
     entrants = [contenders.Contender("floor", None), contenders.Contender("rival", rival)]
     rows = measure.measure_contenders(Problem(16, 8, torch.float32), entrants, CPU, 0.0, Progress(1))
     assert len(floors) == 1

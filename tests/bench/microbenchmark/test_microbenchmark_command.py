@@ -41,7 +41,7 @@ def test_it_writes_a_table_a_csv_and_a_plot(tmp_path: Path, capsys: pytest.Captu
         assert column in printed
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    ours = [f"ours ({name})" for name in contenders.ours(Problem(96, 32, torch.float32), CPU)]
+    ours = [f"ours ({name})" for name in contenders.backends_to_time(Problem(96, 32, torch.float32), CPU)]
     assert ours[-1] == "ours (eager)"
     assert [r["contender"] for r in rows] == ["floor", *ours, "eager", "chunk_size=1024"] * 2
     for row in rows:
@@ -78,10 +78,10 @@ def test_ours_that_cannot_run_fails_the_command(monkeypatch: pytest.MonkeyPatch,
     entrants = [
         contenders.Contender("floor", None),
         contenders.Contender("ours (broken)", broken, ours=True),  # type: ignore[arg-type]
-        contenders.Contender("eager", contenders.eager),
+        contenders.Contender("eager", contenders.eager_loss),
     ]
-    monkeypatch.setattr(measure, "contenders", lambda *arguments: entrants)
-    monkeypatch.setattr(command, "gradients_are_right", lambda *arguments: True)
+    monkeypatch.setattr(measure, "contenders_for", lambda *arguments: entrants)
+    monkeypatch.setattr(command, "check_gradients", lambda *arguments: True)
     arguments = ["--device", "cpu", "--batches", "32", "--dim", "8", "--seconds", "0", "--out", str(tmp_path)]
     assert main(arguments) == 1
     rows = {row.contender: row for row in report.read(tmp_path).rows}
@@ -92,7 +92,7 @@ def test_ours_that_cannot_run_fails_the_command(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_what_time_does_not_allow_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "gradients_are_right", lambda *arguments: True)
+    monkeypatch.setattr(command, "check_gradients", lambda *arguments: True)
     arguments = ["--device", "cpu", "--batches", "16", "--dim", "8", "--minutes", "0", "--out", str(tmp_path)]
     assert main(arguments) == 0
     assert report.read(tmp_path).left_out == ["B=16 D=8 float32 forward + backward: no time left"]
@@ -107,6 +107,6 @@ def test_what_a_problem_will_take_is_known_from_a_smaller_one() -> None:
         Row(FULL, "bfloat16", 16, 4, "a", ms=9000.0, rounds=3),
         Row(FULL, "float32", 99, 4, "alone", ms=9000.0, rounds=1),
     ]
-    assert command.expected_seconds(Problem(32, 4, torch.float32), rows) == pytest.approx(5 * 2 * 4)
-    assert command.expected_seconds(Problem(16, 12, torch.float32, FORWARD), rows) == pytest.approx(5 * 2 * 3 / 3)
-    assert command.expected_seconds(Problem(32, 4, torch.float16), rows) == 0
+    assert command.estimate_seconds(Problem(32, 4, torch.float32), rows) == pytest.approx(5 * 2 * 4)
+    assert command.estimate_seconds(Problem(16, 12, torch.float32, FORWARD), rows) == pytest.approx(5 * 2 * 3 / 3)
+    assert command.estimate_seconds(Problem(32, 4, torch.float16), rows) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.microbenchmark import readme, report
 from bench.microbenchmark.problems import FULL
-from bench.microbenchmark.results import Bound, Rate, Results, Row, Trial
+from bench.microbenchmark.results import Rate, Results, Row, Trial, WorkspaceBound
 
 
 def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -15,7 +15,7 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
         {"device": "a", "torch": "2"},
         checks=[{"check": "c", "backend": "eager", "dtype": "float32", "wrong": ["x"]}],
         rates=[Rate("copy", "1", 1.0, 0.5, 2.0, 3.0)],
-        bounds=[Bound(16, 1.0, 0.5, 2.0, None)],
+        bounds=[WorkspaceBound(16, 1.0, 0.5, 2.0, None)],
         rows=[Row(FULL, "float32", 8, 4, "eager", 1.0, 0.5, 2.0)],
         trials=[Trial("diagonal", 4, "shipped", "tile", "block", 168, 0, 96.0, 1.0, 0.5, 2.0, 0.9)],
         conclusions=["keep it"],
@@ -30,7 +30,7 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_the_readme_s_tables_are_those_of_the_results() -> None:
     text = (readme.ROOT / "README.md").read_text()
-    assert readme.filled(text) == text
+    assert readme.fill_tables(text) == text
     named = [folder for folder in (readme.ROOT / "bench" / "results").iterdir() if f"results/{folder.name}:" in text]
     assert named
 
@@ -54,7 +54,7 @@ def test_a_table_is_filled_in(tmp_path: Path) -> None:
     }
     report.write(Results(about, rows=rows), tmp_path / "a-gpu")
     before = "text\n" + readme.BEGIN.format("a-gpu") + "old\n" + readme.END + "\nmore\n"
-    after = readme.filled(before, tmp_path)
+    after = readme.fill_tables(before, tmp_path)
     assert "a GPU, driver 5, torch 2" in after
     (line,) = [line for line in after.splitlines() if "4,096" in line]
     assert [cell.strip() for cell in line.split("|")[5:10]] == ["4.00 (triton)", "0.50", "2.00", "10", "1,234"]

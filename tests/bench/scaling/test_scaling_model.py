@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench.scaling.events import Simulation
-from bench.scaling.model import Cluster, Hops, Job, Link, Ring, finish
+from bench.scaling.model import Cluster, HopSeconds, Link, RingModel, Workload, completion_times
 
 # 1 GB/s within a node of 4 and 0.1 GB/s between nodes: 1000 bytes take 1 + 1 µs and 3 + 10 µs.
 SLOW = Cluster(4, Link(1e9, 1e-6), Link(1e8, 3e-6))
@@ -27,21 +27,21 @@ def test_events_and_recurrence_agree(N: int, G: int) -> None:
             links = [Link(*random.uniform((200, 0), (4000, 0.4))) for _ in range(2)]
             cluster = Cluster(gpus, *links)
             block = random.uniform(0, 3) * random.uniform(0.1, 4, (W, W) if own_split else ())
-            job = Job(W, 1, 400, block, random.uniform(0, 0.3), own_split=own_split)
+            workload = Workload(W, 1, 400, block, random.uniform(0, 0.3), own_split=own_split)
             for sum_bytes in (4, 0):
-                both = replace(job, sum_bytes=sum_bytes).ring(cluster, N)
-                np.testing.assert_allclose(finish(both), Simulation(both).run(), rtol=1e-12)
+                both = replace(workload, sum_bytes=sum_bytes).ring(cluster, N)
+                np.testing.assert_allclose(completion_times(both), Simulation(both).run(), rtol=1e-12)
 
 
-def lane(features: float, sums: float, W: int) -> Hops:
+def lane(features: float, sums: float, W: int) -> HopSeconds:
     """Of equal links."""
-    return Hops(np.full(W, features), np.full(W, sums))
+    return HopSeconds(np.full(W, features), np.full(W, sums))
 
 
-def ring(W: int, block: Any, features: float, sums: float | None, own_split: float = 0.5, **more: Any) -> Ring:
+def ring(W: int, block: Any, features: float, sums: float | None, own_split: float = 0.5, **more: Any) -> RingModel:
     """Of one level and equal links; without sums forward only."""
     links = lane(features, sums or 0.0, W)
-    return Ring(1, W, block, links, links, backward=sums is not None, own_split=own_split, **more)
+    return RingModel(1, W, block, links, links, backward=sums is not None, own_split=own_split, **more)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def ring(W: int, block: Any, features: float, sums: float | None, own_split: flo
     ],
 )
 def test_two_ranks_by_hand(own_split: float, expected: float) -> None:
-    two = ring(2, 10, 3, 4, own_split, overhead=1, agreement=2)
-    assert finish(two).tolist() == [expected] * 2
+    two = ring(2, 10, 3, 4, own_split, overhead=1, handshake=2)
+    assert completion_times(two).tolist() == [expected] * 2
     assert Simulation(two).run().tolist() == [expected] * 2
 
 
@@ -70,18 +70,18 @@ def test_one_late_rank_by_hand() -> None:
     block = np.full((3, 3), 2.0)
     block[1, 1] = 20
     late = ring(3, block, 1, 3)
-    assert finish(late).tolist() == Simulation(late).run().tolist() == [27] * 3
+    assert completion_times(late).tolist() == Simulation(late).run().tolist() == [27] * 3
 
 
 @pytest.mark.parametrize("W", [2, 3, 8, 13])
 def test_what_is_hidden_and_what_is_not(W: int) -> None:
     """Blocks longer than both transfers hide all but the ends of the ring; those hide behind the parts of the own."""
-    assert finish(ring(W, 10, 4, 5)).max() == pytest.approx(10 * W)
-    assert finish(ring(W, 10, 4, 5, own_split=1.0)).max() == pytest.approx(10 * W + 5)
-    assert finish(ring(W, 10, 4, 5, own_split=0.0)).max() == pytest.approx(10 * W + 4)
-    assert finish(ring(W, 10, 4, None, own_split=1.0)).max() == pytest.approx(10 * W)
+    assert completion_times(ring(W, 10, 4, 5)).max() == pytest.approx(10 * W)
+    assert completion_times(ring(W, 10, 4, 5, own_split=1.0)).max() == pytest.approx(10 * W + 5)
+    assert completion_times(ring(W, 10, 4, 5, own_split=0.0)).max() == pytest.approx(10 * W + 4)
+    assert completion_times(ring(W, 10, 4, None, own_split=1.0)).max() == pytest.approx(10 * W)
     # Without computation the transfers take turns on the links.
-    assert finish(ring(W, 0, 4, 5)).max() == pytest.approx((W - 1) * (4 + 5))
+    assert completion_times(ring(W, 0, 4, 5)).max() == pytest.approx((W - 1) * (4 + 5))
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_what_is_hidden_and_what_is_not(W: int) -> None:
     ],
 )
 def test_two_nodes_of_two_by_hand(texts: float, sums: float, expected: float) -> None:
-    four = Ring(2, 2, 10, lane(1, 2, 4), lane(texts, sums, 4))
-    assert finish(four).tolist() == Simulation(four).run().tolist() == [expected] * 4
+    four = RingModel(2, 2, 10, lane(1, 2, 4), lane(texts, sums, 4))
+    assert completion_times(four).tolist() == Simulation(four).run().tolist() == [expected] * 4
 
 
 @pytest.mark.parametrize("N", [2, 3, 7])
 def test_a_transfer_between_nodes_hides_behind_the_blocks_of_a_node(N: int) -> None:
     def time(texts: float, sums: float, **more: Any) -> float:
-        return finish(Ring(N, 4, 10, lane(4, 5, 4 * N), lane(texts, sums, 4 * N), **more)).max() - 40 * N
+        return completion_times(RingModel(N, 4, 10, lane(4, 5, 4 * N), lane(texts, sums, 4 * N), **more)).max() - 40 * N
 
     # The first texts leave for the next node a block late, the last sums have but half of the own block.
     assert time(30, 5) == pytest.approx(0)
@@ -114,45 +114,47 @@ def test_a_transfer_between_nodes_hides_behind_the_blocks_of_a_node(N: int) -> N
 
 
 def test_ranks_of_one_place_in_their_nodes_fare_alike_in_a_large_world() -> None:
-    job = Job(512, 1, 250, 5e-6)
-    done = finish(job.ring(SLOW)).reshape(-1, 4)
+    workload = Workload(512, 1, 250, 5e-6)
+    done = completion_times(workload.ring(SLOW)).reshape(-1, 4)
     assert (done == done[0]).all()
     # A border link carries 500 bytes of texts and 1000 of sums a step: 8 and 13 µs against 5 µs of computation.
-    assert done.max() - SLOW.agreement(1, 512) == pytest.approx(511 * 21e-6, rel=0.01)
+    assert done.max() - SLOW.handshake(1, 512) == pytest.approx(511 * 21e-6, rel=0.01)
     # With two levels, as much for every 4 steps.
-    levels = finish(job.ring(SLOW, 128))
+    levels = completion_times(workload.ring(SLOW, 128))
     assert (levels == levels[0]).all()
-    assert levels.max() - SLOW.agreement(128, 4) == pytest.approx(128 * 21e-6, rel=0.01)
+    assert levels.max() - SLOW.handshake(128, 4) == pytest.approx(128 * 21e-6, rel=0.01)
 
 
 def test_a_ring_leaves_every_node_by_one_link() -> None:
     fast, slow = 2e-6, 13e-6
-    np.testing.assert_allclose(SLOW.hops(1, 4, 1000)[0], [fast] * 4)
-    np.testing.assert_allclose(SLOW.hops(1, 8, 1000)[0], [fast, fast, fast, slow] * 2)
-    np.testing.assert_allclose(SLOW.hops(1, 6, 1000)[0], [fast, fast, fast, slow, fast, slow])
-    np.testing.assert_allclose(SLOW.agreement(1, 6), 3 * (1e-6 + 128e-9) + 2 * (3e-6 + 1280e-9))
-    assert SLOW.agreement(1, 1) == 0
-    assert SLOW.collective(4) == SLOW.intra
-    assert SLOW.collective(8) == Link(4e8, 3e-6)
+    np.testing.assert_allclose(SLOW.hop_seconds(1, 4, 1000)[0], [fast] * 4)
+    np.testing.assert_allclose(SLOW.hop_seconds(1, 8, 1000)[0], [fast, fast, fast, slow] * 2)
+    np.testing.assert_allclose(SLOW.hop_seconds(1, 6, 1000)[0], [fast, fast, fast, slow, fast, slow])
+    np.testing.assert_allclose(SLOW.handshake(1, 6), 3 * (1e-6 + 128e-9) + 2 * (3e-6 + 1280e-9))
+    assert SLOW.handshake(1, 1) == 0
+    assert SLOW.collective_link(4) == SLOW.intra
+    assert SLOW.collective_link(8) == Link(4e8, 3e-6)
 
 
 def test_a_ring_of_two_levels_leaves_it_by_all() -> None:
-    np.testing.assert_allclose(SLOW.hops(2, 4, 1000), [[2e-6] * 8, [13e-6] * 8])
+    np.testing.assert_allclose(SLOW.hop_seconds(2, 4, 1000), [[2e-6] * 8, [13e-6] * 8])
     # Round the node by 3 hops of 128 bytes, then once to the other node with 512.
-    np.testing.assert_allclose(SLOW.agreement(2, 4), 3 * (1e-6 + 128e-9) + 3e-6 + 5120e-9)
-    assert [SLOW.nodes(W) for W in (1, 2, 4, 6, 8, 12)] == [1, 1, 1, 1, 2, 3]
+    np.testing.assert_allclose(SLOW.handshake(2, 4), 3 * (1e-6 + 128e-9) + 3e-6 + 5120e-9)
+    assert [SLOW.ring_nodes(W) for W in (1, 2, 4, 6, 8, 12)] == [1, 1, 1, 1, 2, 3]
 
 
 def test_gather_and_memory_by_hand() -> None:
-    job = Job(8, 10, 50, block=1e-3, overhead=1e-4)
+    workload = Workload(8, 10, 50, block_seconds=1e-3, overhead=1e-4)
     # A block of 1000 bytes of texts and 2000 of gradients at 0.4 GB/s.
-    assert job.gather(SLOW) - SLOW.agreement(1, 8) == pytest.approx(8e-3 + 3e-4 + 7 * (3e-6 + 2.5e-6 + 3e-6 + 5e-6))
-    assert job.ring_bytes() == 500 * (4 + 4 + 4 + 2 * 2 + 2 * 4)
-    assert job.ring_bytes(2) == 500 * (4 + 4 + 4 + 4 * 2 + 5 * 4)
-    assert job.gather_bytes() == 500 * (8 * (2 + 4) + 4 + 4)
-    half, forward = Job(8, 10, 50, 1e-3, sum_bytes=2), Job(8, 10, 50, 1e-3, sum_bytes=0)
+    assert workload.gather(SLOW) - SLOW.handshake(1, 8) == pytest.approx(
+        8e-3 + 3e-4 + 7 * (3e-6 + 2.5e-6 + 3e-6 + 5e-6)
+    )
+    assert workload.ring_bytes() == 500 * (4 + 4 + 4 + 2 * 2 + 2 * 4)
+    assert workload.ring_bytes(2) == 500 * (4 + 4 + 4 + 4 * 2 + 5 * 4)
+    assert workload.gather_bytes() == 500 * (8 * (2 + 4) + 4 + 4)
+    half, forward = Workload(8, 10, 50, 1e-3, sum_bytes=2), Workload(8, 10, 50, 1e-3, sum_bytes=0)
     assert (half.ring_bytes(), half.gather_bytes()) == (500 * (12 + 4 + 4), 500 * (8 * (2 + 4 + 2) + 4 + 2))
     assert (forward.ring_bytes(), forward.ring_bytes(2), forward.gather_bytes()) == (500 * 4, 500 * 8, 500 * 16)
-    assert job.ring(SLOW).backward
+    assert workload.ring(SLOW).backward
     assert not forward.ring(SLOW).backward
-    assert forward.gather(SLOW) < half.gather(SLOW) < job.gather(SLOW)
+    assert forward.gather(SLOW) < half.gather(SLOW) < workload.gather(SLOW)

@@ -15,8 +15,8 @@ from bench.microbenchmark import report
 from bench.microbenchmark.problems import FORWARD, FULL
 from bench.microbenchmark.results import Results, Row
 from bench.scaling import command
-from bench.scaling.model import Cluster, Job, Link, finish
-from bench.scaling.prediction import HIDDEN, hidden_from, measured_rate
+from bench.scaling.model import Cluster, Link, Workload, completion_times
+from bench.scaling.prediction import HIDDEN_BELOW, measured_rate, smallest_hidden_batch
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +45,20 @@ def test_the_report_says_what_the_model_predicts(written: Path) -> None:
     cluster = Cluster(8, Link(450e9, 5e-6), Link(50e9, 10e-6))
     for point in points:
         W, b = point["W"], point["b"]
-        job = Job(W, b, 768, 6 * b * b * 768 / 600e12, 20e-6, own_split=1.0 if b == 512 else 0.5)
-        for key, own_split in (("ring_ms", job.own_split), ("own_first_ms", 1.0), ("own_last_ms", 0.0)):
-            assert point[key] == pytest.approx(1000 * finish(replace(job, own_split=own_split).ring(cluster)).max())
-        assert point["gather_ms"] == pytest.approx(1000 * job.gather(cluster))
-        assert point["compute_ms"] == pytest.approx(1000 * (W * job.block + (W + (b > 512)) * 20e-6))
-        assert point["two_level_ms"] == pytest.approx(1000 * finish(job.ring(cluster, W // 8)).max())
+        workload = Workload(W, b, 768, 6 * b * b * 768 / 600e12, 20e-6, own_split=1.0 if b == 512 else 0.5)
+        for key, own_split in (("ring_ms", workload.own_split), ("own_first_ms", 1.0), ("own_last_ms", 0.0)):
+            assert point[key] == pytest.approx(
+                1000 * completion_times(replace(workload, own_split=own_split).ring(cluster)).max()
+            )
+        assert point["gather_ms"] == pytest.approx(1000 * workload.gather(cluster))
+        assert point["compute_ms"] == pytest.approx(1000 * (W * workload.block_seconds + (W + (b > 512)) * 20e-6))
+        assert point["two_level_ms"] == pytest.approx(1000 * completion_times(workload.ring(cluster, W // 8)).max())
         assert point["two_level_exposed"] == pytest.approx(1 - point["compute_ms"] / point["two_level_ms"])
         assert point["two_level_mib"] - point["ring_mib"] == (W > 8) * b * 768 * (2 * 2 + 3 * 4) / 2**20
         assert point["ring_exposed_ms"] == pytest.approx(point["ring_ms"] - point["compute_ms"])
         assert point["ring_exposed"] == pytest.approx(point["ring_exposed_ms"] / point["ring_ms"])
-        assert (point["ring_exposed"] < HIDDEN) == (b >= {8: 4096, 64: 16_384}[W])
-        assert (point["two_level_exposed"] < HIDDEN) == (b >= 4096)
+        assert (point["ring_exposed"] < HIDDEN_BELOW) == (b >= {8: 4096, 64: 16_384}[W])
+        assert (point["two_level_exposed"] < HIDDEN_BELOW) == (b >= 4096)
     text = (written / "scaling.md").read_text()
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert ["8", "4,096", "32,768", "4,096", "32,768"] in lines
@@ -69,9 +71,9 @@ def test_the_report_says_what_the_model_predicts(written: Path) -> None:
 
 
 def test_hidden_from_the_last_that_is_exposed_on() -> None:
-    assert hidden_from({1: 0.5, 2: 0.04, 4: 0.06, 8: 0.01, 16: 0.0}) == 8
-    assert hidden_from({1: 0.0, 2: 0.0}) == 1
-    assert hidden_from({1: 0.0, 2: HIDDEN}) is None
+    assert smallest_hidden_batch({1: 0.5, 2: 0.04, 4: 0.06, 8: 0.01, 16: 0.0}) == 8
+    assert smallest_hidden_batch({1: 0.0, 2: 0.0}) == 1
+    assert smallest_hidden_batch({1: 0.0, 2: HIDDEN_BELOW}) is None
 
 
 def test_a_measured_rate_is_that_of_our_fastest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.scaling.events import Simulation, Transfer
-from bench.scaling.model import Hops, Job, Ring
+from bench.scaling.model import HopSeconds, RingModel, Workload
 from siglip_kernels import ring as exchange
 from siglip_kernels.pairs import PairSpec
 
@@ -73,8 +73,8 @@ def test_the_model_runs_the_schedule_of_the_code(
     loop: Any = Loop(images, log)
     exchange.ring(world, loop, PairSpec(), own)
     own_split = 0.5 if gives and images >= exchange.ENOUGH_TO_SPLIT else 1.0
-    links = Hops(np.ones(N * G), np.ones(N * G))
-    modelled = Recorded(Ring(N, G, 1.0, links, links, gives, own_split=own_split)).record(1 % N * G + 1 % G)
+    links = HopSeconds(np.ones(N * G), np.ones(N * G))
+    modelled = Recorded(RingModel(N, G, 1.0, links, links, gives, own_split=own_split)).record(1 % N * G + 1 % G)
     assert [line for line in modelled if line != "compute 0.0"] == log
 
 
@@ -87,5 +87,5 @@ def test_the_model_counts_the_buffers_of_the_code(N: int, G: int, gives: bool) -
     held = [t for box in texts.inner_boxes + texts.outer_boxes for t in box.tensors()]
     held += [sums.part, *sums.inner_sums, *sums.outer_sums] + ([] if N == 1 else [sums.home])
     dx_dy = 7 * 8 * gives
-    expected = Job(N * G, 7, 1, 0.0, sum_bytes=4 * gives).ring_bytes(N)
+    expected = Workload(N * G, 7, 1, 0.0, sum_bytes=4 * gives).ring_bytes(N)
     assert dx_dy + sum(t.numel() * t.element_size() for t in held) == expected

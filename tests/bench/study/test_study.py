@@ -18,7 +18,7 @@ from bench.__main__ import main
 from bench.study import experiment
 from bench.study.experiment import LABELS, LOSSES, Design, Outcome, Run, Study
 from bench.study.report import markdown
-from bench.study.statistics import Seeds, spread, verdict
+from bench.study.statistics import OutcomesBySeed, better_loss, spread
 
 DESIGN = Design(256, (16, 32), (32,), (32, 16), (1e-3, 1e-2), image_width=4, text_width=8)
 RATES = {(loss, labels, batch): 3e-3 for loss in LOSSES for labels in LABELS for batch in (16, 32)}
@@ -33,7 +33,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def made_up(run: Run, accuracy: float) -> Outcome:
-    return Outcome(run, dict.fromkeys(experiment.example().LANGUAGES, accuracy), {1: 9.0, 2: 8.0}, 10.0, run.bias, 1.0)
+    return Outcome(
+        run, dict.fromkeys(experiment.digits_example().LANGUAGES, accuracy), {1: 9.0, 2: 8.0}, 10.0, run.bias, 1.0
+    )
 
 
 def test_it_writes_its_files_and_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +54,9 @@ def test_it_writes_its_files_and_goes_on_where_it_stopped(tmp_path: Path, capsys
     kept = saved["outcomes"][:-3]
     (tmp_path / "study.json").write_text(json.dumps(saved | {"outcomes": kept}))
     results = Study.resume(experiment.QUICK, tmp_path)
-    results.perform(experiment.QUICK.runs(0, experiment.choose(results.outcomes, experiment.QUICK)), tmp_path)
+    results.run_missing(
+        experiment.QUICK.runs(0, experiment.choose_learning_rates(results.outcomes, experiment.QUICK)), tmp_path
+    )
     again = json.loads((tmp_path / "study.json").read_text())["outcomes"]
     assert again[:-3] == kept
     assert [o | {"seconds": 0} for o in again] == [o | {"seconds": 0} for o in saved["outcomes"]]
@@ -66,7 +70,7 @@ def test_another_design_is_not_added_to(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_same_seed_same_numbers() -> None:
     torch.set_num_threads(1)
-    first, again, other = (experiment.perform(replace(RUN, seed=seed), DESIGN) for seed in (0, 0, 1))
+    first, again, other = (experiment.train(replace(RUN, seed=seed), DESIGN) for seed in (0, 0, 1))
     assert first.curve == again.curve
     assert first.accuracy == again.accuracy
     assert first.curve != other.curve
@@ -74,7 +78,7 @@ def test_same_seed_same_numbers() -> None:
 
 
 def test_both_losses_see_the_same_examples_from_the_same_towers(monkeypatch: pytest.MonkeyPatch) -> None:
-    script, seen = experiment.example(), []
+    script, seen = experiment.digits_example(), []
 
     def watched(name: str, model: Any, batches: Any, steps: int, lr: float) -> list[float]:
         weights = [p.detach().clone() for tower in (model.image_tower, model.text_tower) for p in tower.parameters()]
@@ -85,7 +89,7 @@ def test_both_losses_see_the_same_examples_from_the_same_towers(monkeypatch: pyt
     for batch in DESIGN.batches:
         for labels in LABELS:
             for loss in LOSSES:
-                experiment.perform(Run(loss, labels, batch, DESIGN.examples, -10.0, 1e-3, seed=3), DESIGN)
+                experiment.train(Run(loss, labels, batch, DESIGN.examples, -10.0, 1e-3, seed=3), DESIGN)
             (towers, batches), (other_towers, other_batches) = seen[-2:]
             assert sum(len(b.images) for b in batches) == DESIGN.examples
             assert all(torch.equal(p, q) for p, q in zip(towers, other_towers, strict=True))
@@ -96,7 +100,7 @@ def test_both_losses_see_the_same_examples_from_the_same_towers(monkeypatch: pyt
 
 
 def test_the_learning_rate_is_chosen_without_the_test_images() -> None:
-    data, validation = experiment.digits(False), experiment.digits(True)
+    data, validation = experiment.load_digits(False), experiment.load_digits(True)
     rows = {
         name: {tuple(image.flatten().tolist()) for image in getattr(d, f"{part}_images")}
         for name, d, part in (
@@ -140,11 +144,11 @@ def test_choice_of_learning_rates() -> None:
     outcomes = [made_up(run, read[run.lr]) for run in DESIGN.search()]
     outcomes[0] = made_up(outcomes[0].run, 0.99)  # one seed alone: the mean of three is still less
     outcomes.append(made_up(replace(RUN, lr=1.0), 1.0))  # on test images: no reason to choose it
-    rates = experiment.choose(outcomes, DESIGN)
+    rates = experiment.choose_learning_rates(outcomes, DESIGN)
     assert rates.keys() == RATES.keys()
     assert {rates[cell] for cell in rates if cell[2] == 32} == {1e-2}
     assert {rates[cell] for cell in rates if cell[2] == 16} == {1e-2 * math.sqrt(0.5)}
-    equals = experiment.choose([made_up(run, 0.5) for run in DESIGN.search()][::-1], DESIGN)
+    equals = experiment.choose_learning_rates([made_up(run, 0.5) for run in DESIGN.search()][::-1], DESIGN)
     assert {equals[cell] for cell in equals if cell[2] == 32} == {1e-3}
 
 
@@ -162,7 +166,7 @@ def test_spread_on_made_up_figures() -> None:
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
-    """Seeds that differ by far more than the losses do; one seed has one loss only."""
+    """OutcomesBySeed that differ by far more than the losses do; one seed has one loss only."""
     outcomes = []
     for seed, (sigmoid, softmax) in enumerate([(0.60, 0.58), (0.80, 0.77), (0.90, 0.86)]):
         outcomes.append(made_up(replace(RUN, seed=seed), sigmoid))
@@ -171,21 +175,21 @@ def test_differences_are_taken_seed_by_seed() -> None:
     outcomes.append(made_up(replace(RUN, seed=0, bias=0.0), 0.2))
     outcomes.append(made_up(replace(RUN, seed=0, validation=True), 0.3))
     results = Study(DESIGN, {"torch": "2"}, outcomes)
-    difference = Seeds(results).difference("pair", 32)
+    difference = OutcomesBySeed(results).difference("pair", 32)
     assert difference is not None
     assert difference[:4] == pytest.approx((0.03, 0.01, 0.02, 0.04))
-    assert verdict(difference) == "sigmoid"
-    assert verdict(spread([-0.02, -0.03, -0.04])) == "softmax"
-    assert verdict(spread([0.02, -0.01, 0.03])) == "within the spread"
-    assert verdict(spread([0.5])) == "one seed"
-    assert Seeds(results).cells() == [("pair", 32, 256)]
+    assert better_loss(difference) == "sigmoid"
+    assert better_loss(spread([-0.02, -0.03, -0.04])) == "softmax"
+    assert better_loss(spread([0.02, -0.01, 0.03])) == "within the spread"
+    assert better_loss(spread([0.5])) == "one seed"
+    assert OutcomesBySeed(results).shared_settings() == [("pair", 32, 256)]
     line = next(line for line in markdown(results).splitlines() if line.startswith("| pair   | 32"))
     assert "+3.0 ± 2.5" in line
     assert "| sigmoid " in line
 
 
 def test_equal_captions_are_read_once_and_give_the_same_features() -> None:
-    tower, data = experiment.ByteTower(8), experiment.digits(False)
+    tower, data = experiment.ByteTower(8), experiment.load_digits(False)
     batch = next(data.batches(1, 300, 0))
     alone = torch.cat([tower(row[None]) for row in batch.tokens[:20]])
     torch.testing.assert_close(tower(batch.tokens)[:20], alone)
