@@ -1,4 +1,4 @@
-"""The microbenchmark: ours beside the hardware's floor and the rivals, interleaved in one process."""
+"""The benchmarks of siglip_kernels, run from the source tree: ``python -m bench VERB``, one folder for each kind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 
 
 def load_module(path: Path) -> ModuleType:
-    """A file as a module of its own."""
+    """Load the file at ``path`` as a module that is in no package."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

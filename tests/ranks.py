@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench import checks
+from bench.gpu import checks
 
 TIMEOUT = 120.0  # seconds; of the group, and of a function, which may compile
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import static_cuda
-from bench.static_cuda import Kernel
+from bench.static import cuda_report
+from bench.static.cuda_report import Kernel
 from siglip_kernels import __main__, backends, build, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends import base, cuda
 from siglip_kernels.backends.base import Problem
@@ -38,7 +38,7 @@ def kernels() -> list[Kernel]:
     if not build.has_compiler(build.TARGETS["cuda"]):
         pytest.skip("no nvcc")
     pytest.importorskip("triton", reason="cuobjdump comes with Triton")
-    return static_cuda.kernels()
+    return cuda_report.kernels()
 
 
 @pytest.mark.parametrize("checks", [(), ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")], ids=len)
@@ -111,7 +111,7 @@ def test_python_and_cpp_have_one_block(cxx: str, tmp_path: Path) -> None:
 
 def test_every_kernel_is_sound(kernels: list[Kernel]) -> None:
     kinds = {(k.dtype, k.general, k.output) for k in kernels}
-    assert kinds == {(d, g, o) for d in ("Bfloat16", "Float16") for g in (False, True) for o in static_cuda.OUTPUTS}
+    assert kinds == {(d, g, o) for d in ("Bfloat16", "Float16") for g in (False, True) for o in cuda_report.OUTPUTS}
     unsound = [str(kernel) for kernel in kernels if kernel.problems()]
     assert not unsound, "\n".join(unsound)
 

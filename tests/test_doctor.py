@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import contenders, load_module
-from bench.timing import MIB, peak_bytes
+from bench import load_module
+from bench.harness.timing import MIB, peak_bytes
+from bench.microbenchmark import contenders
 from siglip_kernels import backends, sigmoid_loss
 from siglip_kernels.__main__ import main
 from siglip_kernels.backends.eager import EagerBlockKernel, Workspace
@@ -48,8 +49,8 @@ def loss_of(form: str, rank: int, group: Any, world: int) -> Callable[..., Tenso
     if form.startswith("ours "):
         return partial(sigmoid_loss, backend=form.removeprefix("ours "))  # type: ignore[arg-type]
     if form == "torch.compile":
-        return torch.compile(contenders.eager, dynamic=False)
-    return contenders.eager if form == "eager" else load_module(Path(form)).SigLipLoss(rank=rank, world_size=world)
+        return torch.compile(contenders.eager_loss, dynamic=False)
+    return contenders.eager_loss if form == "eager" else load_module(Path(form)).SigLipLoss(rank=rank, world_size=world)
 
 
 def peak(rank: int, group: Any, form: str, job: Job) -> float:
@@ -155,7 +156,7 @@ def test_the_copies_of_eager_counted_without_the_device(device: str) -> None:
         x, y = (torch.empty(B, D, device=device) for _ in range(2))
         scalar = torch.empty((), device=device)
         with Live() as live:
-            contenders.eager(x, y, scalar, scalar)
+            contenders.eager_loss(x, y, scalar, scalar)
         _, buffer = torch.ops.aten.log_sigmoid_forward(torch.empty(B, B, device=device))
     copies = COPIES["eager"][device]
     assert live.most / (4 * B * B) == pytest.approx(copies.peak, abs=0.01)
@@ -174,7 +175,7 @@ def test_what_autograd_keeps_of_eager() -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = contenders.eager(x, y, scalar, scalar)
+        loss = contenders.eager_loss(x, y, scalar, scalar)
     assert loss.requires_grad
     assert sum(n == B * B for n in kept.values()) == COPIES["eager"]["cpu"].kept
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
-from bench.timing import peak_bytes
+from bench.harness.timing import peak_bytes
 from siglip_kernels import SigLipLoss, sigmoid_loss
 from siglip_kernels.distributed import Exchange
 from siglip_kernels.testing import relative_l2

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import checks
+from bench.gpu import checks
 from siglip_kernels import SigmoidLoss, backends, gemm, ops, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
@@ -424,6 +424,8 @@ def test_the_gpu_has_both_backends() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["eager", "triton", "auto"])
-@pytest.mark.parametrize("run", [checks.repeats, checks.graph_replay, checks.no_synchronisation, checks.many_pairs])
+@pytest.mark.parametrize(
+    "run", [checks.bitwise_repeatable, checks.cuda_graph_replay, checks.no_host_sync, checks.index_overflow]
+)
 def test_on_the_gpu(run: Callable[..., list[str]], backend: str, dtype: torch.dtype) -> None:
     assert run(backend, torch.device("cuda"), dtype) == []

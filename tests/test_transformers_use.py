@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 
 from transformers import Siglip2Model, SiglipModel
 
-from bench.timing import MIB, peak_bytes
+from bench.harness.timing import MIB, peak_bytes
 from siglip_kernels.integrations.transformers import fuse_loss, unfuse_loss
 from siglip_kernels.testing import relative_l2
 from tests.hosts import KINDS, TINY, Batch, build, cast, gradients, make_batch, rows

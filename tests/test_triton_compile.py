@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import static_report
-from bench.static_report import Resources, Row
+from bench.static import triton_report
+from bench.static.triton_report import Resources, Row
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.configs import Config, Variant
 
@@ -21,14 +21,14 @@ GOOD = Resources(registers=168, spills=0, stack=0, shared=98304, tensor_core=8, 
 def compiled(variants: list[Variant], monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     # In fresh processes, which take the environment of this one: under the interpreter there is nothing to compile.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    return list(static_report.report(variants))
+    return list(triton_report.inspect_variants(variants))
 
 
 def test_every_shipped_variant_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
     # float16 repeats bfloat16 but for the scale of dz: of its uses, the one with dz and a diagonal.
     variants = [v for v in configs.shipped() if v.dtype is not torch.float16 or (v.labels == "offset" and v.write_dz)]
     unsound = [
-        f"{static_report.describe(row.variant)}: {'; '.join(row.problems)}"
+        f"{triton_report.describe(row.variant)}: {'; '.join(row.problems)}"
         for row in compiled(variants, monkeypatch)
         if row.problems
     ]
@@ -69,5 +69,5 @@ def test_two_programs_share_a_hopper_multiprocessor(dtype: torch.dtype, monkeypa
     ],
 )
 def test_problems(changes: dict[str, int], problem: str) -> None:
-    assert static_report.problems(HOPPER, GOOD) == []
-    assert static_report.problems(HOPPER, replace(GOOD, **changes)) == [problem]
+    assert triton_report.find_problems(HOPPER, GOOD) == []
+    assert triton_report.find_problems(HOPPER, replace(GOOD, **changes)) == [problem]

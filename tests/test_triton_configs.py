@@ -82,7 +82,7 @@ def test_the_stages_fit_in_shared_memory(key: tuple[str, int], config: Config) -
 
 
 @pytest.mark.parametrize(("M", "N"), [*itertools.product([1, 63, 64, 65, 128, 129, 1000, 4096], repeat=2)])
-def test_most_tiles_bounds_every_configuration(M: int, N: int) -> None:
+def test_max_tiles_bounds_every_configuration(M: int, N: int) -> None:
     every = [config for _, config in CONFIGS] + [configs.narrowed(config) for _, config in CONFIGS]
     tiles = [-(-M // config.block_m) * -(-N // config.block_n) for config in every]
     assert configs.max_tiles(M, N) == max(tiles)

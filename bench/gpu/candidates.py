@@ -1,0 +1,124 @@
+"""Candidates of the sweep: configurations, block shapes and workspaces of the Triton kernel, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bench.gpu.precompile import LossCall, variants_of_calls
+from bench.harness.timing import MIB
+from bench.microbenchmark.problems import Problem
+from siglip_kernels import backends
+from siglip_kernels.backends.base import DZ_BYTES
+from siglip_kernels.backends.triton import TritonBlockKernel, configs
+from siglip_kernels.backends.triton.configs import Config, Variant
+from siglip_kernels.testing import PAIRS
+
+SHIPPED = "shipped"
+DIAGONAL, IDS = "diagonal", "ids and weights"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the Triton kernel; None: as shipped."""
+
+    name: str
+    pairs_kind: str = DIAGONAL  # DIAGONAL or IDS: the pairs it is timed on
+    config: Config | None = None
+    blocks: tuple[int, int] | None = None  # images and texts
+    dz_bytes: int = DZ_BYTES
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"dz_bytes": self.dz_bytes, "config": self.config, "blocks": self.blocks}
+
+    def make_kernel(self) -> TritonBlockKernel:
+        return TritonBlockKernel(**self.options)
+
+    def launched_variants(self, arch: str, calls: list[LossCall]) -> list[Variant]:
+        """The kernels that ``calls`` launch with this candidate."""
+        return variants_of_calls(arch, calls, **self.options)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """The sizes of ``python -m bench sweep``."""
+
+    problems: tuple[Problem, ...]  # to time
+    check_shape: tuple[int, int, int]  # M, N, D of the check before timing; no tile divides them
+    repeats: int  # of the check, which must agree bit by bit
+    block_shapes: tuple[tuple[int, int], ...]
+    workspace_mib: tuple[float, ...]  # MiB of dz
+    seconds: float  # of timing for each problem
+
+
+def make_plan(device: torch.device) -> SweepPlan:
+    """On a CPU small sizes for Triton's interpreter, in float16, because it computes bfloat16 wrongly."""
+    if device.type == "cpu":
+        problems = tuple(Problem(64, D, torch.float16) for D in (16, 24))
+        return SweepPlan(problems, (33, 70, 20), 1, block_shapes=((32, 64),), workspace_mib=(0.0625,), seconds=0.0)
+    return SweepPlan(
+        problems=tuple(Problem(32_768, D, torch.bfloat16) for D in (768, 1152)),
+        check_shape=(1100, 2900, 776),
+        repeats=20,
+        # Whole waves of the library's 128 × 256 GEMM tiles on 132 multiprocessors, for dx (R rows) and dy (C rows).
+        block_shapes=((11_008, 11_008), (16_384, 8_192), (6_656, 16_384)),
+        workspace_mib=(64, 128, 512, 1024),
+        seconds=8.0,
+    )
+
+
+def make_candidates(shipped: Config, plan: SweepPlan) -> list[Candidate]:
+    """All candidates that need no new kernel code, the shipped one first; ``shipped``: its large tile."""
+    wide = replace(shipped, block_m=128, block_n=256, num_warps=8, num_stages=3)
+    tiles = {
+        "4 warps": replace(shipped, num_warps=4),
+        "128 × 256, 8 warps, 3 stages": wide,
+        "128 × 256, 8 warps, 4 stages": replace(wide, num_stages=4),
+        "256 × 128, 8 warps, 3 stages": replace(wide, block_m=256, block_n=128),
+        "2 stages": replace(shipped, num_stages=2),
+        "4 stages": replace(shipped, num_stages=4),
+        "128 features, 2 stages": replace(shipped, block_d=128, num_stages=2),
+        "16 rows of tiles together": replace(shipped, group_m=16),
+    }
+    narrow = configs.narrowed(shipped)
+    candidates = [Candidate(SHIPPED)]
+    candidates += [Candidate(name, config=config) for name, config in tiles.items()]
+    candidates += [Candidate(f"blocks of {R:,} × {C:,}", blocks=(R, C)) for R, C in plan.block_shapes]
+    candidates += [
+        Candidate(
+            "128 × 256, and blocks of {:,} × {:,}".format(*plan.block_shapes[0]), DIAGONAL, wide, plan.block_shapes[0]
+        )
+    ]
+    candidates += [Candidate(f"workspace of {size:g} MiB", dz_bytes=int(size * MIB)) for size in plan.workspace_mib]
+    candidates += [Candidate(SHIPPED, IDS), Candidate("64 columns", IDS, narrow)]
+    candidates += [Candidate("64 columns, 4 warps", IDS, replace(narrow, num_warps=4))]
+    return [c for c in candidates if c.config != shipped]  # a candidate that has become the shipped one is dropped
+
+
+def check_pairs(kind: str, M: int, N: int, device: torch.device) -> dict[str, Any]:
+    """Arguments of sigmoid_loss for a check, as varied as the kind of pairs allows."""
+    return {} if kind == DIAGONAL else PAIRS["ids"](M, N, device) | PAIRS["weights"](M, N, device)
+
+
+def timed_pairs(kind: str, B: int, device: torch.device) -> dict[str, Any]:
+    """The diagonal, expressed in this kind of pairs, so that one set of float64 values serves all."""
+    if kind == DIAGONAL:
+        return {}
+    ids, ones = torch.arange(B, device=device), torch.ones(B, device=device)
+    return {"image_ids": ids, "text_ids": ids.clone(), "image_weights": ones, "text_weights": ones.clone()}
+
+
+@contextmanager
+def registered_as_triton(kernel: TritonBlockKernel) -> Iterator[None]:
+    """Within the context ``backend="triton"`` is ``kernel``."""
+    before = backends.BACKENDS["triton"]
+    backends.BACKENDS["triton"] = kernel
+    try:
+        yield
+    finally:
+        backends.BACKENDS["triton"] = before

@@ -1,0 +1,1 @@
+"""A model of the distributed loss on a cluster, its report, and the model compared with real processes."""

@@ -1,0 +1,35 @@
+"""Peak memory is read right, and rounds are interleaved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.harness import timing
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("mib", [8, 64, 300])
+def test_peak_memory_is_read_right(mib: int) -> None:
+    """Allocations on either side of the C library's limit for keeping freed memory, after such a one was freed."""
+
+    def step() -> None:
+        torch.ones(mib * 2**20 // 4)
+
+    step()
+    peak = timing.peak_bytes(step, CPU)
+    if peak is None:
+        pytest.skip("peak memory cannot be read on this system")
+    assert peak / 2**20 == pytest.approx(mib, rel=0.05, abs=1)
+
+
+def test_rounds_are_interleaved() -> None:
+    calls: list[str] = []
+    steps = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
+    times = timing.time_interleaved(
+        steps, CPU, seconds=0, min_rounds=3, setup=lambda name: calls.append(f"before {name}")
+    )
+    assert [call for call in calls if "before" not in call] == ["a", "b", "b", "a", "a", "b"]
+    assert calls[:2] == ["before a", "a"]
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
