@@ -96,7 +96,7 @@ class _BlockOperands:
             dz_scale=None,
             workspace=with_dz,
         )
-        variants = {f"block ({name})": partial(kernel.block, task)}
+        variants: dict[str, Callable[[], Any]] = {f"block ({name})": partial(kernel.block, task)}
         if pairs is None:
             no_positives = task._replace(pairs=prepared(PairSpec(positive_offset=None)))
             loss_only = task._replace(dz=None, workspace=without, loss_only=True)
