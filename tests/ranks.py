@@ -23,7 +23,7 @@ class Ranks:
     """A world of ``size`` processes over gloo; every smaller group of its first ranks is there too."""
 
     def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
-        # Torch is imported once, by a server of which every rank is a fork; this process has threads, and is not forked.
+        # Torch is imported once, by a server that forks the ranks: this process has threads, and cannot be forked.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pytest", "torch._dynamo", __name__])
         self.folder = tempfile.TemporaryDirectory()
