@@ -20,8 +20,9 @@ bench: install
 check: install
 	$(RUN) -m siglip_kernels check
 
+# As many processes as there are processors; one that has no test left takes over some of another's.
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: install
 	$(RUN) -m ruff check .

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# OpenMP reads it when it is loaded, with torch. Threads that spin while they wait take the processors of other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import gc
 import subprocess
 import sys
 import zipfile
@@ -27,6 +32,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        cpu_native.load()  # else every worker of pytest-xdist compiles it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +43,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):  # not by keywords, which have the names of folders too
             item.add_marker(skip)
+
+
+_modules = 0  # that were there when garbage was last collected
+
+
+@pytest.fixture(autouse=True)
+def frozen_modules() -> None:
+    """Torch and its compilers are a million objects, which no collection of a test's own garbage need search."""
+    global _modules
+    if len(sys.modules) != _modules:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +68,10 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def private_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The compiler's cache on disk does not see a change of our operator's fake: no run may find another's."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of the run, whose workers share what they compile
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,9 @@ class Ranks:
     """A world of ``size`` processes over gloo; every smaller group of its first ranks is there too."""
 
     def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Torch is imported once, by a server that forks the ranks: this process has threads, and cannot be forked.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pytest", "torch._dynamo", __name__])
         self.folder = tempfile.TemporaryDirectory()
         self.timeout = timeout
         self.connections: list[Connection] = []

@@ -391,8 +391,8 @@ MUTATIONS = {
         lambda: test_every_backward_but_the_last_is_inside_no_sync(),
     ),
     "every graph kept": (
-        "Encoded._make(map(_leaf, encoded, wanted))\n",
-        "Encoded._make(map(_leaf, encoded, wanted))\n        states[-1] = *states[-1], encode(batch)\n",
+        "Encoded._make(map(_leaf, encoded, needs_grad))\n",
+        "Encoded._make(map(_leaf, encoded, needs_grad))\n        states[-1] = *states[-1], encode(batch)\n",
         lambda: test_no_more_than_one_micro_batch_is_held(),
     ),
 }

@@ -264,6 +264,7 @@ def test_other_errors_are_told_in_full(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_an_interruption() -> None:
     program = "import signal, sys; from siglip_kernels import __main__, console; print('ready', flush=True);"
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a shell's background jobs ignore it
     program += "sys.exit(console.run(lambda: __main__.main(['check', '--backend', 'eager'])))"
     child = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

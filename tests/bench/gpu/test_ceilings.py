@@ -35,7 +35,7 @@ def test_workspace_curve_takes_the_bound() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
-    bounds = ceilings.workspace_sweep(Problem(512, 16, torch.float32), CPU, 0.0, (0.0625, 1.0))
+    bounds = ceilings.workspace_sweep(Problem(256, 16, torch.float32), CPU, 0.0, (0.0625, 1.0))
     assert [bound.dz_mib for bound in bounds] == [0.0625, 1.0]
     assert all(bound.ms > 0 for bound in bounds)
     call = backends.base.Problem(512, 512, 16, torch.float32, CPU)
