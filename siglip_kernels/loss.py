@@ -147,7 +147,7 @@ def sigmoid_loss(
             pair weights (M·N without weights); "sum": 1. Labels do not change it: a pair that is left out counts.
         backend: "auto" takes the fastest that can run the call. "eager" is plain torch and runs everywhere. A named
             backend that cannot run the call raises, with its reasons.
-        process_group: None: this process alone. A group, a mesh of one dimension, or an
+        process_group: None: this process alone. A group, a mesh of one dimension or two (nodes × GPUs), or an
             :class:`~siglip_kernels.distributed.Exchange`: the loss of this rank's images against the texts of all
             ranks. All ranks must call. Batches may differ in size; D, the dtype and the kind of labels may not. Each
             rank divides by its own batch, and its text gradient collects the contribution of every rank. So averaging

@@ -22,7 +22,9 @@ from siglip_kernels.pairs import PairSpec
 from siglip_kernels.request import NeedsGrad, Request
 from siglip_kernels.stats import SIZE, reduce_stats
 
-# |dz| is at most max(w). In float16 it is stored times 2^14 / 2^⌈log2 max(w)⌉: below 65504, and 2^-38 is not yet 0.
+# |dz| is at most max(u)·max(v), the largest weights of the images and the texts. In float16 it is stored times
+# 2^(14 - e(u) - e(v)), with max(u) < 2^e(u) (torch.frexp; 0 without weights). So it stays below 65504, and a sigmoid
+# of 2^-36 under the largest weights is not yet 0.
 FLOAT16_DZ_EXPONENT = 14
 # Rows of the dz buffer start on multiples of 16 elements, for TMA and the library's fastest GEMMs. TMA writes the last
 # 16 bytes of a row whole: up to seven elements of this padding.

@@ -40,8 +40,8 @@ REGIMES = {
 }
 ENOUGH_PAIRS = 1000  # needed for a comparison with eager
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# (M, N, D): one pair; one image; one below and one above a 128-tile, with odd D; several tiles; on each side several
-# of every backend's smallest blocks.
+# (M, N, D): one pair; one image; one below and one above a 128-tile, with D no multiple of 16; several tiles; on each
+# side several of every backend's smallest blocks.
 SHAPES = ((1, 1, 8), (1, 129, 33), (127, 129, 100), (300, 200, 768), (1100, 2100, 64))
 
 
@@ -252,7 +252,7 @@ PAIRS: dict[str, Callable[[int, int, torch.device], dict[str, Any]]] = {
 
 
 def _multi_positive(M: int, N: int, device: torch.device, kind: str) -> dict[str, Any]:
-    """Up to N / 5 positives per image. Both sides have padding. The anchors vary with the shape."""
+    """Many positives per image: up to two fifths of the texts. Both sides have padding. Anchors vary with the shape."""
     return {
         "multi_positive": kind,
         "anchors": tuple(ANCHORS)[(M + N) % len(ANCHORS)],

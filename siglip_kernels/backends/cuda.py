@@ -86,7 +86,7 @@ class CudaBlockKernel(BlockKernel):
         return even_blocks(problem, DZ_BYTES // problem.dtype.itemsize)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
-        """[3, partials] float32: the sums of every warp in every tile."""
+        """[3 · partials] float32: the sums of every warp in every tile."""
         return torch.empty(3 * _library().siglip_sm90_partials(R, C), dtype=torch.float32, device=problem.device)
 
     def block(self, task: BlockTask) -> None:

@@ -43,7 +43,8 @@ def fuse_loss(
     ``return_loss``, such as zero-shot classification, runs the model's own ``forward``.
 
     Fuse before DDP, torch.compile, a Trainer or an Accelerator wraps the model; before or after ``fully_shard``. Copies
-    are fused too, and so are pickles, which hold no process group.
+    are fused too, and so are pickles; a model fused with a process group cannot be pickled, for the group is this
+    process's own.
 
     Args:
         model: a SiglipModel or Siglip2Model, or an instance of a subclass with the same ``forward``. A model that is
