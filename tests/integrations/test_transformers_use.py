@@ -20,7 +20,7 @@ from transformers import Siglip2Model, SiglipModel
 from bench.harness.timing import MIB, peak_bytes
 from siglip_kernels.integrations.transformers import fuse_loss, unfuse_loss
 from siglip_kernels.testing import relative_l2
-from tests.hosts import KINDS, TINY, Batch, build, cast, gradients, make_batch, rows
+from tests.integrations.hosts import KINDS, TINY, Batch, build, cast, gradients, make_batch, rows
 
 LOGITS = ("logits_per_image", "logits_per_text")
 

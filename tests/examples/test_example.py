@@ -19,7 +19,7 @@ from bench import load_module
 
 pytest.importorskip("sklearn")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "train_digits.py"
 FEW = ["--steps", "8", "--batch-size", "32"]
 

@@ -21,7 +21,7 @@ from siglip_kernels.integrations import transformers as integration
 from siglip_kernels.integrations.transformers import fuse_loss, unfuse_loss
 from siglip_kernels.reference import sigmoid_loss_reference
 from siglip_kernels.testing import relative_l2
-from tests.hosts import (
+from tests.integrations.hosts import (
     KINDS,
     SHAPES,
     TINY,

@@ -21,7 +21,19 @@ from transformers import Trainer, TrainingArguments
 from siglip_kernels.distributed import Exchange
 from siglip_kernels.integrations.transformers import fuse_loss, unfuse_loss
 from siglip_kernels.testing import relative_l2
-from tests.hosts import KINDS, TINY, Batch, Tensors, build, cast, gradients, is_key_bias, make_batch, parts, rows
+from tests.integrations.hosts import (
+    KINDS,
+    TINY,
+    Batch,
+    Tensors,
+    build,
+    cast,
+    gradients,
+    is_key_bias,
+    make_batch,
+    parts,
+    rows,
+)
 from tests.ranks import Ranks, slices
 
 WORLD, PAIRS = 2, 8

@@ -3,162 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import siglip_kernels
 from bench import load_module
-from siglip_kernels import SigLipLoss, schedule, sigmoid_loss, sigmoid_loss_and_grads
-from siglip_kernels.distributed import Exchange, ring
-from siglip_kernels.distributed import schedule as distributed_schedule
-from siglip_kernels.testing import make_inputs, relative_l2
+from siglip_kernels import SigLipLoss, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels.distributed import Exchange
+from siglip_kernels.testing import relative_l2
+from tests.distributed.batches import KINDS, NAMES, WORLDS, Batch, assert_right, call, even, gold, of_rank, uneven
 from tests.ranks import Ranks, slices
 
-WORLDS = (2, 3, 4, 8)
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
-NAMES = ("loss", "image_features", "text_features", "logit_scale", "logit_bias")
-
-
-# Equal ids, with arguments of their own; weights of which some are 0.
-KINDS: dict[str, dict[str, Any]] = {
-    "ignore ids": {"ignore_ids": True},
-    "masses of both": {"multi_positive": "weights"},
-    "masses of images": {"multi_positive": "weights", "anchors": "images"},
-    "soft targets": {"multi_positive": "soft_targets"},
-    "soft targets of texts": {"multi_positive": "soft_targets", "anchors": "texts"},
-}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the ranks compute: images and texts of each, and how."""
-
-    images: tuple[int, ...]
-    texts: tuple[int, ...]
-    D: int = 33
-    dtype: torch.dtype = torch.float32
-    regime: str = "trained"
-    pairs: str = "diagonal"  # or "ids", "weights", "text_weights", "none", or a key of KINDS
-    reduction: str = "batchmean"
-    upstream: tuple[float, ...] | None = None  # of each rank; None: 1
-    requires_grad: tuple[bool, ...] = (True, True, True, True)
-    exchange: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def world(self) -> int:
-        return len(self.images)
-
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the joined batch."""
-        return make_inputs(sum(self.images), sum(self.texts), self.D, self.dtype, self.regime)
-
-    def labels(self) -> dict[str, Tensor]:
-        """Ids and weights of the joined batch."""
-        M, N = sum(self.images), sum(self.texts)
-        ids = {"image_ids": (torch.arange(M) % 5).to(torch.int32), "text_ids": torch.arange(N) % 7}
-        weights = {"image_weights": torch.arange(M) % 3 + 0.5, "text_weights": 3.0 * (torch.arange(N) % 2)}
-        text_weights = {"text_weights": weights["text_weights"]}
-        if self.pairs in KINDS:
-            return {**ids, "image_weights": torch.arange(1, M + 1) % 4 * 0.5, **text_weights}
-        return {"ids": ids, "weights": weights, "text_weights": text_weights}.get(self.pairs, {})
-
-
-def even(world: int, b: int = 12, **options: Any) -> Batch:
-    return Batch((b,) * world, (b,) * world, **options)
-
-
-def uneven(world: int, **options: Any) -> Batch:
-    """One rank has a single image, another fewer texts than images."""
-    images = tuple([1, 20, 7, 12, 3, 5, 1, 9][:world])
-    texts = tuple([4, 13, 7, 12, 5, 1, 2, 9][:world])
-    return Batch(images, texts, **options)
-
-
-def of_rank(batch: Batch, rank: int) -> tuple[list[Tensor], dict[str, Any]]:
-    """A rank's own arguments: the four that are differentiated, and the labels."""
-    x, y, t, b = batch.inputs()
-    rows, cols = slices(batch.images)[rank], slices(batch.texts)[rank]
-    own = [x[rows].clone(), y[cols].clone(), t.clone(), b.clone()]
-    labels = {name: v[rows if name.startswith("image") else cols] for name, v in batch.labels().items()}
-    if batch.pairs == "none":
-        labels["positive_offset"] = None
-    return own, {**labels, **KINDS.get(batch.pairs, {})}
-
-
-def call(rank: int, group: Any, batch: Batch) -> list[Tensor | None]:
-    """Loss and gradients of a rank, through autograd."""
-    own, labels = of_rank(batch, rank)
-    for t, wanted in zip(own, batch.requires_grad, strict=True):
-        t.requires_grad_(wanted)
-    exchange = Exchange(group, **batch.exchange)
-    loss = sigmoid_loss(*own, **labels, reduction=batch.reduction, process_group=exchange)
-    if loss.requires_grad:
-        loss.backward(torch.tensor(1.0 if batch.upstream is None else batch.upstream[rank], dtype=loss.dtype))
-    return [loss.detach(), *(t.grad for t in own)]
-
-
-def gold(batch: Batch, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
-    """The same of every rank, written out over the joined batch."""
-    x, y, t, b = (v.to(dtype).requires_grad_() for v in batch.inputs())
-    rows, cols = slices(batch.images), slices(batch.texts)
-    labels = batch.labels()
-    M, N = sum(batch.images), sum(batch.texts)
-    positive = torch.zeros(M, N, dtype=torch.bool)
-    kind = KINDS.get(batch.pairs, {})
-    if batch.pairs == "ids" or "multi_positive" in kind:
-        positive = labels["image_ids"][:, None] == labels["text_ids"]
-    elif batch.pairs != "none":
-        for r, c in zip(rows, cols, strict=True):
-            positive[r, c].fill_diagonal_(True)
-    u = labels.get("image_weights", torch.ones(M)).to(dtype)
-    v = labels.get("text_weights", torch.ones(N)).to(dtype)
-    z = torch.where(positive, 1.0, -1.0) * (t * x @ y.T + b)
-    terms = -F.logsigmoid(z)
-    if "multi_positive" in kind:
-        counted = positive & (u > 0)[:, None] & (v > 0)
-        k_i, k_j = counted.sum(1).clamp(min=1)[:, None], counted.sum(0).clamp(min=1)
-        by = {
-            "both": (1 / k_i.to(dtype) + 1 / k_j.to(dtype)) / 2,
-            "images": 1 / k_i.to(dtype),
-            "texts": 1 / k_j.to(dtype),
-        }
-        m = by[kind.get("anchors", "both")].expand(M, N)
-        rest = -(1 - m) * F.logsigmoid(-z) if kind["multi_positive"] == "soft_targets" else 0.0
-        terms = torch.where(positive, m * terms + rest, terms)
-    if "ignore_ids" in kind:
-        equal = labels["image_ids"][:, None] == labels["text_ids"]
-        terms = torch.where(equal & ~positive, 0.0, terms)
-    terms = terms * u[:, None] * v
-    losses = []
-    for r in rows:
-        parts = {"sum": 1.0, "batchmean": u[r].sum(), "mean": u[r].sum() * v.sum()}
-        losses.append(terms[r].sum() / parts[batch.reduction])
-    upstream = batch.upstream or (1.0,) * batch.world
-    dx, dy = torch.autograd.grad(sum(map(torch.mul, losses, map(torch.tensor, upstream))), (x, y), retain_graph=True)
-    results = []
-    for rank, (r, c) in enumerate(zip(rows, cols, strict=True)):
-        scalars = torch.autograd.grad(upstream[rank] * losses[rank], (t, b), retain_graph=True)
-        results.append([losses[rank].detach(), dx[r], dy[c], *scalars])
-    return results
-
-
-def assert_right(results: Sequence[Sequence[Any]], batch: Batch, limit: float, first: int = 0) -> None:
-    """Every output of the ranks from ``first`` on within ``limit`` of the joined batch's; the unwanted are None."""
-    wanted = dict(zip(NAMES, (True, *batch.requires_grad), strict=True))
-    for rank, (ours, right) in enumerate(zip(results, gold(batch)[first:][: len(results)], strict=True), start=first):
-        for name, a, b in zip(NAMES, ours, right, strict=True):
-            if not wanted[name]:
-                assert a is None, (rank, name)
-                continue
-            assert a.shape == b.shape, (rank, name)
-            assert relative_l2(a, b) <= limit or not len(b.reshape(-1)), (rank, name, batch, relative_l2(a, b))
 
 
 def drop_in(rank: int, group: Any, batch: Batch, dist_impl: str) -> list[Tensor | None]:
@@ -346,67 +206,3 @@ def test_open_clips_own_loss(open_clip_loss_file: Path, world: int) -> None:
         for dist_impl, theirs, ours in result:
             errors = dict(zip(NAMES, map(relative_l2, ours, theirs), strict=True))
             assert all(error <= 5e-6 for error in errors.values()), (rank, dist_impl, errors)
-
-
-# Changes to the exchange that the tests above must see.
-def positives_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs_with = ring.pairs_with
-    monkeypatch.setattr(ring, "pairs_with", lambda pairs, texts, is_own: pairs_with(pairs, texts, True))
-
-
-def gradients_lost_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = ring.GradRing.accumulate_and_send
-
-    def lossy(self: ring.GradRing, o: int, i: int) -> None:
-        if self.topology.rank == 1:
-            self.local.zero_()
-        send(self, o, i)
-
-    monkeypatch.setattr(ring.GradRing, "accumulate_and_send", lossy)
-
-
-def own_scale_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    topology = ring.RingTopology
-
-    def without_scale(*, grad_scale: torch.Tensor, **parts: Any) -> ring.RingTopology:
-        return topology(**parts, grad_scale=torch.ones_like(grad_scale))
-
-    monkeypatch.setattr(distributed_schedule, "RingTopology", without_scale)
-
-
-def own_texts_only_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    denominator = schedule.denominator
-    monkeypatch.setattr(schedule, "denominator", lambda how, images, texts: denominator(how, images, texts / 3))
-
-
-def counts_of_the_own_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        distributed_schedule, "_with_masses_of_all", lambda pairs, dtype, *others: pairs.with_masses(dtype)
-    )
-
-
-def masses_stay_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    shard = ring.TextShard
-    monkeypatch.setattr(distributed_schedule, "TextShard", lambda *parts: shard(*parts[:3], torch.zeros_like(parts[3])))
-
-
-def call_mutated(rank: int, group: Any, batch: Batch, mutate: Callable[[pytest.MonkeyPatch], None]) -> Any:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        mutate(monkeypatch)
-        return call(rank, group, batch)
-
-
-@pytest.mark.parametrize(
-    "mutate", [positives_everywhere, gradients_lost_on_the_way, own_scale_for_every_rank, own_texts_only_in_the_mean]
-)
-def test_a_mutated_exchange_fails(ranks: Ranks, mutate: Callable[[pytest.MonkeyPatch], None]) -> None:
-    batch = even(3, reduction="mean")
-    with pytest.raises(AssertionError):
-        assert_right(ranks.run(3, call_mutated, batch, mutate), batch, 5e-6)
-
-
-@pytest.mark.parametrize("mutate", [counts_of_the_own_rank, masses_stay_at_home])
-def test_mutated_masses_fail(ranks: Ranks, mutate: Callable[[pytest.MonkeyPatch], None]) -> None:
-    batch = uneven(3, pairs="masses of both")
-    with pytest.raises(AssertionError):
-        assert_right(ranks.run(3, call_mutated, batch, mutate), batch, 5e-6)

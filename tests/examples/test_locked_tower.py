@@ -17,7 +17,7 @@ from bench import load_module
 from siglip_kernels import gemm
 from siglip_kernels.backends.eager import EagerBlockKernel
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture

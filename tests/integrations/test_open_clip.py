@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from siglip_kernels import SigLipLoss
 from siglip_kernels.testing import relative_l2
+from tests.examples.test_parallel import without_key_biases
 from tests.ranks import Ranks
-from tests.test_parallel import without_key_biases
 
 STEPS, BATCH = 20, 32
 VOCABULARY, CONTEXT, IMAGE = 64, 12, 16

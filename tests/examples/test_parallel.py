@@ -23,8 +23,8 @@ pytest.importorskip("sklearn")
 from siglip_kernels import SigLipLoss, SigmoidLoss, sigmoid_loss
 from siglip_kernels.distributed import Exchange
 from siglip_kernels.testing import make_inputs, relative_l2
+from tests.examples.test_example import ROOT, SCRIPT, script
 from tests.ranks import Ranks, slices
-from tests.test_example import ROOT, SCRIPT, script
 
 WORLD = 2
 STEPS = ["--steps", "20", "--threads", "1"]

@@ -34,7 +34,7 @@ from siglip_kernels.memory import doctor, footprint
 from siglip_kernels.memory.footprint import COPIES, Job
 from tests.ranks import Ranks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 f32, bf16 = torch.float32, torch.bfloat16
 
