@@ -79,11 +79,11 @@ def make_pairs(kind: str, M: int, N: int) -> PairSpec:
             return PairSpec(0, image_weights=image_weights, text_weights=text_weights)
         case "ignore ids" | "ignore ids, no diagonal":
             ids = make_pairs("int64 ids", M, N)
-            return replace(ids, ignore_ids=True, positive_offset=3 if kind == "ignore ids" else None)
+            return ids._replace(ignore_ids=True, positive_offset=3 if kind == "ignore ids" else None)
         case "masses" | "soft targets":
             ids, weights = make_pairs("int32 ids", M, N), make_pairs("weights", M, N)
             how, anchors = ("weights", "both") if kind == "masses" else ("soft_targets", "texts")
-            spec = replace(weights, image_ids=ids.image_ids, text_ids=ids.text_ids, multi_positive=how, anchors=anchors)
+            spec = weights._replace(image_ids=ids.image_ids, text_ids=ids.text_ids, multi_positive=how, anchors=anchors)
             return spec.with_masses(torch.float32)
     return PairSpec(int(kind))
 

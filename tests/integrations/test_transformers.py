@@ -83,7 +83,7 @@ WRONG = {
     "bias subtracted": ("sigmoid_loss", lambda x, y, t, b, **how: sigmoid_loss(x, y, t, -b, **how)),
     "divided by the pairs": ("sigmoid_loss", lambda *given, **how: sigmoid_loss(*given, reduction="mean", **how)),
     "positives off by one": ("sigmoid_loss", lambda *given, **how: sigmoid_loss(*given, positive_offset=1, **how)),
-    "not normalised": ("_normalised", lambda t: t),
+    "not normalised": ("_normalize", lambda t: t),
     "a detached scale": ("sigmoid_loss", lambda x, y, t, b, **how: sigmoid_loss(x, y, t.detach(), b + 0 * t, **how)),
 }
 

@@ -76,7 +76,7 @@ def predicted(form: str, job: Job) -> int:
         return footprint.peak_materialised(job, form) - job.features
     backend = form.removeprefix("ours ") if form.startswith("ours ") else "auto"
     kernel = footprint.block_kernel(job) if backend == "auto" else backends.BACKENDS[backend]
-    return footprint.ours(job, kernel, gather=form == "gather") - job.features
+    return footprint.peak_ours(job, kernel, gather=form == "gather") - job.features
 
 
 @pytest.fixture(scope="module")
@@ -189,16 +189,16 @@ class Greedy(EagerBlockKernel):
 
 def test_what_the_code_allocates_is_what_is_counted() -> None:
     job = Job(4096, 256, f32, CPU)
-    more = footprint.ours(job, Greedy()) - footprint.ours(job, EagerBlockKernel())
+    more = footprint.peak_ours(job, Greedy()) - footprint.peak_ours(job, EagerBlockKernel())
     assert more == 3 * 1024 * 1024 * 4
     job, whole, half = Job(16_384, 64, bf16, CUDA), TritonBlockKernel(), TritonBlockKernel(dz_bytes=64 * MIB)
     pairs = [R * C for R, C in (kernel.block_shape(job.problem(job.batch)) for kernel in (whole, half))]
-    more = footprint.ours(job, whole) - footprint.ours(job, half)
+    more = footprint.peak_ours(job, whole) - footprint.peak_ours(job, half)
     assert 0 < more - 2 * (pairs[0] - pairs[1]) < MIB  # the rest is the sums of the tiles
     # Two text boxes, two sums and the node's own beside the ring of one level.
-    one, nodes = (footprint.ours(replace(job, ranks=64, nodes=n), half) for n in (1, 8))
+    one, nodes = (footprint.peak_ours(replace(job, ranks=64, nodes=n), half) for n in (1, 8))
     assert nodes - one == job.batch * job.D * (2 * 2 + 3 * 4)
-    assert footprint.ours(replace(job, ranks=8), half) == one
+    assert footprint.peak_ours(replace(job, ranks=8), half) == one
 
 
 # Constants
