@@ -129,7 +129,7 @@ class BlockLoop:
                 bias=self.bias,
                 pairs=pairs.block(r, c),
                 sums=sums_of_blocks[index],
-                dz=self._dz(x_block.shape[0], y_block.shape[0]),
+                dz=self._block_dz(x_block.shape[0], y_block.shape[0]),
                 dz_scale=self.dz_scale,
                 workspace=self.workspace,
                 loss_only=loss_only,
@@ -154,7 +154,7 @@ class BlockLoop:
         stats = reduce_stats(self.stats, self.x.device, self.sum_dtype) if self.return_stats else None
         return Result(torch.select_copy(scalars, 0, 0), scalars, self.dx, dy, stats)
 
-    def _dz(self, r: int, c: int) -> Tensor | None:
+    def _block_dz(self, r: int, c: int) -> Tensor | None:
         """The dz buffer [r, c] of a block; None if dz itself is not needed."""
         if not self.problem.needs_dz:
             return None

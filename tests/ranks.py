@@ -75,8 +75,12 @@ def _work(rank: int, size: int, store: str, timeout: float, connection: Connecti
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
     groups = {n: dist.new_group(range(n), timeout=limit) for n in range(1, size)}
     groups[size] = dist.group.WORLD
+    kept = set(dist.distributed_c10d._world.pg_map)
     while True:
         n, function, arguments = connection.recv()
+        # By now every rank has returned from the last function. The thread of a gloo group wakes a hundred times a second.
+        for group in set(dist.distributed_c10d._world.pg_map) - kept:
+            dist.destroy_process_group(group)
         try:
             with checks.poisoned_memory(warn_only=False):
                 result = function(rank, groups[n], *arguments)

@@ -106,7 +106,7 @@ class BlockKernel(abc.ABC):
             gemm.gemm_(task.dy, task.dz.T, task.x, accumulate=task.accumulate_dy)
 
 
-def even_blocks(problem: Problem, pairs: int) -> tuple[int, int]:
+def even_block_shape(problem: Problem, pairs: int) -> tuple[int, int]:
     """(R, C) of at most ``pairs`` pairs, in multiples of TILE, for a device that needs large blocks.
 
     Each side is cut evenly. If both are cut, a block has about twice as many texts as images.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels import build
-from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_blocks
+from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_block_shape
 from siglip_kernels.backends.cpu_native import address
 from siglip_kernels.gemm import pad_to_alignment
 
@@ -83,7 +83,7 @@ class CudaBlockKernel(BlockKernel):
         return problem.dtype
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return even_blocks(problem, DZ_BYTES // problem.dtype.itemsize)
+        return even_block_shape(problem, DZ_BYTES // problem.dtype.itemsize)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
         """[3 · partials] float32: the sums of every warp in every tile."""

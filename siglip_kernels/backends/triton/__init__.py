@@ -8,7 +8,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_blocks
+from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_block_shape
 from siglip_kernels.backends.triton import configs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -56,7 +56,7 @@ class TritonBlockKernel(BlockKernel):
         return problem.dtype if problem.rounds_out else torch.float32
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return self.blocks or even_blocks(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
+        return self.blocks or even_block_shape(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
         """[3 · tiles] float32: the sums of every tile, for the smallest tiles that a ragged block may take."""
