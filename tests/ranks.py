@@ -78,7 +78,7 @@ def _work(rank: int, size: int, store: str, timeout: float, connection: Connecti
     kept = set(dist.distributed_c10d._world.pg_map)
     while True:
         n, function, arguments = connection.recv()
-        # By now every rank has returned from the last function. The thread of a gloo group wakes a hundred times a second.
+        # Every rank has returned from the last function. A gloo group's thread wakes a hundred times a second.
         for group in set(dist.distributed_c10d._world.pg_map) - kept:
             dist.destroy_process_group(group)
         try:
