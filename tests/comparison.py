@@ -11,28 +11,12 @@ from torch import Tensor
 
 import siglip_kernels
 from siglip_kernels import sigmoid_loss
-from siglip_kernels.testing import (
-    COLUMNS,
-    Inputs,
-    Limits,
-    gold,
-    limits,
-    relative_l2,
-    scalar_terms,
-)
+from siglip_kernels.testing import COLUMNS, Inputs, Limits, gold, limits, relative_l2, scalar_terms
 
 loss_fn = partial(sigmoid_loss, backend="eager")
-
-
 loss_and_grads = partial(siglip_kernels.sigmoid_loss_and_grads, backend="eager")
-
-
 FLOAT64 = Limits(1e-12, 1e-12, 1e-12)
-
-
 HALF = (torch.float16, torch.bfloat16)
-
-
 NAMES = ("image_features", "text_features", "logit_scale", "logit_bias")
 
 

@@ -17,9 +17,6 @@ from tests.kinds import unwrapped
 ROUNDINGS = 16  # of float32 or float64 that a term may have seen, beyond those of its logit
 
 
-# The right result, and how far from it rounding may lead.
-
-
 @dataclass
 class Expected:
     """Of the loss and of each gradient: the value in float64, and the bound on its error in the working precision."""

@@ -21,17 +21,9 @@ from siglip_kernels import sigmoid_loss, sigmoid_loss_and_grads
 from tests.kinds import KINDS, default_dtype, unwrapped
 
 FEATURES = ("image_features", "text_features")
-
-
 SCALARS = ("logit_scale", "logit_bias")
-
-
 IDS, WEIGHTS = ("image_ids", "text_ids"), ("image_weights", "text_weights")
-
-
 TENSORS = (*FEATURES, *SCALARS, *IDS, *WEIGHTS)
-
-
 LEAVES = ("parameter", "wrapper subclass")  # what KINDS makes of a tensor without a graph behind it
 
 
@@ -252,8 +244,6 @@ MODES: dict[str, tuple[int, Callable[[Call], Result]]] = {  # how often, against
 
 
 MODE_NAMES = [name for name, (often, _) in MODES.items() for _ in range(often)]
-
-
 WITHOUT_KINDS = [
     name for name in MODES if name.startswith(("make_fx", "jit", "compile", "fake", "func", "default device"))
 ]

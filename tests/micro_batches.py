@@ -13,8 +13,6 @@ from siglip_kernels.reference import sigmoid_loss_reference
 from siglip_kernels.testing import relative_l2
 
 Batches = list[tuple[Tensor, Tensor]]
-
-
 UNEVEN = (3, 8, 1, 5)
 
 

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from typing import Any
 
 import torch
 
-from siglip_kernels import sigmoid_loss
 from siglip_kernels.backends.base import BlockTask
 from siglip_kernels.backends.eager import EagerBlockKernel
 
-loss_fn = partial(sigmoid_loss, backend="eager")
-
-
 SUBSETS = list(itertools.product([False, True], repeat=4))
-
-
 # M < N, so that the two feature gradients tell themselves apart by their rows; odd D.
 SHAPE = (6, 9, 5)
 

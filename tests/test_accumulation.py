@@ -1,4 +1,4 @@
-"""Accumulated gradients against those of the joined batch in float64; dropout, DistributedDataParallel, memory."""
+"""Accumulated gradients against those of the joined batch in float64; dropout, memory, misuse."""
 
 from __future__ import annotations
 

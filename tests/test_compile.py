@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from siglip_kernels import SigmoidLoss
 from siglip_kernels.testing import COLUMNS, Grads, Inputs, differentiate, gold, make_inputs, relative_l2
-from tests.operator_calls import PAIRS, SHAPE, loss_fn, pairs_of
+from tests.comparison import loss_fn
+from tests.operator_calls import PAIRS, SHAPE, pairs_of
 
 
 def compiled_step(step: Callable[..., Tensor], compiler: Any, **options: Any) -> Callable[..., Grads]:

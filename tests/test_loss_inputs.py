@@ -12,13 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siglip_kernels.reference import sigmoid_loss_reference
-from siglip_kernels.testing import (
-    Inputs,
-    Limits,
-    differentiate,
-    make_inputs,
-    relative_l2,
-)
+from siglip_kernels.testing import Inputs, Limits, differentiate, make_inputs, relative_l2
 from tests.comparison import FLOAT64, HALF, NAMES, assert_matches, loss_and_grads, loss_fn, worst
 
 

@@ -11,12 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from siglip_kernels import SigmoidLoss
-from siglip_kernels.testing import (
-    Inputs,
-    gold,
-    make_inputs,
-    relative_l2,
-)
+from siglip_kernels.testing import Inputs, gold, make_inputs, relative_l2
 
 
 def test_module_holds_two_scalars() -> None:

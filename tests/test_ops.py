@@ -18,7 +18,8 @@ from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.request import ONE_PROCESS
 from siglip_kernels.testing import check, differentiate, make_inputs
-from tests.operator_calls import PAIRS, SHAPE, SUBSETS, RecordingKernel, loss_fn, pairs_of
+from tests.comparison import loss_fn
+from tests.operator_calls import PAIRS, SHAPE, SUBSETS, RecordingKernel, pairs_of
 
 operator = torch.ops.siglip_kernels.sigmoid_loss.default
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from siglip_kernels import sigmoid_loss
 from siglip_kernels.distributed import Exchange
@@ -16,8 +18,6 @@ from siglip_kernels.testing import make_inputs, relative_l2
 from tests.ranks import slices
 
 WORLDS = (2, 3, 4, 8)
-
-
 NAMES = ("loss", "image_features", "text_features", "logit_scale", "logit_bias")
 
 
@@ -74,6 +74,11 @@ def uneven(world: int, **options: Any) -> Batch:
     images = tuple([1, 20, 7, 12, 3, 5, 1, 9][:world])
     texts = tuple([4, 13, 7, 12, 5, 1, 2, 9][:world])
     return Batch(images, texts, **options)
+
+
+def mesh_of(nodes: int) -> DeviceMesh:
+    """Of the whole world: nodes × ranks of a node."""
+    return DeviceMesh("cpu", torch.arange(dist.get_world_size()).view(nodes, -1))
 
 
 def of_rank(batch: Batch, rank: int) -> tuple[list[Tensor], dict[str, Any]]:

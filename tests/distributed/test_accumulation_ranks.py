@@ -33,8 +33,6 @@ def data_parallel(module: nn.Module, group: Any, **options: Any) -> tuple[Distri
 
 
 SIZES = ((3, 2, 5, 2), (2, 4, 4, 2), (6, 2, 2, 2))
-
-
 Step = tuple[Tensor, dict[str, Tensor], list[int]]
 
 

@@ -1,4 +1,4 @@
-"""The loss over a process group, against the joined batch in float64; what it sends, holds, refuses and survives."""
+"""The loss over a process group, against the joined batch in float64."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from tests.distributed.batches import Batch, assert_right, call, even, uneven
 from tests.ranks import Ranks
 
 
-# Changes to the exchange that the tests above must see.
 def positives_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs_with = ring.pairs_with
     monkeypatch.setattr(ring, "pairs_with", lambda pairs, texts, is_own: pairs_with(pairs, texts, True))

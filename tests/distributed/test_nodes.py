@@ -7,18 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from siglip_kernels import SigLipLoss, sigmoid_loss
-from tests.distributed.batches import KINDS, Batch, assert_right, call, even, uneven
+from tests.distributed.batches import KINDS, Batch, assert_right, call, even, mesh_of, uneven
 from tests.ranks import Ranks
-
-
-def mesh_of(nodes: int) -> DeviceMesh:
-    """Of the whole world: nodes × ranks of a node."""
-    return DeviceMesh("cpu", torch.arange(dist.get_world_size()).view(nodes, -1))
 
 
 def call_on_mesh(rank: int, group: Any, batch: Batch, nodes: int) -> list[Tensor | None]:

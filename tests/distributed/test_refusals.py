@@ -15,8 +15,6 @@ from siglip_kernels.distributed import Exchange
 from tests.distributed.batches import Batch, assert_right, call, of_rank, uneven
 from tests.ranks import Ranks
 
-# Refusals
-
 
 def refused(rank: int, group: Any, batch: Batch, odd: dict[str, Any], mode: str = "") -> list[Any]:
     """As ``call``, with what is odd about rank 1; then again with nothing odd: the group must still be in step."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.harness.timing import peak_bytes
 from siglip_kernels import sigmoid_loss
 from siglip_kernels.distributed import Exchange
-from tests.distributed.batches import Batch, even, of_rank
+from tests.distributed.batches import Batch, even, mesh_of, of_rank
 from tests.ranks import Ranks
 
 # Traffic
@@ -103,6 +103,19 @@ def test_upstream_gradients_that_differ_cost_traffic_in_backward(ranks: Ranks) -
     for forward, backward in ranks.run(3, traffic, even(3, b, D=D, exchange={"same_upstream": False})):
         assert forward["ring"] == 2 * b * D * 4
         assert backward["ring"] == 2 * b * D * (4 + 4)
+
+
+def traffic_on_mesh(rank: int, group: Any, batch: Batch, nodes: int) -> tuple[dict[str, int], dict[str, int]]:
+    return traffic(rank, mesh_of(nodes), batch)
+
+
+@pytest.mark.parametrize("nodes", [2, 4, 8])
+def test_bytes_over_nodes(ranks: Ranks, nodes: int) -> None:
+    """As many as of one ring."""
+    b, D = 12, 40
+    for forward, backward in ranks.run(8, traffic_on_mesh, even(8, b, D=D), nodes):
+        assert forward["ring"] == 7 * b * D * (4 + 4)
+        assert not any(backward.values())
 
 
 # Memory

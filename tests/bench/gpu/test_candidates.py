@@ -16,7 +16,7 @@ from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.backends.triton.configs import Config
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.testing import make_inputs
-from tests.bench.gpu.faulty import OutOfResource, needs_interpreter
+from tests.bench.gpu.faulty import needs_interpreter
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = Config(32, 32, 16, num_warps=4, num_stages=2)
@@ -50,7 +50,7 @@ def test_the_candidates(arch: str, device: torch.device) -> None:
 
 def test_a_candidate_takes_the_place_of_triton_only_meanwhile() -> None:
     before = backends.BACKENDS["triton"]
-    kernel = OutOfResource(config=SMALL)
+    kernel = TritonBlockKernel(config=SMALL)
     with registered_as_triton(kernel):
         assert backends.BACKENDS["triton"] is kernel
     assert backends.BACKENDS["triton"] is before
