@@ -116,7 +116,7 @@ class CudaBlockKernel(BlockKernel):
             offset=pairs.offset_within(r, c),
             loss_only=task.loss_only,
             dtype=DTYPES[x.dtype],
-            device=x.device.index,
+            device=x.get_device(),
         )
         with torch.cuda.device(x.device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -131,18 +131,22 @@ class CudaBlockKernel(BlockKernel):
 def load() -> ctypes.CDLL | str:
     """The library, compiled if it is not yet; or the reason why there is none."""
     try:
-        library = build.load(build.TARGETS["cuda"])
-        for name, arguments, result in (
-            ("siglip_sm90_probe", (c_void_p,), c_int32),
-            ("siglip_sm90_block", (c_void_p, c_void_p), c_int32),
-            ("siglip_sm90_partials", (c_int32, c_int32), c_int64),
-            ("siglip_sm90_shared_bytes", (), c_int64),
-            ("siglip_sm90_error", (c_int32,), c_char_p),
-        ):
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, result
+        return declare(build.load(build.TARGETS["cuda"]))
     except (build.BuildError, OSError, AttributeError) as error:
         return str(error)
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """``library`` with the types of its functions; AttributeError if one is missing."""
+    for name, arguments, result in (
+        ("siglip_sm90_probe", (c_void_p,), c_int32),
+        ("siglip_sm90_block", (c_void_p, c_void_p), c_int32),
+        ("siglip_sm90_partials", (c_int32, c_int32), c_int64),
+        ("siglip_sm90_shared_bytes", (), c_int64),
+        ("siglip_sm90_error", (c_int32,), c_char_p),
+    ):
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
     return library
 
 

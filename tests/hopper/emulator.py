@@ -1,0 +1,144 @@
+"""Builds and drives the emulation of a Hopper: the runtime, kernels from source or from PTX, and launches."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from siglip_kernels import build, cache
+
+HERE = Path(__file__).parent
+RUNTIME_FLAGS = ("-O3", "-Wall", "-Wextra", "-Werror")
+# Translated kernels run once or twice: what their compilation takes matters more than how fast they are.
+KERNEL_FLAGS = ("-O0", "-w")
+SCHEDULES = ("random", "starve", "priority", "round_robin")  # Schedule in state.h
+TIMINGS = ("random", "at_once", "late")  # Timing in state.h
+
+
+class LaunchError(RuntimeError):
+    """What the kernel did wrong: a race, a deadlock, a rule of the ISA."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a launch is scheduled, and when asynchronous work is done."""
+
+    seed: int = 0
+    schedule: str = "random"  # of SCHEDULES
+    timing: str = "random"  # of TIMINGS
+    strict_mbarriers: bool = True  # bulk copies need fence.mbarrier_init
+    misalignment: int = 0  # bytes of the dynamic shared memory, from a multiple of 1024
+
+    @classmethod
+    def of_seed(cls, seed: int, **others: Any) -> Settings:
+        """Settings that take every schedule and timing in turn."""
+        return cls(seed, SCHEDULES[seed % 4], TIMINGS[seed // 4 % 3], **others)
+
+
+class _Kernel(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("body", ctypes.c_void_p), ("threads", ctypes.c_uint32))
+
+
+@functools.cache
+def compiler() -> str | None:
+    return next(filter(None, map(shutil.which, build.COMPILERS["cxx"][0])), None)
+
+
+def compile_library(name: str, files: Mapping[str, str], flags: Sequence[str], includes: Sequence[Path] = ()) -> Path:
+    """The shared library of ``files`` (name: text; the .cpp and .cu are compiled), from the cache if it is there."""
+    headers = {str(p): p.read_text() for folder in includes for p in sorted(folder.glob("*.h"))}
+    program = compiler()
+    assert program is not None
+    key = hashlib.sha256(repr((sorted(files.items()), tuple(flags), headers, program)).encode()).hexdigest()[:24]
+    folder = Path(tempfile.gettempdir()) / f"siglip-hopper-{os.getuid()}" / key
+    if found := cache.intact(folder, name):
+        return found[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    with cache.private_folder(folder) as place:
+        for file, text in files.items():
+            (place / file).write_text(text)
+        sources = [arg for file in files if file.endswith((".cpp", ".cu")) for arg in ("-x", "c++", str(place / file))]
+        library = place / f"{name}.so"
+        command = [program, "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", *flags]
+        command += [f"-I{folder}" for folder in (place, *includes)] + [*sources, "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[:4000]}")
+        return cache.store(library, folder)
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """The emulation itself. Its symbols are there for every library that is loaded later."""
+    files = {path.name: path.read_text() for path in sorted(HERE.glob("*.cpp")) + sorted(HERE.glob("*.h"))}
+    library = ctypes.CDLL(str(compile_library("hopper", files, RUNTIME_FLAGS)), mode=ctypes.RTLD_GLOBAL)
+    library.hopper_error.restype = ctypes.c_char_p
+    library.hopper_stmatrix_conflicts.restype = ctypes.c_uint64
+    for name, types in {
+        "hopper_allow": (ctypes.c_uint64, ctypes.c_uint64),
+        "hopper_configure": (ctypes.c_uint64, *[ctypes.c_int32] * 3),
+        "hopper_launch": (ctypes.c_void_p, *[ctypes.c_uint32] * 5, ctypes.c_void_p),
+    }.items():
+        getattr(library, name).argtypes = types
+    return library
+
+
+def configure(settings: Settings) -> None:
+    schedule, timing = SCHEDULES.index(settings.schedule), TIMINGS.index(settings.timing)
+    runtime().hopper_configure(settings.seed, schedule, timing, settings.strict_mbarriers)
+
+
+def allow(*arrays: Any) -> None:
+    """Let kernels access the memory of these tensors or NumPy arrays, besides what they already may."""
+    for array in arrays:
+        if hasattr(array, "data_ptr"):
+            storage = array.untyped_storage()
+            runtime().hopper_allow(storage.data_ptr(), storage.nbytes())
+        else:
+            runtime().hopper_allow(array.ctypes.data, array.nbytes)
+
+
+def forget() -> None:
+    """Let kernels access all memory again."""
+    runtime().hopper_forget()
+
+
+class Program:
+    """Kernels translated from PTX."""
+
+    def __init__(self, cpp_source: str) -> None:
+        runtime()
+        path = compile_library("kernels", {"kernels.cpp": cpp_source}, KERNEL_FLAGS, [HERE])
+        self.library = ctypes.CDLL(str(path))
+        count = ctypes.c_uint32.in_dll(self.library, "hopper_kernel_count").value
+        kernels = (_Kernel * count).in_dll(self.library, "hopper_kernels")
+        self.bodies = {kernel.name.decode(): kernel.body for kernel in kernels}
+
+    def launch(
+        self,
+        name: str,
+        grid: int = 1,
+        threads: int = 32,
+        args: Sequence[Any] = (),  # ctypes objects, in the order of the parameters
+        *,
+        shared: int = 0,
+        cluster: int = 1,
+        settings: Settings | None = None,
+    ) -> None:
+        """Run a kernel to its end; LaunchError if it breaks a rule."""
+        pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(arg) for arg in args))
+        settings = settings or Settings()
+        configure(settings)
+        body = self.bodies[name]
+        if runtime().hopper_launch(body, grid, threads, cluster, shared, settings.misalignment, pointers):
+            raise LaunchError(runtime().hopper_error().decode())

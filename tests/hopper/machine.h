@@ -1,0 +1,88 @@
+// The emulated Hopper as a kernel sees it: a function for each PTX instruction that is more than arithmetic.
+//
+// A kernel is a C++ function that every thread runs, as a fiber of its own. Shared addresses are 32 bits wide, as in
+// PTX; global and generic addresses are the host's. Whatever breaks a rule of the PTX ISA ends the launch with an error.
+#pragma once
+
+#include <cstdint>
+
+namespace hopper {
+
+// A kernel's code: args[i] points to parameter i, as for cudaLaunchKernel.
+using Body = void (*)(void* const* args);
+
+struct Kernel {
+  const char* name;
+  Body body;
+  uint32_t threads;  // of a CTA (.reqntid or .maxntid), 0 if not stated
+};
+
+// Where the running thread is in its source, for messages: a line of the PTX.
+extern uint32_t site;
+
+// ---- special registers ----
+uint32_t tid_x();
+uint32_t ntid_x();
+uint32_t ctaid_x();
+uint32_t nctaid_x();
+uint32_t cluster_ctarank();
+uint32_t cluster_nctarank();
+
+// ---- memory ----
+uint32_t dynamic_shared();  // address of the launch's dynamic shared memory
+uint64_t cvta_shared(uint32_t address);  // generic address of a shared one; and back
+uint32_t cvta_to_shared(uint64_t address);
+uint32_t mapa_shared_cluster(uint32_t address, uint32_t rank);  // the same address in the cluster's CTA `rank`
+void ld_shared(uint32_t address, void* value, uint32_t bytes);
+void st_shared(uint32_t address, const void* value, uint32_t bytes);
+void ld_global(uint64_t address, void* value, uint32_t bytes);
+void st_global(uint64_t address, const void* value, uint32_t bytes);
+void fence_proxy_async();
+
+// ---- mbarriers. Addresses are shared::cta, or shared::cluster where another CTA's may be given ----
+void mbarrier_init(uint32_t address, uint32_t count);
+void mbarrier_inval(uint32_t address);
+void fence_mbarrier_init();
+void mbarrier_arrive(uint32_t address);  // shared::cta or shared::cluster
+void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes);
+bool mbarrier_try_wait_parity(uint32_t address, uint32_t parity);  // suspends the thread; may fail now and then
+
+// ---- bulk copies by TMA. Coordinates: of the box's first column and row ----
+void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t mbarrier);
+void tma_load_2d_multicast(uint32_t destination, const void* tensor_map, int32_t column, int32_t row,
+                           uint32_t mbarrier, uint16_t cta_mask);
+void tma_store_2d(const void* tensor_map, int32_t column, int32_t row, uint32_t source);
+void bulk_commit_group();
+void bulk_wait_group(uint32_t pending);
+void bulk_wait_group_read(uint32_t pending);
+void prefetch_tensormap(const void* tensor_map);
+
+// ---- barriers of a CTA and of a cluster ----
+void bar_sync(uint32_t id, uint32_t threads);  // 0 threads: all of the CTA
+void cluster_arrive();
+void cluster_wait();
+
+// ---- warps ----
+void setmaxnreg_inc(uint32_t registers);
+void setmaxnreg_dec(uint32_t registers);
+bool vote_any(bool predicate, uint32_t mask);
+bool vote_all(bool predicate, uint32_t mask);
+bool elect_sync(uint32_t mask, uint32_t& leader);
+enum class Shuffle { kIdx, kBfly };
+uint32_t shfl_sync(Shuffle mode, uint32_t value, uint32_t lane_or_mask, uint32_t clamp, uint32_t mask);
+void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]);  // .m8n8.x4.shared.b16
+
+// ---- wgmma ----
+enum class Half { kBfloat16, kFloat16 };
+void wgmma_fence();
+void wgmma_commit_group();
+void wgmma_wait_group(uint32_t pending);
+// wgmma.mma_async m64nNk16 with float32 accumulators and both operands K-major in shared memory. The thread's i-th
+// accumulator is registers[accumulators[i]], of N / 2. Until it is waited for it holds a signalling NaN.
+void wgmma(Half type, uint32_t n, uint32_t* registers, const uint16_t* accumulators, uint64_t a, uint64_t b,
+           bool accumulate);
+// Registers that may hold accumulators in flight, copies included: registers[indices[i]], i < count. wgmma_wait_group
+// writes results there. For the thread's whole life.
+void track_registers(uint32_t* registers, const uint16_t* indices, uint32_t count);
+
+}  // namespace hopper
