@@ -2,6 +2,7 @@
 
 #include <cstddef>
 
+#include "machine.h"
 #include "tma.h"
 
 using hopper::TensorMap;
@@ -21,3 +22,59 @@ extern "C" __attribute__((visibility("default"))) int cuTensorMapEncodeTiled(
   *static_cast<TensorMap*>(tensor_map) = {hopper::kTensorMapMagic, where, shape[0], shape[1], strides[0], box[0], box[1], span};
   return 0;
 }
+
+// ---- what Triton's launcher takes from libcuda besides: a device that is there, and the launch itself ----
+
+namespace {
+
+struct LaunchAttribute {  // CUlaunchAttribute
+  uint32_t id, padding;
+  uint32_t value[16];
+};
+
+struct LaunchConfig {  // CUlaunchConfig
+  uint32_t grid[3], block[3], shared_bytes;
+  void* stream;
+  LaunchAttribute* attributes;
+  uint32_t num_attributes;
+};
+
+constexpr uint32_t kClusterDimension = 4;
+constexpr int kLaunchFailed = 719;
+
+}  // namespace
+
+extern "C" int hopper_launch(hopper::Body, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, void* const*);
+extern "C" const char* hopper_error();
+
+#define HOPPER_DRIVER extern "C" __attribute__((visibility("default"))) int
+
+HOPPER_DRIVER cuLaunchKernelEx(const LaunchConfig* config, void* function, void** arguments, void**) {
+  uint32_t cluster = 1;
+  for (uint32_t i = 0; i < config->num_attributes; ++i)
+    if (config->attributes[i].id == kClusterDimension) cluster = config->attributes[i].value[0];
+  return hopper_launch(reinterpret_cast<hopper::Body>(function), config->grid[0], config->block[0], cluster,
+                       config->shared_bytes, 0, arguments)
+             ? kLaunchFailed
+             : 0;
+}
+HOPPER_DRIVER cuGetErrorString(int, const char** text) { return *text = hopper_error(), 0; }
+HOPPER_DRIVER cuCtxGetCurrent(void** context) { return *context = context, 0; }
+HOPPER_DRIVER cuPointerGetAttribute(uint64_t* data, int, uint64_t pointer) { return *data = pointer, 0; }
+
+// Linked, and not called.
+#define HOPPER_UNUSED(name) \
+  HOPPER_DRIVER name() { return kLaunchFailed; }
+HOPPER_UNUSED(cuCtxGetLimit)
+HOPPER_UNUSED(cuCtxSetCurrent)
+HOPPER_UNUSED(cuCtxSetLimit)
+HOPPER_UNUSED(cuDeviceGet)
+HOPPER_UNUSED(cuDeviceGetAttribute)
+HOPPER_UNUSED(cuDevicePrimaryCtxRetain)
+HOPPER_UNUSED(cuDriverGetVersion)
+HOPPER_UNUSED(cuFuncGetAttribute)
+HOPPER_UNUSED(cuFuncSetAttribute)
+HOPPER_UNUSED(cuFuncSetCacheConfig)
+HOPPER_UNUSED(cuModuleGetFunction)
+HOPPER_UNUSED(cuModuleLoadData)
+HOPPER_UNUSED(cuOccupancyMaxActiveClusters)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
+import random
+import re
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,39 +18,65 @@ import torch
 
 from siglip_kernels import build
 from siglip_kernels.backends import cuda
+from siglip_kernels.backends.base import BlockTask, Problem
 from tests.hopper import emulator
+from tests.hopper.emulator import Settings
+from tests.hopper.problems import Kind, mismatch, random_shape, random_task
+from tests.hopper.ptx import translate
 
 FOLDER = build.CSRC / "cuda" / "sm90"
 STAND_INS = emulator.HERE / "source"
-FLAGS = ("-O1", "-w")
+SOURCE_FLAGS = ("-O1", "-w")
+FLOAT16 = '#define SIGLIP_FLOAT16\n#include "instantiations.cu"\n'
+ENTRY = re.compile(r"^static void (kernel_\d+)\(.*\n", re.MULTILINE)
 
-Mutate = Callable[[dict[str, str]], None]  # changes the texts of files by name
-
-
-def sources() -> dict[str, str]:
-    """The kernel's files, with stand-ins for what only nvcc compiles."""
-    files = {path.name: path.read_text() for path in FOLDER.glob("*.*")}
-    files |= {path.name: path.read_text() for path in STAND_INS.iterdir()}
-    files["instantiations_float16.cpp"] = '#define SIGLIP_FLOAT16\n#include "instantiations.cu"\n'
-    return files
+Texts = dict[str, str]  # by file name
+Mutate = Callable[[Texts], None]
 
 
-def from_source(mutate: Mutate | None = None) -> ctypes.CDLL:
-    files = sources()
-    if mutate is not None:
-        mutate(files)
-    return _load(emulator.compile_library("sm90", files, FLAGS, [emulator.HERE]))
+def from_source(mutate: Mutate = lambda texts: None) -> ctypes.CDLL:
+    """The library, compiled by the host's compiler against stand-ins for ptx.cuh and CUDA's headers."""
+    texts = _texts(FOLDER) | _texts(STAND_INS) | {"instantiations_float16.cpp": FLOAT16}
+    mutate(texts)
+    return _load(emulator.compile_library("sm90", texts, SOURCE_FLAGS, [emulator.HERE]))
 
 
-def _load(path) -> ctypes.CDLL:
-    emulator.runtime()
-    library = ctypes.CDLL(str(path))
-    cuda.declare(library)
-    return library
+def from_ptx(mutate: Mutate = lambda texts: None) -> ctypes.CDLL:
+    """The library with kernels from the PTX that nvcc makes of them, ptx.cuh and all."""
+    texts = _texts(FOLDER)
+    mutate(texts)
+    kernels = {f"kernels_{i}.cpp": _exported(translate(_nvcc(texts, *flag))) for i, flag in enumerate([(), ("-DSIGLIP_FLOAT16",)])}
+    # The kernels are only declared where the launcher selects one: its name is that of nvcc's.
+    texts["kernel.cuh"] = re.sub(r"(?s)(sigmoid_block_kernel\([^{]*\)) \{.*", r"\1;\n}  // namespace siglip::sm90\n", texts["kernel.cuh"])
+    host = _texts(STAND_INS) | {"instantiations_float16.cpp": FLOAT16}
+    flags = (*emulator.KERNEL_FLAGS, "-DSIGLIP_FROM_PTX")
+    return _load(emulator.compile_library("sm90_ptx", texts | host | kernels, flags, [emulator.HERE]))
+
+
+def random_block(library: ctypes.CDLL, seed: int, kinds: list[Kind]) -> tuple[str, str | None]:
+    """Run a random block on 1 to 7 multiprocessors. Returns what it was, and what is wrong with the result."""
+    choose = random.Random(seed)
+    kind, shape, multiprocessors = choose.choice(kinds), random_shape(choose), choose.randint(1, 7)
+    task, kernel = random_task(choose, kind, *shape), cuda.CudaBlockKernel()
+    settings = Settings.of_seed(seed)
+    with emulated(library, multiprocessors, settings):
+        task = task._replace(workspace=kernel.workspace(problem_of(task), *shape[:2]))
+        task.workspace.fill_(torch.nan)
+        try:
+            kernel.block(task)
+            wrong = mismatch(task)
+        except RuntimeError as error:
+            wrong = str(error)
+    return f"seed {seed}, {kind}, {shape}, {multiprocessors} multiprocessors, {settings}", wrong
+
+
+def problem_of(task: BlockTask) -> Problem:
+    (M, D), N = task.x.shape, len(task.y)
+    return Problem(M, N, D, task.x.dtype, task.x.device, task.dz is not None)
 
 
 @contextlib.contextmanager
-def emulated(library: ctypes.CDLL, multiprocessors: int, settings: emulator.Settings) -> Iterator[None]:
+def emulated(library: ctypes.CDLL, multiprocessors: int, settings: Settings) -> Iterator[None]:
     """Within it ``CudaBlockKernel`` launches on the emulation, with tensors on the CPU."""
     library.siglip_sm90_emulate(multiprocessors)
     emulator.configure(settings)
@@ -56,3 +87,33 @@ def emulated(library: ctypes.CDLL, multiprocessors: int, settings: emulator.Sett
         mock.patch.object(torch.cuda, "current_stream", lambda: stream),
     ):
         yield
+
+
+def _texts(folder: Path) -> Texts:
+    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    emulator.runtime()
+    return cuda.declare(ctypes.CDLL(str(path)))
+
+
+def _nvcc(texts: Texts, *flags: str) -> str:
+    """The PTX of the kernels of one dtype."""
+    nvcc = shutil.which("nvcc")
+    assert nvcc is not None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in texts.items():
+            (Path(folder) / name).write_text(text)
+        command = [nvcc, "-std=c++17", "-O3", "-arch=compute_90a", "--ptx", *flags, "instantiations.cu", "-o", "out.ptx"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return (Path(folder) / "out.ptx").read_text()
+
+
+def _exported(translated: str) -> str:
+    """Give each kernel its own symbol, besides its place in the table, which two dtypes cannot share."""
+    names = re.findall(r'\{"(\w+)", (kernel_\d+),', translated)
+    body = translated.replace("hopper_kernels", "unused_kernels").replace("hopper_kernel_count", "unused_kernel_count")
+    body = body.replace('extern "C" const', "static const")
+    return body + "".join(f'extern "C" void {name}(void* const* args) {{ {kernel}(args); }}\n' for name, kernel in names)

@@ -1,0 +1,114 @@
+"""Changes that make the CUDA kernel wrong: each must be noticed, by a broken rule or by a value."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """Replace ``right``, which must be in the file ``count`` times, by ``wrong``."""
+
+    file: str
+    right: str
+    wrong: str
+    count: int = 1
+
+    def __call__(self, texts: dict[str, str]) -> None:
+        found = texts[self.file].count(self.right)
+        assert found == self.count, f"{self.file} has {self.right!r} {found} times"
+        texts[self.file] = texts[self.file].replace(self.right, self.wrong)
+
+    def __str__(self) -> str:
+        return f"{self.file}: {' '.join(self.right.split())} -> {' '.join(self.wrong.split()) or 'nothing'}"
+
+
+def _of(file: str, *changes: tuple[str, str]) -> list[Mutation]:
+    return [Mutation(file, *change) for change in changes]
+
+
+FIRST_SYNC = "if (stores) tma_store_wait_group_read();\n      named_barrier_sync(1 + consumer, kWarpgroupThreads);"
+LAST_SYNC = "fence_proxy_async();\n      named_barrier_sync(1 + consumer, kWarpgroupThreads);"
+# Of what both the source and the PTX have.
+KERNEL = [
+    *_of(
+        "kernel.cuh",
+        # The pipeline's waits and arrivals.
+        ("mbarrier_wait(&shared.empty_barrier[state.stage], state.producer_phase());", ""),
+        ("mbarrier_wait(&shared.full_barrier[state.stage], state.phase);", ""),
+        ("mbarrier_wait(&shared.ordered_barrier[consumer], ordered_barrier_phase(consumer, iteration));", ""),
+        ("if (arrives) mbarrier_arrive(&shared.ordered_barrier[next_consumer(consumer)]);", ""),
+        ("if (arrives) consumer_release(previous_empty_barrier);\n}", "}"),
+        ("if (previous_empty_barrier && arrives)", "if (arrives)"),
+        ("previous_empty_barrier = &shared.empty_barrier[state.stage];", "previous_empty_barrier = &shared.empty_barrier[0];"),
+        ("threadIdx.x % 32 == 0;", "threadIdx.x % 128 == 0;"),
+        ("threadIdx.x % 32 == 0;", "threadIdx.x % 16 == 0;"),
+        ("sizeof shared.x[0] + sizeof shared.y[0]);", "sizeof shared.x[0]);"),
+        ("mbarrier_init(&shared.full_barrier[stage], 1);", "mbarrier_init(&shared.full_barrier[stage], 2);"),
+        ("&shared.empty_barrier[stage], kWarpsPerWarpgroup);", "&shared.empty_barrier[stage], 1);"),
+        ("mbarrier_init(&barrier, kWarpsPerWarpgroup);", "mbarrier_init(&barrier, 1);"),
+        ("    fence_mbarrier_init();\n", ""),
+        ("  __syncthreads();\n", ""),
+        ("state.advance((kNumConsumers - 1) * k_tiles);", "state.advance(k_tiles - 1);"),
+        ("state.advance(consumer * k_tiles);", ""),
+        # The products.
+        ("    wgmma_fence();\n", ""),
+        ("wgmma_wait_group<1>();", ""),
+        ("wgmma_wait_group<1>();", "wgmma_wait_group<2>();"),
+        ("  wgmma_wait_group<0>();\n", ""),
+        ("    wgmma_commit_group();\n", ""),
+        ("desc_offset(64 * kBlockK * 2)", "desc_offset(32 * kBlockK * 2)"),
+        ("accumulate = k_tile > 0 || k > 0;", "accumulate = k > 0;"),
+        ("accumulate = k_tile > 0 || k > 0;", "accumulate = true;"),
+        ("&x_map, k_tile * kBlockK, tile.m", "&x_map, k_tile * kBlockK, tile.n"),
+        # The store of dz.
+        ("if (stores) tma_store_wait_group_read();", ""),
+        (FIRST_SYNC, "if (stores) tma_store_wait_group_read();"),
+        (LAST_SYNC, "named_barrier_sync(1 + consumer, kWarpgroupThreads);"),
+        (LAST_SYNC, "fence_proxy_async();"),
+        (LAST_SYNC, LAST_SYNC.replace("1 + consumer", "1")),
+        ("        tma_store_commit_group();\n", ""),
+        ("if (kOutput == Output::kDz && stores) tma_store_wait_group();", ""),
+        ("bool stores = threadIdx.x % kWarpgroupThreads == 0;", "bool stores = threadIdx.x % kWarpgroupThreads < 2;"),
+        # Registers and shared memory.
+        ("    setmaxnreg_dec<kProducerRegisters>();\n", ""),
+        ("kConsumerRegisters = 232;\nstatic_assert(", "kConsumerRegisters = 240;\nstatic_assert(true || "),
+        ("(reinterpret_cast<uintptr_t>(smem) + 1023) & ~uintptr_t(1023)", "(reinterpret_cast<uintptr_t>(smem) + 127) & ~uintptr_t(127)"),
+    ),
+    *_of(
+        "pipeline.h",
+        ("return phase ^ 1;", "return phase;"),
+        ("(iteration & 1) ^ (consumer == 0)", "iteration & 1"),
+        ("phase ^= stage / kNumStages & 1;", ""),
+    ),
+    *_of(
+        "ptx.cuh",
+        ("uint64_t(1024 >> 4) << 32", "uint64_t(512 >> 4) << 32"),
+        ("uint64_t(1) << 62", "uint64_t(2) << 62"),
+    ),
+    Mutation("layout.h", "^ row % 8", "^ row % 4"),
+    Mutation("tile_scheduler.h", "in_group % group_rows", "in_group % kGroupM"),
+    *_of(
+        "epilogue.cuh",
+        ("if (row + 16 > params_.rows || ", "if ("),
+        ("-16 < diagonal", "0 < diagonal"),
+        ("    sums_.flush();\n", ""),
+        ("sums_ = Sums();", ""),
+    ),
+]
+# Of ptx.cuh, which only nvcc compiles.
+PTX = _of(
+    "ptx.cuh",
+    ('asm volatile("fence.proxy.async.shared::cta;" ::: "memory");', ""),
+    ('asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");', ""),
+    ('"@!done bra again;\\n"', '""'),
+    ('asm volatile("wgmma.fence.sync.aligned;" ::: "memory");', ""),
+    ('"wgmma.wait_group.sync.aligned %0;" ::"n"(kPending)', '"wgmma.wait_group.sync.aligned %0;" ::"n"(kPending + 1)'),
+    ('"cp.async.bulk.wait_group.read 0;"', '"cp.async.bulk.wait_group.read 1;"'),
+    ('"setp.ne.b32 accumulate, %66, 0;\\n"', '"setp.eq.b32 accumulate, %66, 0;\\n"'),
+    ("[%0, {%2, %3}], [%1];", "[%0, {%3, %2}], [%1];"),
+    ('{%1, %2, %3, %4};" ::"r"(address)', '{%2, %1, %3, %4};" ::"r"(address)'),
+    ("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;", "mbarrier.arrive.shared::cta.b64 _, [%0];"),
+    ("%64, %65, accumulate", "%65, %64, accumulate"),
+    ('"bar.sync %0, %1;"', '"bar.sync 1, %1;"'),
+    ("(smem_addr(operand) & 0x3ffff) >> 4", "(smem_addr(operand) & 0xffff) >> 4"),
+)

@@ -1,0 +1,1 @@
+def translate(ptx): raise NotImplementedError

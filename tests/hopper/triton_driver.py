@@ -1,0 +1,90 @@
+"""Triton's own launcher on the emulation: a driver that compiles for sm_90 and runs the PTX, with tensors on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from siglip_kernels.backends.triton.configs import SHARED_MEMORY, Variant
+from tests.hopper import emulator
+from tests.hopper.emulator import Program
+from tests.hopper.ptx import translate
+
+
+@dataclass
+class EmulatedDriver:
+    """What Triton asks of its active driver."""
+
+    target: Any
+    utils: Any
+    launcher_cls: Any
+    bodies: dict[bytes, int] = field(default_factory=dict)  # by cubin: the kernel, as a launch takes it
+    programs: list[Program] = field(default_factory=list)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def add(self, cubin: bytes, name: str, ptx: str) -> None:
+        """Run ``ptx`` where the compiled kernel is launched."""
+        program = Program(translate(ptx))
+        self.programs.append(program)
+        self.bodies[cubin] = program.bodies[name]
+
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[None, int, int, int, int]:
+        return None, self.bodies[cubin], 0, 0, 1024  # module, function, registers, spills, threads
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_MEMORY["sm_90"]}
+
+
+@functools.cache
+def _cuda_utils() -> Any:
+    """Triton's launcher in C, linked to the emulation."""
+    library = Path(emulator.runtime()._name)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder):
+        (Path(folder) / "libcuda.so.1").symlink_to(library)
+        from triton.backends.nvidia.driver import CudaUtils
+
+        return CudaUtils()
+
+
+@contextlib.contextmanager
+def emulated_driver() -> Iterator[EmulatedDriver]:
+    """Within it Triton's kernels compile for a Hopper and launch on the emulation."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaLauncher
+    from triton.runtime.driver import driver
+
+    utils = _cuda_utils()
+    emulated = EmulatedDriver(GPUTarget("cuda", 90, 32), None, CudaLauncher)
+    own = {"load_binary": emulated.load_binary, "get_device_properties": emulated.get_device_properties}
+    emulated.utils = SimpleNamespace(**{**vars(utils), **own})
+    before = driver._active
+    driver.set_active(emulated)
+    try:
+        yield emulated
+    finally:
+        driver._active = before
+
+
+def compile_for(driver: EmulatedDriver, variant: Variant, mutate: Any = None) -> None:
+    """Compile the block kernel with Triton, and make its PTX, as ``mutate`` changes it, what a launch runs."""
+    from siglip_kernels.backends.triton import launch
+
+    compiled = launch.compile_variant(variant)
+    ptx = compiled.asm["ptx"]
+    driver.add(compiled.asm["cubin"], compiled.metadata.name, ptx if mutate is None else mutate(ptx))
