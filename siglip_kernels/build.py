@@ -82,7 +82,7 @@ CPU_PORTABLE_SOURCES = (
 )
 _CPU_HEADERS = ("convert", "cpu_info", "epilogue", "gemm", "interface", "parallel", "params", "simd", "simd_math")
 _SM90_HEADERS = (
-    *(f"{name}.h" for name in ("host_device", "instantiations", "layout", "params", "pipeline")),
+    *(f"{name}.h" for name in ("config", "host_device", "instantiations", "layout", "params", "pipeline")),
     *(f"{name}.h" for name in ("sigmoid_loss", "tile_scheduler")),
     *(f"{name}.cuh" for name in ("epilogue", "kernel", "ptx")),
 )

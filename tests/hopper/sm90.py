@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -34,22 +34,25 @@ Texts = dict[str, str]  # by file name
 Mutate = Callable[[Texts], None]
 
 
-def from_source(mutate: Mutate = lambda texts: None) -> ctypes.CDLL:
+def from_source(mutate: Mutate = lambda texts: None, defines: Sequence[str] = ()) -> ctypes.CDLL:
     """The library, compiled by the host's compiler against stand-ins for ptx.cuh and CUDA's headers."""
     texts = _texts(FOLDER) | _texts(STAND_INS) | {"instantiations_float16.cpp": FLOAT16}
     mutate(texts)
-    return _load(emulator.compile_library("sm90", texts, SOURCE_FLAGS, [emulator.HERE]))
+    return _load(emulator.compile_library("sm90", texts, (*SOURCE_FLAGS, *defines), [emulator.HERE]))
 
 
-def from_ptx(mutate: Mutate = lambda texts: None) -> ctypes.CDLL:
+def from_ptx(mutate: Mutate = lambda texts: None, defines: Sequence[str] = ()) -> ctypes.CDLL:
     """The library with kernels from the PTX that nvcc makes of them, ptx.cuh and all."""
     texts = _texts(FOLDER)
     mutate(texts)
-    kernels = {f"kernels_{i}.cpp": _exported(translate(_nvcc(texts, *flag))) for i, flag in enumerate([(), ("-DSIGLIP_FLOAT16",)])}
+    kernels = {
+        f"kernels_{i}.cpp": _exported(translate(_nvcc(texts, *defines, *flag)))
+        for i, flag in enumerate([(), ("-DSIGLIP_FLOAT16",)])
+    }
     # The kernels are only declared where the launcher selects one: its name is that of nvcc's.
     texts["kernel.cuh"] = re.sub(r"(?s)(sigmoid_block_kernel\([^{]*\)) \{.*", r"\1;\n}  // namespace siglip::sm90\n", texts["kernel.cuh"])
     host = _texts(STAND_INS) | {"instantiations_float16.cpp": FLOAT16}
-    flags = (*emulator.KERNEL_FLAGS, "-DSIGLIP_FROM_PTX")
+    flags = (*emulator.KERNEL_FLAGS, "-DSIGLIP_FROM_PTX", *defines)
     return _load(emulator.compile_library("sm90_ptx", texts | host | kernels, flags, [emulator.HERE]))
 
 

@@ -45,12 +45,12 @@ class Epilogue {
 
   // acc: the warp's inner products, 16 rows from `row` on and kBlockN columns from `column` on. dz_smem: shared memory
   // address of these rows in the first of the boxes that TMA stores.
-  __device__ void run(const float (&acc)[64], int row, int column, uint32_t dz_smem) {
+  __device__ void run(const float (&acc)[kBlockN / 2], int row, int column, uint32_t dz_smem) {
     // Unrolled, because registers cannot be indexed at run time.
     SIGLIP_UNROLL
     for (int c = 0; c < kBlockN / kChunkColumns; ++c)
       run_chunk(reinterpret_cast<const float(&)[kChunkPairs]>(acc[c * kChunkPairs]), row, column + c * kChunkColumns,
-                dz_smem + c * kChunkColumns / kStoreBoxColumns * (kBlockM * kStoreBoxColumns * 2),
+                dz_smem + c * kChunkColumns / kStoreBoxColumns * (kConsumerRows * kStoreBoxColumns * 2),
                 c * kChunkColumns % kStoreBoxColumns);
     sums_.flush();
   }

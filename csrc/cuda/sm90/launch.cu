@@ -54,18 +54,18 @@ int32_t launch(const BlockParams& params, cudaStream_t stream) {
                          kBlockM))
     return kNoTensorMapX;
   if (!encode_tensor_map(encode_tiled, &y_map, params.dtype, params.y, params.cols, params.features, params.y_stride,
-                         kBlockN))
+                         kBlockN / kClusterSize))
     return kNoTensorMapY;
   if (params.dz && !encode_tensor_map(encode_tiled, &dz_map, params.dtype, params.dz, params.rows, params.cols,
-                                      params.dz_stride, kBlockM))
+                                      params.dz_stride, kConsumerRows))
     return kNoTensorMapDz;
   const void* const kernel =
       params.dtype == Dtype::kBfloat16 ? select_bfloat16_kernel(params) : select_float16_kernel(params);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes());
   if (error != cudaSuccess) return error;
-  const int grid_size = std::min(num_sms, TileScheduler(params.rows, params.cols).num_tiles());
+  const int num_clusters = std::min(std::max(num_sms / kClusterSize, 1), TileScheduler(params.rows, params.cols).num_tiles());
   void* args[] = {const_cast<BlockParams*>(&params), &x_map, &y_map, &dz_map};
-  return cudaLaunchKernel(kernel, grid_size, threads_per_block(), args, smem_bytes(), stream);
+  return cudaLaunchKernel(kernel, num_clusters * kClusterSize, threads_per_block(), args, smem_bytes(), stream);
 }
 
 }  // namespace
@@ -87,7 +87,7 @@ SIGLIP_EXPORT int32_t siglip_sm90_block(const BlockParams* params, void* stream)
 
 // Floats in one row of `partials`.
 SIGLIP_EXPORT int64_t siglip_sm90_partials(int32_t rows, int32_t cols) {
-  return int64_t(kPartialsPerTile) * TileScheduler(rows, cols).num_tiles();
+  return num_partials(rows, cols);
 }
 
 // Dynamic shared memory of a thread block.

@@ -12,7 +12,7 @@ struct BlockParams {
   const void* x;                // [rows, features], row stride x_stride
   const void* y;                // [cols, features], row stride y_stride
   void* dz;                     // [rows, cols], or null; a row's padding to 16 bytes is written too (tma_store_2d)
-  float* partials;              // [3, kPartialsPerTile · tiles]: loss, dz·u, dz; with loss_only just the first row
+  float* partials;              // [3, num_partials(rows, cols)]: loss, dz·u, dz; with loss_only just the first row
   const float* scale;           // one element, like bias and dz_scale
   const float* bias;
   const float* dz_scale;        // null: 1
@@ -27,8 +27,5 @@ struct BlockParams {
   Dtype dtype;                  // of x, y and dz
   int32_t device;
 };
-
-// Each warp of the consumer writes its own partial sums, so that no atomics make the result depend on their order.
-constexpr int kPartialsPerTile = 4;
 
 }  // namespace siglip::sm90

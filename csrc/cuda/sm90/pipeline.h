@@ -1,19 +1,17 @@
 // State of the shared-memory pipeline between the TMA producer and the MMA consumers. Compiles for the host too.
 //
-// The producer fills the stages in the order of this SM's tiles. The consumers take the tiles in turn (ping-pong), tile
-// k goes to consumer k % kNumConsumers, so that the epilogue of one overlaps with the MMAs of the other. Each stage has
-// a full and an empty barrier, and a wait on them sees only the parity of the phase. The ordered barriers keep a
-// consumer from mistaking one phase for an earlier one: its mainloop starts when the other has seen all its stages.
+// The producer fills the stages in the order of this SM's tiles. In ping-pong tile k goes to consumer k % kNumConsumers.
+// Each stage has a full and an empty barrier, and a wait on them sees only the parity of the phase. The ordered barriers
+// keep a consumer in ping-pong from mistaking one phase for an earlier one: its mainloop starts when the other has seen
+// all its stages.
 #pragma once
 
 #include <cstdint>
 
+#include "config.h"
 #include "host_device.h"
 
 namespace siglip::sm90 {
-
-constexpr int kNumConsumers = 2;
-constexpr int kNumStages = 5;
 
 struct PipelineState {
   int stage = 0;

@@ -3,35 +3,44 @@
 
 #include <cstdint>
 
+#include "config.h"
 #include "host_device.h"
 
 namespace siglip::sm90 {
-
-constexpr int kBlockM = 128, kBlockN = 128, kBlockK = 64;  // images and texts of a tile, features of a stage
 
 struct TileCoord {
   int m, n;  // first image, first text
 };
 
 // Grouped order: groups of kGroupM rows of tiles, each column by column, so that tiles in flight share operands in L2.
+// A cluster takes kClusterSize rows at once, one for each CTA; the last may lie beyond the last image.
 class TileScheduler {
  public:
-  static constexpr int kGroupM = 8;
+  static constexpr int kGroupM = 8 / kClusterSize;  // rows of clusters
 
   SIGLIP_HOST_DEVICE TileScheduler(int rows, int cols)
-      : tiles_m_((rows + kBlockM - 1) / kBlockM), tiles_n_((cols + kBlockN - 1) / kBlockN) {}
+      : tiles_m_((rows + kClusterM - 1) / kClusterM), tiles_n_((cols + kBlockN - 1) / kBlockN) {}
 
+  // Tiles of a cluster, numbered from 0.
   SIGLIP_HOST_DEVICE int num_tiles() const { return tiles_m_ * tiles_n_; }
 
-  SIGLIP_HOST_DEVICE TileCoord tile_coord(int index) const {
+  SIGLIP_HOST_DEVICE TileCoord tile_coord(int index, int cluster_rank = 0) const {
     const int group = index / (kGroupM * tiles_n_), in_group = index % (kGroupM * tiles_n_);
     const int rows_left = tiles_m_ - group * kGroupM, group_rows = rows_left < kGroupM ? rows_left : kGroupM;
-    return {(group * kGroupM + in_group % group_rows) * kBlockM, in_group / group_rows * kBlockN};
+    return {(group * kGroupM + in_group % group_rows) * kClusterM + cluster_rank * kBlockM,
+            in_group / group_rows * kBlockN};
   }
 
  private:
+  static constexpr int kClusterM = kClusterSize * kBlockM;
+
   int tiles_m_, tiles_n_;
 };
+
+// Partial sums of a block, of each kind.
+SIGLIP_HOST_DEVICE int64_t num_partials(int rows, int cols) {
+  return int64_t(kPartialsPerTile) * kClusterSize * TileScheduler(rows, cols).num_tiles();
+}
 
 // Number of stages that the features of one tile fill.
 SIGLIP_HOST_DEVICE int num_k_tiles(int features) { return (features + kBlockK - 1) / kBlockK; }

@@ -13,6 +13,7 @@
 #define __shared__
 #define __grid_constant__
 #define __forceinline__ inline
+#define __cluster_dims__(...)
 #define __launch_bounds__(...)
 
 // ---- built-in variables and functions ----

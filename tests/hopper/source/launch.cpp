@@ -2,6 +2,7 @@
 
 #include <cuda.h>
 
+#include "config.h"
 #include "params.h"
 
 using siglip::sm90::BlockParams;
@@ -38,6 +39,6 @@ cudaError_t cudaLaunchKernel(const void* kernel, int grid, int block, void** arg
   source_kernel = reinterpret_cast<SourceKernel>(const_cast<void*>(kernel));
   const hopper::Body body = run_source;
 #endif
-  const int failed = hopper_launch(body, grid, block, 1, uint32_t(shared), kMisalignment, arguments);
+  const int failed = hopper_launch(body, grid, block, siglip::sm90::kClusterSize, uint32_t(shared), kMisalignment, arguments);
   return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }

@@ -21,6 +21,9 @@ inline void mbarrier_arrive(uint64_t* barrier) { hopper::mbarrier_arrive(smem_ad
 inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
   hopper::mbarrier_arrive_expect_tx(smem_addr(barrier), bytes);
 }
+inline void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
+  hopper::mbarrier_arrive(hopper::mapa_shared_cluster(smem_addr(barrier), rank));
+}
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   while (!hopper::mbarrier_try_wait_parity(smem_addr(barrier), parity)) {
   }
@@ -28,6 +31,10 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 
 inline void tma_load_2d(void* dst, const CUtensorMap* tensor_map, int column, int row, uint64_t* barrier) {
   hopper::tma_load_2d(smem_addr(dst), tensor_map, column, row, smem_addr(barrier));
+}
+inline void tma_load_2d_multicast(void* dst, const CUtensorMap* tensor_map, int column, int row, uint64_t* barrier,
+                                  uint16_t cta_mask) {
+  hopper::tma_load_2d_multicast(smem_addr(dst), tensor_map, column, row, smem_addr(barrier), cta_mask);
 }
 inline void tma_store_2d(const CUtensorMap* tensor_map, int column, int row, const void* src) {
   hopper::tma_store_2d(tensor_map, column, row, smem_addr(src));
@@ -38,6 +45,11 @@ inline void tma_store_wait_group() { hopper::bulk_wait_group(0); }
 inline void fence_proxy_async() { hopper::fence_proxy_async(); }
 inline void prefetch_tensormap(const CUtensorMap* tensor_map) { hopper::prefetch_tensormap(tensor_map); }
 
+inline uint32_t cluster_ctarank() { return hopper::cluster_ctarank(); }
+inline void cluster_sync() {
+  hopper::cluster_arrive();
+  hopper::cluster_wait();
+}
 inline void named_barrier_sync(int id, int num_threads) { hopper::bar_sync(id, num_threads); }
 template <int kRegisters>
 void setmaxnreg_dec() {
@@ -58,7 +70,8 @@ template <int kPending>
 void wgmma_wait_group() {
   hopper::wgmma_wait_group(kPending);
 }
-inline void wgmma_fence_accumulator(float (&)[64]) {}
+template <int kCount>
+void wgmma_fence_accumulator(float (&)[kCount]) {}
 
 inline uint64_t make_smem_desc(const void* operand) {
   return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | (smem_addr(operand) & 0x3ffff) >> 4;
@@ -73,11 +86,11 @@ struct EveryIndex {
   }
 };
 
-template <class Element>
-void wgmma_m64n128k16(float (&acc)[64], uint64_t a, uint64_t b, bool accumulate) {
-  static constexpr EveryIndex<64> kEvery;
+template <class Element, int kCount>
+void wgmma_m64nNk16(float (&acc)[kCount], uint64_t a, uint64_t b, bool accumulate) {
+  static constexpr EveryIndex<kCount> kEvery;
   const auto type = Element::kIsBfloat16 ? hopper::Half::kBfloat16 : hopper::Half::kFloat16;
-  hopper::wgmma(type, 128, reinterpret_cast<uint32_t*>(acc), kEvery.values, a, b, accumulate);
+  hopper::wgmma(type, 2 * kCount, reinterpret_cast<uint32_t*>(acc), kEvery.values, a, b, accumulate);
 }
 
 }  // namespace siglip::sm90

@@ -1,1 +1,0 @@
-def translate(ptx): raise NotImplementedError
