@@ -18,7 +18,7 @@ uint32_t site = 0;
 namespace {
 
 constexpr size_t kStackBytes = 512 * 1024;
-constexpr uint32_t kRegisterFile = 65'536, kRegisterUnit = 8, kMaxRegisters = 255;
+constexpr uint32_t kRegisterFile = 65'536, kRegisterUnit = 8, kMaxRegisters = 248;
 
 jmp_buf scheduler_context, launch_context;
 Body body;
@@ -42,7 +42,8 @@ void exit_thread(Thread& thread) {
   warp.exited |= 1u << thread.lane;
   --cta.live_threads;
   --machine.live_threads;
-  if (warp.convergence.name) fail("a lane exits while others of its warp wait in %s", warp.convergence.name);
+  if (warp.convergence.name && warp.convergence.mask >> thread.lane & 1)
+    fail("a lane exits while others of its warp wait in %s", warp.convergence.name);
   if (warp.exited == kEveryLane) check_all_waited(warp);
   if (std::fetestexcept(FE_INVALID)) fail("arithmetic on an accumulator in flight, or on a register nobody has set");
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import random
 import re
 import shutil
@@ -29,6 +30,20 @@ STAND_INS = emulator.HERE / "source"
 SOURCE_FLAGS = ("-O1", "-w")
 FLOAT16 = '#define SIGLIP_FLOAT16\n#include "instantiations.cu"\n'
 ENTRY = re.compile(r"^static void (kernel_\d+)\(.*\n", re.MULTILINE)
+
+# What csrc/cuda/sm90/config.h can be compiled to.
+CONFIGURATIONS = {
+    "128x128": (),
+    "128x128, multicast": ("-DSIGLIP_SM90_CLUSTER=2",),
+    "128x256": ("-DSIGLIP_SM90_BLOCK_N=256",),
+    "128x256, multicast": ("-DSIGLIP_SM90_BLOCK_N=256", "-DSIGLIP_SM90_CLUSTER=2"),
+}
+KINDS = [
+    Kind(dtype, labels, weights, output=output)
+    for dtype, labels, weights, output in itertools.product(
+        (torch.bfloat16, torch.float16), ("none", "offset", "ids"), (False, True), ("dz", "dz", "sums", "loss")
+    )
+]
 
 Texts = dict[str, str]  # by file name
 Mutate = Callable[[Texts], None]

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import shutil
 
 import pytest
-import torch
 
 from tests.hopper import emulator, mutations, sm90
 from tests.hopper.mutations import Mutation
-from tests.hopper.problems import Kind
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
 
-KINDS = [
-    Kind(dtype, labels, weights, output=output)
-    for dtype, labels, weights, output in itertools.product(
-        (torch.bfloat16, torch.float16), ("none", "offset", "ids"), (False, True), ("dz", "dz", "sums", "loss")
-    )
-]
 PROBLEMS, PROBLEMS_FROM_PTX, PROBLEMS_OF_A_MUTATION = 200, 40, 60
 
 
@@ -32,7 +23,7 @@ def nvcc() -> None:
 
 def first_failure(library: ctypes.CDLL, problems: int) -> str | None:
     for seed in range(problems):
-        what, wrong = sm90.random_block(library, seed, KINDS)
+        what, wrong = sm90.random_block(library, seed, sm90.KINDS)
         if wrong is not None:
             return f"{what}: {wrong}"
     return None

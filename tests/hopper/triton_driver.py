@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,10 +81,9 @@ def emulated_driver() -> Iterator[EmulatedDriver]:
         driver._active = before
 
 
-def compile_for(driver: EmulatedDriver, variant: Variant, mutate: Any = None) -> None:
+def compile_for(driver: EmulatedDriver, variant: Variant, mutate: Callable[[str], str]) -> None:
     """Compile the block kernel with Triton, and make its PTX, as ``mutate`` changes it, what a launch runs."""
     from siglip_kernels.backends.triton import launch
 
     compiled = launch.compile_variant(variant)
-    ptx = compiled.asm["ptx"]
-    driver.add(compiled.asm["cubin"], compiled.metadata.name, ptx if mutate is None else mutate(ptx))
+    driver.add(compiled.asm["cubin"], compiled.metadata.name, mutate(compiled.asm["ptx"]))

@@ -1,0 +1,59 @@
+"""The shipped Triton kernels of a Hopper on the emulation, from their PTX."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import torch
+
+from bench.static.triton_report import describe
+from siglip_kernels.backends.triton import configs
+from siglip_kernels.backends.triton.configs import Variant
+from tests.hopper import emulator
+from tests.hopper.emulator import Settings
+from tests.hopper.problems import Kind, mismatch, random_shape, random_task
+from tests.hopper.triton_driver import compile_for, emulated_driver
+
+LARGEST = 300  # rows and columns of a problem
+
+
+def shipped() -> list[Variant]:
+    """Every shipped variant for half precision."""
+    return [v for v in configs.shipped() if v.arch == "sm_90" and v.dtype is not torch.float32]
+
+
+def random_blocks(
+    variant: Variant, seeds: range, mutate: Callable[[str], str] = lambda ptx: ptx
+) -> Iterator[tuple[str, str | None]]:
+    """Run the variant on random blocks. Yields what each was, and what is wrong with the result."""
+    from siglip_kernels.backends.triton import launch
+
+    with emulated_driver() as driver:
+        compile_for(driver, variant, mutate)
+        for seed in seeds:
+            choose = random.Random(seed)
+            shape = random_shape(choose, LARGEST)
+            task = random_task(choose, kind_of(variant), *shape)
+            tiles = configs.max_tiles(*shape[:2], variant.config)
+            task = task._replace(workspace=torch.full((3 * tiles,), torch.nan))
+            settings = Settings.of_seed(seed, strict_mbarriers=False)  # Triton publishes them by bar.sync alone
+            emulator.configure(settings)
+            try:
+                launch.launch_block("sm_90", task, variant.config)
+                wrong = mismatch(task)
+            except RuntimeError as error:
+                wrong = str(error)
+            yield f"{describe(variant)}: seed {seed}, {shape}, {settings}", wrong
+
+
+def kind_of(variant: Variant) -> Kind:
+    """What a launch of the variant is asked for."""
+    return Kind(
+        variant.dtype,
+        variant.labels,
+        variant.has_weights,
+        None if variant.masses == "none" else variant.masses,
+        "dz" if variant.write_dz else "loss" if variant.loss_only else "sums",
+        variant.stats,
+    )
