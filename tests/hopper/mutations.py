@@ -47,7 +47,7 @@ KERNEL = [
         ("&shared.empty_barrier[stage], kWarpsPerWarpgroup * ", "&shared.empty_barrier[stage], "),
         ("mbarrier_init(&barrier, kWarpsPerWarpgroup);", "mbarrier_init(&barrier, 1);"),
         ("    fence_mbarrier_init();\n", ""),
-        ("  __syncthreads();\n", ""),
+        ("  if constexpr (kClusterSize == 1)\n    __syncthreads();\n  else\n    cluster_sync();\n", ""),
         ("state.advance((kTurns - 1) * k_tiles);", "state.advance(k_tiles - 1);"),
         ("state.advance(turn * k_tiles);", ""),
         # The products.
@@ -112,3 +112,35 @@ PTX = _of(
     ('"bar.sync %0, %1;"', '"bar.sync 1, %1;"'),
     ("(smem_addr(operand) & 0x3ffff) >> 4", "(smem_addr(operand) & 0xffff) >> 4"),
 )
+# With -DSIGLIP_SM90_CLUSTER=2.
+MULTICAST = [
+    *_of(
+        "kernel.cuh",
+        ("mbarrier_arrive_cluster(empty_barrier, lane);", "mbarrier_arrive(empty_barrier);"),
+        ("if (lane < kClusterSize) mbarrier_arrive_cluster(", "if (lane == cluster_ctarank()) mbarrier_arrive_cluster("),
+        ("kWarpsPerWarpgroup * kConsumersPerTile * kClusterSize);", "kWarpsPerWarpgroup * kConsumersPerTile);"),
+        ("    __syncthreads();\n  else\n    cluster_sync();", "    __syncthreads();\n  else\n    __syncthreads();"),
+        ("  if constexpr (kClusterSize > 1) cluster_sync();\n", ""),
+        ("(1 << kClusterSize) - 1);", "1 << rank);"),
+        ("shared.y[state.stage] + rank * kMulticastN * kBlockK;", "shared.y[state.stage];"),
+        ("tile.n + rank * kMulticastN;", "tile.n;"),
+        ("(int64_t(index) * kClusterSize + rank)", "int64_t(index)"),
+        ("blockIdx.x / kClusterSize + turn", "blockIdx.x + turn"),
+    ),
+    Mutation("tile_scheduler.h", "kClusterM + cluster_rank * kBlockM", "kClusterM"),
+    Mutation("launch.cu", "kBlockN / kClusterSize))", "kBlockN))"),
+]
+# With -DSIGLIP_SM90_BLOCK_N=256.
+COOPERATIVE = [
+    *_of(
+        "kernel.cuh",
+        ("kPingPong ? 0 : desc_offset(consumer * kConsumerRows * kBlockK * 2);", "0;"),
+        ("tile.m + first_row + row", "tile.m + row"),
+        ("tile.m + first_row, shared.dz", "tile.m, shared.dz"),
+        ("kPartialsPerTile + first_row / 16 + warp;", "kPartialsPerTile + warp;"),
+        ("kWarpsPerWarpgroup * kConsumersPerTile * kClusterSize);", "kWarpsPerWarpgroup * kClusterSize);"),
+        ("shared.dz[consumer])", "shared.dz[0])"),
+    ),
+    Mutation("epilogue.cuh", "(kConsumerRows * kStoreBoxColumns * 2)", "(kBlockM * kStoreBoxColumns * 2)"),
+    Mutation("launch.cu", "params.dz_stride, kConsumerRows))", "params.dz_stride, kBlockM))"),
+]

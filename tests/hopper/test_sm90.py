@@ -29,18 +29,30 @@ def first_failure(library: ctypes.CDLL, problems: int) -> str | None:
     return None
 
 
-def test_from_source() -> None:
-    assert first_failure(sm90.from_source(), PROBLEMS) is None
+@pytest.mark.parametrize("configuration", sm90.CONFIGURATIONS)
+def test_from_source(configuration: str) -> None:
+    library = sm90.from_source(defines=sm90.CONFIGURATIONS[configuration])
+    assert first_failure(library, PROBLEMS) is None
     assert emulator.runtime().hopper_stmatrix_conflicts() == 0
 
 
-def test_from_ptx(nvcc: None) -> None:
-    assert first_failure(sm90.from_ptx(), PROBLEMS_FROM_PTX) is None
+@pytest.mark.parametrize("configuration", sm90.CONFIGURATIONS)
+def test_from_ptx(configuration: str, nvcc: None) -> None:
+    assert first_failure(sm90.from_ptx(defines=sm90.CONFIGURATIONS[configuration]), PROBLEMS_FROM_PTX) is None
 
 
-@pytest.mark.parametrize("mutation", mutations.KERNEL, ids=str)
-def test_mutations_of_the_source(mutation: Mutation) -> None:
-    assert first_failure(sm90.from_source(mutation), PROBLEMS_OF_A_MUTATION) is not None
+@pytest.mark.parametrize(
+    ("mutation", "configuration"),
+    [
+        *((mutation, "128x128") for mutation in mutations.KERNEL),
+        *((mutation, "128x128, multicast") for mutation in mutations.MULTICAST),
+        *((mutation, "128x256") for mutation in mutations.COOPERATIVE),
+    ],
+    ids=str,
+)
+def test_mutations_of_the_source(mutation: Mutation, configuration: str) -> None:
+    library = sm90.from_source(mutation, sm90.CONFIGURATIONS[configuration])
+    assert first_failure(library, PROBLEMS_OF_A_MUTATION) is not None
 
 
 @pytest.mark.parametrize("mutation", mutations.PTX, ids=str)
