@@ -64,11 +64,8 @@ class Shadow {
   }
 
   const char* write(uint32_t begin, uint32_t bytes, const Access& access) {
-    for (uint32_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk) {
-      uint32_t racing = 0;
-      for (uint32_t i = 0; i < kReaders; ++i) racing |= reads_[chunk][i] > access.knowledge.happened[first_actor_ + i];
-      if (racing) return describe_reader(reads_[chunk], access);
-    }
+    for (uint32_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk)
+      if (const char* problem = check_read(reads_[chunk], access)) return problem;
     for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word) {
       if (writes_[word].tick)
         if (const char* problem = check_written(writes_[word], access)) return problem;
@@ -82,10 +79,10 @@ class Shadow {
     for (uint32_t word = begin / 4; word < (begin + bytes) / 4; ++word) writes_[word] = {uint16_t(owner), false, tick};
   }
 
-  // Whether several warps' ordinary stores race here; Triton lets them write the same value.
+  // Whether an ordinary store of another warp was the last here.
   bool written_by_other_warp(uint32_t begin, const Access& access) const {
     const Write& write = writes_[begin / 4];
-    return write.tick && !write.async && write.actor != access.actor && is_warp(write.actor);
+    return write.tick && !write.async && write.actor != access.actor && write.actor - first_actor_ < kMaxWarps;
   }
 
  private:
@@ -94,8 +91,6 @@ class Shadow {
     bool async = false;
     uint32_t tick = 0;  // 0: never written
   };
-
-  bool is_warp(uint32_t other) const { return other - first_actor_ < kMaxWarps; }
 
   const char* check_written(const Write& write, const Access& access) const {
     if (!write.tick) return "shared memory that nobody has written";
@@ -107,17 +102,14 @@ class Shadow {
     return nullptr;
   }
 
-  const char* describe_reader(const std::array<uint32_t, kReaders>& reads, const Access& access) const {
+  const char* check_read(const std::array<uint32_t, kReaders>& reads, const Access& access) const {
     for (uint32_t i = 0; i < kReaders; ++i)
-      if (reads[i] > access.knowledge.happened[first_actor_ + i])
-        switch (Kind(i / kMaxWarps)) {
-          case Kind::kWgmmaGroups: return "a race with a wgmma that reads here";
-          case Kind::kBulkGroups: return "a race with a bulk copy that reads here";
-          default: return "a race with a load of another warp";
-        }
+      if (reads[i] > access.knowledge.happened[first_actor_ + i]) return kReaderRaces[i / kMaxWarps];
     return nullptr;
   }
 
+  static constexpr const char* kReaderRaces[] = {"a race with a load of another warp", "a race with a wgmma that reads here",
+                                                 "a race with a bulk copy that reads here"};
   uint32_t first_actor_ = 0;
   std::vector<Write> writes_;
   std::vector<std::array<uint32_t, kReaders>> reads_;

@@ -81,7 +81,8 @@ def compile_library(name: str, files: Mapping[str, str], flags: Sequence[str], i
 @functools.cache
 def runtime() -> ctypes.CDLL:
     """The emulation itself. Its symbols are there for every library that is loaded later."""
-    files = {path.name: path.read_text() for path in sorted(HERE.glob("*.cpp")) + sorted(HERE.glob("*.h"))}
+    paths = [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.h")), HERE / "stand_ins" / "libcuda.cpp"]
+    files = {path.name: path.read_text() for path in paths}
     library = ctypes.CDLL(str(compile_library("hopper", files, RUNTIME_FLAGS)), mode=ctypes.RTLD_GLOBAL)
     library.hopper_error.restype = ctypes.c_char_p
     library.hopper_stmatrix_conflicts.restype = ctypes.c_uint64

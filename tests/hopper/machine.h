@@ -39,28 +39,25 @@ void ld_global(uint64_t address, void* value, uint32_t bytes);
 void st_global(uint64_t address, const void* value, uint32_t bytes);
 void fence_proxy_async();
 
-// ---- mbarriers. Addresses are shared::cta, or shared::cluster where another CTA's may be given ----
+// ---- mbarriers, and barriers of a CTA and of a cluster ----
 void mbarrier_init(uint32_t address, uint32_t count);
 void mbarrier_inval(uint32_t address);
 void fence_mbarrier_init();
 void mbarrier_arrive(uint32_t address);  // shared::cta or shared::cluster
 void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes);
 bool mbarrier_try_wait_parity(uint32_t address, uint32_t parity);  // suspends the thread; may fail now and then
-
-// ---- bulk copies by TMA. Coordinates: of the box's first column and row ----
-void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t mbarrier);
-void tma_load_2d_multicast(uint32_t destination, const void* tensor_map, int32_t column, int32_t row,
-                           uint32_t mbarrier, uint16_t cta_mask);
-void tma_store_2d(const void* tensor_map, int32_t column, int32_t row, uint32_t source);
-void bulk_commit_group();
-void bulk_wait_group(uint32_t pending);
-void bulk_wait_group_read(uint32_t pending);
-void prefetch_tensormap(const void* tensor_map);
-
-// ---- barriers of a CTA and of a cluster ----
 void bar_sync(uint32_t id, uint32_t threads);  // 0 threads: all of the CTA
 void cluster_arrive();
 void cluster_wait();
+
+// ---- bulk copies by TMA. Coordinates: of the box's first column and row ----
+// cta_mask: for .multicast::cluster, into the same place of each CTA.
+void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t mbarrier,
+                 uint16_t cta_mask = 0);
+void tma_store_2d(const void* tensor_map, int32_t column, int32_t row, uint32_t source);
+void bulk_commit_group();
+void bulk_wait_group(uint32_t pending);  // with .read or without
+void prefetch_tensormap(const void* tensor_map);
 
 // ---- warps ----
 void setmaxnreg_inc(uint32_t registers);
@@ -72,13 +69,18 @@ enum class Shuffle { kIdx, kBfly };
 uint32_t shfl_sync(Shuffle mode, uint32_t value, uint32_t lane_or_mask, uint32_t clamp, uint32_t mask);
 void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]);  // .m8n8.x4.shared.b16
 
-// ---- wgmma ----
+// ---- wgmma.mma_async m64nNk16: float32 accumulators, both operands K-major in shared memory ----
 enum class Half { kBfloat16, kFloat16 };
+struct WgmmaShape {
+  Half type;
+  uint32_t n;
+  uint64_t a, b;  // descriptors
+  bool accumulate;
+};
 void wgmma_fence();
 void wgmma_commit_group();
 void wgmma_wait_group(uint32_t pending);
-// wgmma.mma_async m64nNk16 with float32 accumulators and both operands K-major in shared memory. The thread's i-th
-// accumulator is registers[accumulators[i]], of N / 2. Until it is waited for it holds a signalling NaN.
+// The thread's i-th accumulator is registers[accumulators[i]], of N / 2. Until waited for it holds a signalling NaN.
 void wgmma(Half type, uint32_t n, uint32_t* registers, const uint16_t* accumulators, uint64_t a, uint64_t b,
            bool accumulate);
 // Registers that may hold accumulators in flight, copies included: registers[indices[i]], i < count. wgmma_wait_group

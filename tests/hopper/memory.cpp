@@ -5,15 +5,23 @@
 #include "state.h"
 
 namespace hopper {
+namespace {
 
 // shared::cluster: the upper 8 bits hold a CTA's rank plus 1; 0: the running thread's own CTA.
-constexpr uint32_t kRankShift = 24;
+constexpr uint32_t kRankShift = 24, kOffsetMask = (1u << kRankShift) - 1;
+
+void* global(uint64_t address, uint32_t bytes, const char* what) {
+  if (address % bytes) fail("%s: the address is not a multiple of %u", what, bytes);
+  check_global(address, bytes, what);
+  return reinterpret_cast<void*>(address);
+}
+
+}  // namespace
 
 Cta& cta_of(uint32_t& address) {
   const uint32_t rank = address >> kRankShift;
-  address &= (1u << kRankShift) - 1;
+  address &= kOffsetMask;
   if (!rank) return *self->warp->cta;
-  if (rank > machine.ctas.size()) fail("a shared address in CTA %u of a cluster of %u", rank - 1, machine.cluster);
   Cta& cta = *machine.ctas[rank - 1];
   if (!cta.live_threads) fail("shared memory of CTA %u of the cluster, which has exited", rank - 1);
   return cta;
@@ -27,9 +35,9 @@ uint8_t* shared_bytes(Cta& cta, uint32_t address, uint32_t bytes, uint32_t align
 }
 
 void check_global(uint64_t address, uint64_t bytes, const char* what) {
-  for (const Range& range : machine.global)
-    if (range.begin <= address && address + bytes <= range.end) return;
-  if (!machine.global.empty()) fail("%s: %lu bytes of global memory out of bounds", what, static_cast<unsigned long>(bytes));
+  bool inside = machine.global.empty();
+  for (const auto& [begin, end] : machine.global) inside |= begin <= address && address + bytes <= end;
+  if (!inside) fail("%s: %u bytes of global memory out of bounds", what, uint32_t(bytes));
 }
 
 uint32_t dynamic_shared() { return self->warp->cta->shared_begin; }
@@ -41,28 +49,26 @@ uint32_t cvta_to_shared(uint64_t address) {
 }
 uint32_t mapa_shared_cluster(uint32_t address, uint32_t rank) {
   if (rank >= machine.cluster) fail("mapa: CTA %u of a cluster of %u", rank, machine.cluster);
-  return (address & ((1u << kRankShift) - 1)) | (rank + 1) << kRankShift;
+  return (address & kOffsetMask) | (rank + 1) << kRankShift;
 }
 
 void ld_shared(uint32_t address, void* value, uint32_t bytes) {
   yield();
   Warp& warp = *self->warp;
   std::memcpy(value, shared_bytes(*warp.cta, address, bytes, bytes, "ld.shared"), bytes);
-  const Access access{warp.knowledge, warp.actor(Kind::kWarp), warp.tick(), false};
+  const Access access{warp.knowledge, warp.actor(Kind::kWarp), warp.tick(Kind::kWarp), false};
   if (const char* problem = warp.cta->shadow.read(address, bytes, access)) fail("ld.shared: %s", problem);
 }
 
 void st_shared(uint32_t address, const void* value, uint32_t bytes) {
   yield();
-  Warp& warp = *self->warp;
-  uint8_t* const memory = shared_bytes(*warp.cta, address, bytes, bytes, "st.shared");
-  store_shared(warp, memory, value, address, bytes, 1u << self->lane, "st.shared");
+  store_shared(*self->warp, address, value, bytes, 1u << self->lane, "st.shared");
 }
 
-void store_shared(Warp& warp, uint8_t* memory, const void* value, uint32_t address, uint32_t bytes, uint32_t lanes,
-                  const char* what) {
+void store_shared(Warp& warp, uint32_t address, const void* value, uint32_t bytes, uint32_t lanes, const char* what) {
+  uint8_t* const memory = shared_bytes(*warp.cta, address, bytes, bytes, what);
   Shadow& shadow = warp.cta->shadow;
-  const Access access{warp.knowledge, warp.actor(Kind::kWarp), warp.tick(), false};
+  const Access access{warp.knowledge, warp.actor(Kind::kWarp), warp.tick(Kind::kWarp), false};
   // Warps may store the same value to the same place; Triton does.
   if (shadow.written_by_other_warp(address, access) && std::memcmp(memory, value, bytes) == 0)
     shadow.own(address, bytes, access.actor, access.tick);
@@ -73,25 +79,21 @@ void store_shared(Warp& warp, uint8_t* memory, const void* value, uint32_t addre
 }
 
 void ld_global(uint64_t address, void* value, uint32_t bytes) {
-  if (address % bytes) fail("ld.global: the address is not a multiple of %u", bytes);
-  check_global(address, bytes, "ld.global");
-  std::memcpy(value, reinterpret_cast<const void*>(address), bytes);
+  std::memcpy(value, global(address, bytes, "ld.global"), bytes);
 }
-
 void st_global(uint64_t address, const void* value, uint32_t bytes) {
-  if (address % bytes) fail("st.global: the address is not a multiple of %u", bytes);
-  check_global(address, bytes, "st.global");
-  std::memcpy(reinterpret_cast<void*>(address), value, bytes);
+  std::memcpy(global(address, bytes, "st.global"), value, bytes);
 }
 
 // Shows the async proxy what the warp knows of other warps' stores; its own too, once every lane has been here.
 void fence_proxy_async() {
   yield();
   Warp& warp = *self->warp;
-  const uint32_t own = warp.actor(Kind::kWarp), shown = warp.knowledge.proxied[own];
+  uint32_t& own = warp.knowledge.proxied[warp.actor(Kind::kWarp)];
+  const uint32_t shown = own;
   warp.proxy_fenced |= 1u << self->lane;
   join(warp.knowledge.proxied, warp.knowledge.happened);
-  if ((warp.proxy_fenced | warp.exited) != kEveryLane) warp.knowledge.proxied[own] = shown;
+  if ((warp.proxy_fenced | warp.exited) != kEveryLane) own = shown;
 }
 
 }  // namespace hopper

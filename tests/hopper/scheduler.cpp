@@ -1,13 +1,18 @@
 // Launches: every thread a fiber, chosen by a seeded schedule; asynchronous work done between their steps.
 
 #include <sys/mman.h>
+#include <ucontext.h>
 
+#include <algorithm>
 #include <cfenv>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 
 #include "state.h"
+
+#define HOPPER_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace hopper {
 
@@ -18,33 +23,31 @@ uint32_t site = 0;
 namespace {
 
 constexpr size_t kStackBytes = 512 * 1024;
-constexpr uint32_t kRegisterFile = 65'536, kRegisterUnit = 8, kMaxRegisters = 248;
+constexpr uint32_t kRegisterFile = 65'536, kMaxRegisters = 248;  // of an SM; of a thread at launch
 
 jmp_buf scheduler_context, launch_context;
 Body body;
 void* const* arguments;
 
-uint8_t* stacks() {
-  static uint8_t* const memory = [] {
-    void* const pages = mmap(nullptr, kStackBytes * kMaxCtas * kMaxWarps * kWarpLanes, PROT_READ | PROT_WRITE,
-                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (pages == MAP_FAILED) std::abort();
-    return static_cast<uint8_t*>(pages);
-  }();
-  return memory;
+uint8_t* stack_of(const Thread& thread) {
+  static uint8_t* const stacks = static_cast<uint8_t*>(
+      mmap(nullptr, kStackBytes * kMaxCtas * kMaxWarps * kWarpLanes, PROT_READ | PROT_WRITE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  return stacks + kStackBytes * (thread.warp->cta->rank * kMaxWarps * kWarpLanes + thread.index);
 }
 
 void exit_thread(Thread& thread) {
   Warp& warp = *thread.warp;
-  Cta& cta = *warp.cta;
   thread.exited = true;
   warp.runnable &= ~(1u << thread.lane);
   warp.exited |= 1u << thread.lane;
-  --cta.live_threads;
+  --warp.cta->live_threads;
   --machine.live_threads;
   if (warp.convergence.name && warp.convergence.mask >> thread.lane & 1)
     fail("a lane exits while others of its warp wait in %s", warp.convergence.name);
-  if (warp.exited == kEveryLane) check_all_waited(warp);
+  if (!warp.wgmmas.empty()) fail("a thread exits with wgmmas that nobody has waited for");
+  if (warp.exited == kEveryLane && warp.bulk_issued > warp.tick(Kind::kBulkGroups))
+    fail("a warp exits while its bulk stores read shared memory");
   if (std::fetestexcept(FE_INVALID)) fail("arithmetic on an accumulator in flight, or on a register nobody has set");
 }
 
@@ -56,16 +59,15 @@ void run_thread() {
 }
 
 // Runs the thread until it suspends itself or yields.
-void resume(Thread& thread, uint32_t number) {
+void resume(Thread& thread) {
   self = &thread;
   if (_setjmp(scheduler_context) == 0) {
     if (thread.started) _longjmp(thread.context, 1);
     thread.started = true;
     ucontext_t context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stacks() + kStackBytes * number;
+    context.uc_stack.ss_sp = stack_of(thread);
     context.uc_stack.ss_size = kStackBytes;
-    context.uc_link = nullptr;
     makecontext(&context, run_thread, 0);
     setcontext(&context);
   }
@@ -73,127 +75,97 @@ void resume(Thread& thread, uint32_t number) {
 }
 
 void leave() {
-  Thread& thread = *self;
-  thread.waits_at = site;
-  if (_setjmp(thread.context) == 0) _longjmp(scheduler_context, 1);
-  site = thread.waits_at;
+  self->waits_at = site;
+  if (_setjmp(self->context) == 0) _longjmp(scheduler_context, 1);
+  site = self->waits_at;
 }
 
-uint32_t number_of(const Warp& warp) { return warp.cta->rank * warp.cta->num_warps + warp.index; }
-
-// The next warp with a runnable lane; null if there is none.
-Warp* choose_warp() {
+// A thread that can run; null if there is none.
+Thread* choose_thread() {
   static std::vector<Warp*> runnable;
+  static uint32_t turn = 0;
   runnable.clear();
-  for (auto& cta : machine.ctas)
-    for (uint32_t w = 0; w < cta->num_warps; ++w)
-      if (cta->warps[w].runnable) runnable.push_back(&cta->warps[w]);
+  for (Warp* warp : machine.warps)
+    if (warp->runnable) runnable.push_back(warp);
   if (runnable.empty()) return nullptr;
-  const auto by_priority = [](const Warp* a, const Warp* b) {
-    return machine.priorities[number_of(*a)] < machine.priorities[number_of(*b)];
-  };
-  switch (machine.schedule) {
-    case Schedule::kPriority: return *std::min_element(runnable.begin(), runnable.end(), by_priority);
-    case Schedule::kStarve: {  // the warp of the lowest priority runs when no other can
-      const auto victim = std::max_element(runnable.begin(), runnable.end(), by_priority);
-      if (runnable.size() > 1 && machine.priorities[number_of(**victim)] + 1 == machine.priorities.size())
-        runnable.erase(victim);
-      break;
-    }
-    case Schedule::kRoundRobin: {
-      static uint32_t turn = 0;
-      return runnable[turn++ % runnable.size()];
-    }
-    case Schedule::kRandom: break;
-  }
-  return runnable[machine.random() % runnable.size()];
+  size_t chosen = machine.random() % runnable.size();
+  if (machine.schedule == Schedule::kPriority) chosen = 0;
+  if (machine.schedule == Schedule::kRoundRobin) chosen = turn++ % runnable.size();
+  // The last warp runs when no other can.
+  if (machine.schedule == Schedule::kStarve && runnable[chosen] == machine.warps.back()) chosen = 0;
+  uint32_t lanes = runnable[chosen]->runnable;
+  for (uint32_t skip = machine.random() % __builtin_popcount(lanes); skip; --skip) lanes &= lanes - 1;
+  return &runnable[chosen]->threads[__builtin_ctz(lanes)];
 }
 
-uint32_t choose_lane(uint32_t runnable) {
-  uint32_t skip = machine.schedule == Schedule::kRoundRobin ? 0 : machine.random() % __builtin_popcount(runnable);
-  while (skip--) runnable &= runnable - 1;
-  return __builtin_ctz(runnable);
-}
-
-// Does one thing that is in flight, any; false if nothing is.
-bool run_one_async() {
-  if (!machine.in_flight) return false;
-  std::vector<Warp*> warps;
-  for (auto& cta : machine.ctas)
-    for (uint32_t w = 0; w < cta->num_warps; ++w) warps.push_back(&cta->warps[w]);
-  const uint32_t kinds = 2 * uint32_t(warps.size()) + 1, first = machine.random() % kinds;
-  for (uint32_t i = 0; i < kinds; ++i) {
-    const uint32_t kind = (first + i) % kinds;
-    if (kind == 0 ? run_one_bulk_load()
-                  : kind % 2 ? run_one_wgmma(*warps[kind / 2]) : run_one_bulk_store(*warps[kind / 2 - 1]))
-      return true;
-  }
-  return false;
+// Does any one thing that is in flight and may come now.
+bool run_any_async() {
+  if (machine.in_flight.empty()) return false;
+  const Async& chosen = machine.in_flight[machine.random() % machine.in_flight.size()];
+  const Warp* const warp = chosen.warp;
+  const bool in_order = chosen.in_order;
+  return run_async([&](const Async& async) {
+    return in_order ? async.in_order && async.warp == warp : &async == &chosen;
+  });
 }
 
 [[noreturn]] void fail_deadlock() {
   std::string where;
-  for (auto& cta : machine.ctas)
-    for (uint32_t w = 0; w < cta->num_warps; ++w)
-      for (const Thread& thread : cta->warps[w].threads)
-        if (!thread.exited && where.size() < 600) {
-          char line[120];
-          std::snprintf(line, sizeof line, "; cta %u warp %u lane %u in %s at %u", cta->index, w, thread.lane,
-                        thread.waits_for, thread.waits_at);
-          where += line;
-          break;  // one lane a warp says enough
-        }
+  for (const Warp* warp : machine.warps)
+    for (const Thread& thread : warp->threads)
+      if (!thread.exited && thread.lane == uint32_t(__builtin_ctz(~warp->exited)) && where.size() < 600)
+        where += "; cta " + std::to_string(warp->cta->index) + " warp " + std::to_string(warp->index) + " lane " +
+                 std::to_string(thread.lane) + " in " + thread.waits_for + " at " + std::to_string(thread.waits_at);
   fail("deadlock%s", where.c_str());
 }
 
 void run_cluster() {
   while (machine.live_threads) {
     if (machine.timing == Timing::kAtOnce)
-      while (run_one_async()) {
+      while (run_any_async()) {
       }
     else if (machine.timing == Timing::kRandom && machine.chance(8))
-      run_one_async();
-    Warp* const warp = choose_warp();
-    if (!warp) {
-      if (!run_one_async()) fail_deadlock();
-      continue;
-    }
-    const uint32_t lane = choose_lane(warp->runnable);
-    resume(warp->threads[lane], number_of(*warp) * kWarpLanes + lane);
+      run_any_async();
+    if (Thread* const thread = choose_thread())
+      resume(*thread);
+    else if (!run_any_async())
+      fail_deadlock();
   }
-  while (run_one_async()) {
+  while (run_any_async()) {
   }
   for (const auto& cta : machine.ctas) check_warpgroups(*cta);
 }
 
-void start_cta(Cta& cta, uint32_t rank, uint32_t index, uint32_t shared_bytes, uint32_t misalignment) {
+void start_cta(uint32_t rank, uint32_t index, uint32_t shared_bytes, uint32_t misalignment) {
+  static uint8_t* const windows = static_cast<uint8_t*>(std::aligned_alloc(1024, kMaxCtas * kWindowBytes));
+  machine.ctas.push_back(std::make_unique<Cta>());
+  Cta& cta = *machine.ctas.back();
   cta.rank = rank;
   cta.index = index;
   cta.num_warps = machine.threads / kWarpLanes;
   cta.live_threads = machine.threads;
-  cta.warps = std::make_unique<Warp[]>(cta.num_warps);
-  static uint8_t* const windows = static_cast<uint8_t*>(std::aligned_alloc(1024, kMaxCtas * kWindowBytes));
   cta.shared = windows + rank * kWindowBytes;
-  for (uint32_t i = 0; i < kWindowBytes; ++i) cta.shared[i] = uint8_t(0xff);  // NaN in every format
+  std::memset(cta.shared, 0xff, kWindowBytes);  // NaN in every format
   cta.shared_begin = kReservedShared + misalignment;
   cta.shared_end = cta.shared_begin + shared_bytes;
   cta.shadow.reset(rank, kWindowBytes);
-  const uint32_t registers =
-      std::min(kMaxRegisters, kRegisterFile / machine.threads / kRegisterUnit * kRegisterUnit);
+  cta.warps = std::make_unique<Warp[]>(cta.num_warps);
+  cta.warpgroup_wgmmas.resize((cta.num_warps + kWarpgroupWarps - 1) / kWarpgroupWarps);
+  const uint32_t registers = std::min(kMaxRegisters, kRegisterFile / machine.threads / 8 * 8);
   cta.free_registers = kRegisterFile - registers * machine.threads;
-  cta.warpgroup_steps.resize((cta.num_warps + kWarpgroupWarps - 1) / kWarpgroupWarps);
   for (uint32_t m = 0; m < kMaxMbarriers; ++m) cta.mbarriers[m].actor = actor(rank, Kind::kMbarrier, m);
   for (uint32_t w = 0; w < cta.num_warps; ++w) {
     Warp& warp = cta.warps[w];
     warp.cta = &cta;
     warp.index = w;
-    warp.runnable = kEveryLane;
     warp.registers = registers;
-    warp.knowledge.happened[warp.actor(Kind::kWarp)] = 1;
+    warp.tick(Kind::kWarp) = 1;
     for (uint32_t lane = 0; lane < kWarpLanes; ++lane) {
       warp.threads[lane].warp = &warp;
       warp.threads[lane].lane = lane;
+      warp.threads[lane].index = w * kWarpLanes + lane;
     }
+    machine.warps.push_back(&warp);
   }
 }
 
@@ -212,17 +184,15 @@ void fail(const char* format, ...) {
   _longjmp(launch_context, 1);
 }
 
-void suspend(const char* waits_for) {
+void suspend(const char* waits_for, std::vector<Thread*>& waiting) {
   self->waits_for = waits_for;
+  waiting.push_back(self);
   self->warp->runnable &= ~(1u << self->lane);
   leave();
-  self->waits_for = "";
 }
 
-void wake(Thread& thread) { thread.warp->runnable |= 1u << thread.lane; }
-
-void wake_all(std::vector<Thread*>& waiting) {
-  for (Thread* thread : waiting) wake(*thread);
+void wake(std::vector<Thread*>& waiting) {
+  for (Thread* thread : waiting) thread->warp->runnable |= 1u << thread->lane;
   waiting.clear();
 }
 
@@ -230,42 +200,46 @@ void yield() {
   if (machine.chance(4)) leave();
 }
 
-void converge(const char* name, uint32_t mask, bool aligned, void* lane_arguments,
-              void (*action)(Warp&, const Lanes&)) {
+void converge(const char* name, uint32_t mask, bool aligned, void* lane_arguments, Action action) {
   yield();
   Warp& warp = *self->warp;
   Convergence& now = warp.convergence;
-  const uint32_t bit = 1u << self->lane;
-  if (!(mask & bit)) fail("%s: its mask %x lacks the executing lane", name, mask);
+  if (!(mask >> self->lane & 1)) fail("%s: its mask %x lacks the executing lane", name, mask);
   if (mask & warp.exited) fail("%s: lanes %x have exited", name, mask & warp.exited);
   if (!now.name)
-    now = {name, site, mask, 0, now.generation, aligned, now.arguments, action};
+    now = {name, site, mask, 0, now.generation, now.arguments};
   else if (now.name != name || now.mask != mask || (aligned && now.site != site))
     fail("divergent: %s, while lanes %x wait in %s at %u", name, now.arrived, now.name, now.site);
   now.arguments[self->lane] = lane_arguments;
-  now.arrived |= bit;
-  if (now.arrived != mask) {
-    const uint32_t generation = now.generation;
-    while (now.generation == generation) suspend(name);
+  now.arrived |= 1u << self->lane;
+  if (now.arrived == mask) {
+    action(warp, now.arguments);
+    ++now.generation;
+    now.name = nullptr;
+    warp.runnable |= mask;
     return;
   }
-  action(warp, now.arguments);
-  ++now.generation;
-  now.name = nullptr;
-  for (Thread& thread : warp.threads)
-    if (mask >> thread.lane & 1) wake(thread);
+  std::vector<Thread*> nobody;
+  for (const uint32_t generation = now.generation; now.generation == generation;) suspend(name, nobody);
 }
 
-uint32_t Thread::index() const { return warp->index * kWarpLanes + lane; }
+bool run_async(const std::function<bool(const Async&)>& fits) {
+  const auto found = std::find_if(machine.in_flight.begin(), machine.in_flight.end(), fits);
+  if (found == machine.in_flight.end()) return false;
+  const Async async = std::move(*found);
+  machine.in_flight.erase(found);
+  async.run();
+  return true;
+}
+
 uint32_t Warp::actor(Kind kind) const { return hopper::actor(cta->rank, kind, index); }
 
-const Knowledge& Warp::release(Knowledge& into) {
+void Warp::release(Knowledge& into) {
   into.join(knowledge);
-  ++knowledge.happened[actor(Kind::kWarp)];
-  return into;
+  ++tick(Kind::kWarp);
 }
 
-uint32_t tid_x() { return self->index(); }
+uint32_t tid_x() { return self->index; }
 uint32_t ntid_x() { return machine.threads; }
 uint32_t ctaid_x() { return self->warp->cta->index; }
 uint32_t nctaid_x() { return machine.grid; }
@@ -276,18 +250,14 @@ uint32_t cluster_nctarank() { return machine.cluster; }
 
 using namespace hopper;
 
-#define HOPPER_EXPORT extern "C" __attribute__((visibility("default")))
-
 // Runs a kernel to its end; 0, or -1 with a message in hopper_error. `shared_bytes`: dynamic shared memory, which
 // begins `misalignment` bytes after a multiple of 1024.
 HOPPER_EXPORT int hopper_launch(Body kernel, uint32_t grid, uint32_t threads, uint32_t cluster, uint32_t shared_bytes,
                                 uint32_t misalignment, void* const* kernel_arguments) {
-  machine.error.clear();
+  machine.error = "a launch that is not possible";
   if (!grid || grid % cluster || cluster > kMaxCtas || !threads || threads % kWarpLanes ||
-      threads > kMaxWarps * kWarpLanes || shared_bytes + misalignment > kSharedBytes) {
-    machine.error = "a launch that is not possible";
+      threads > kMaxWarps * kWarpLanes || shared_bytes + misalignment > kSharedBytes)
     return -1;
-  }
   body = kernel;
   arguments = kernel_arguments;
   machine.grid = grid;
@@ -295,28 +265,22 @@ HOPPER_EXPORT int hopper_launch(Body kernel, uint32_t grid, uint32_t threads, ui
   machine.cluster = cluster;
   std::feclearexcept(FE_ALL_EXCEPT);
   const bool failed = _setjmp(launch_context) != 0;
-  if (!failed)
-    for (uint32_t first = 0; first < grid; first += cluster) {
-      machine.ctas.clear();
-      machine.bulk_loads.clear();
-      machine.cluster_barrier = {};
-      machine.live_threads = cluster * threads;
-      machine.in_flight = 0;
-      machine.priorities.resize(cluster * threads / kWarpLanes);
-      for (uint32_t i = 0; i < machine.priorities.size(); ++i) machine.priorities[i] = i;
-      std::shuffle(machine.priorities.begin(), machine.priorities.end(), machine.random);
-      for (uint32_t rank = 0; rank < cluster; ++rank) {
-        machine.ctas.push_back(std::make_unique<Cta>());
-        start_cta(*machine.ctas.back(), rank, first + rank, shared_bytes, misalignment);
-      }
-      run_cluster();
-    }
+  for (uint32_t first = 0; first < grid && !failed; first += cluster) {
+    machine.in_flight.clear();
+    machine.warps.clear();
+    machine.ctas.clear();
+    machine.cluster_barrier = {};
+    machine.live_threads = cluster * threads;
+    for (uint32_t rank = 0; rank < cluster; ++rank) start_cta(rank, first + rank, shared_bytes, misalignment);
+    std::shuffle(machine.warps.begin(), machine.warps.end(), machine.random);
+    run_cluster();
+  }
   self = nullptr;
-  machine.ctas.clear();
   return failed ? -1 : 0;
 }
 
 HOPPER_EXPORT const char* hopper_error() { return machine.error.c_str(); }
+HOPPER_EXPORT uint64_t hopper_stmatrix_conflicts() { return machine.stmatrix_conflicts; }
 
 HOPPER_EXPORT void hopper_configure(uint64_t seed, int32_t schedule, int32_t timing, int32_t strict_mbarriers) {
   machine.random.seed(seed);
@@ -328,4 +292,3 @@ HOPPER_EXPORT void hopper_configure(uint64_t seed, int32_t schedule, int32_t tim
 // What kernels may read and write; none: everything.
 HOPPER_EXPORT void hopper_allow(uint64_t address, uint64_t bytes) { machine.global.push_back({address, address + bytes}); }
 HOPPER_EXPORT void hopper_forget() { machine.global.clear(); }
-HOPPER_EXPORT uint64_t hopper_stmatrix_conflicts() { return machine.stmatrix_conflicts; }

@@ -26,7 +26,7 @@ from tests.hopper.problems import Kind, mismatch, random_shape, random_task
 from tests.hopper.ptx import translate
 
 FOLDER = build.CSRC / "cuda" / "sm90"
-STAND_INS = emulator.HERE / "source"
+STAND_INS = emulator.HERE / "stand_ins"
 SOURCE_FLAGS = ("-O1", "-w")
 FLOAT16 = '#define SIGLIP_FLOAT16\n#include "instantiations.cu"\n'
 ENTRY = re.compile(r"^static void (kernel_\d+)\(.*\n", re.MULTILINE)
@@ -51,7 +51,7 @@ Mutate = Callable[[Texts], None]
 
 def from_source(mutate: Mutate = lambda texts: None, defines: Sequence[str] = ()) -> ctypes.CDLL:
     """The library, compiled by the host's compiler against stand-ins for ptx.cuh and CUDA's headers."""
-    texts = _texts(FOLDER) | _texts(STAND_INS) | {"instantiations_float16.cpp": FLOAT16}
+    texts = _texts(FOLDER) | _stand_ins() | {"instantiations_float16.cpp": FLOAT16}
     mutate(texts)
     return _load(emulator.compile_library("sm90", texts, (*SOURCE_FLAGS, *defines), [emulator.HERE]))
 
@@ -66,7 +66,7 @@ def from_ptx(mutate: Mutate = lambda texts: None, defines: Sequence[str] = ()) -
     }
     # The kernels are only declared where the launcher selects one: its name is that of nvcc's.
     texts["kernel.cuh"] = re.sub(r"(?s)(sigmoid_block_kernel\([^{]*\)) \{.*", r"\1;\n}  // namespace siglip::sm90\n", texts["kernel.cuh"])
-    host = _texts(STAND_INS) | {"instantiations_float16.cpp": FLOAT16}
+    host = _stand_ins() | {"instantiations_float16.cpp": FLOAT16}
     flags = (*emulator.KERNEL_FLAGS, "-DSIGLIP_FROM_PTX", *defines)
     return _load(emulator.compile_library("sm90_ptx", texts | host | kernels, flags, [emulator.HERE]))
 
@@ -105,6 +105,12 @@ def emulated(library: ctypes.CDLL, multiprocessors: int, settings: Settings) -> 
         mock.patch.object(torch.cuda, "current_stream", lambda: stream),
     ):
         yield
+
+
+def _stand_ins() -> Texts:
+    texts = _texts(STAND_INS)
+    del texts["libcuda.cpp"]  # part of the emulation
+    return texts
 
 
 def _texts(folder: Path) -> Texts:

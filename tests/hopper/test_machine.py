@@ -77,7 +77,7 @@ BROKEN = {
     "unordered_mbarrier": "no mbarrier at|nothing orders it after mbarrier.init",
     "unequal_barriers": "a barrier of (32|64) threads, which others use with|deadlock",
     "too_few_registers": "deadlock; .*in setmaxnreg.inc",
-    "wrong_registers": "setmaxnreg: 100 registers",
+    "wrong_registers": "setmaxnreg.dec: 100 registers",
     "no_tensor_map": "that is no tensor map",
     "second_arrive": "a second time without a wait",
 }

@@ -2,6 +2,7 @@
 
 #include "tma.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "state.h"
@@ -9,7 +10,7 @@
 namespace hopper {
 namespace {
 
-constexpr uint32_t kElementBytes = 2, kStorePiece = 16;  // a row is stored in whole pieces
+constexpr uint32_t kElementBytes = 2, kPieceBytes = 16, kPieceElements = kPieceBytes / kElementBytes;
 
 const TensorMap& tensor_map_at(const void* address) {
   const TensorMap& map = *static_cast<const TensorMap*>(address);
@@ -24,94 +25,54 @@ void check_box(Cta& cta, const TensorMap& map, uint32_t address, const char* wha
   shared_bytes(cta, address, box_bytes(map), map.swizzle == 16 ? 128 : 8 * map.swizzle, what);
 }
 
-// Calls visit(offset in shared memory, row and column of the tensor) for each 16 bytes of the box.
+// Calls visit(shared memory, global memory, elements of it inside the tensor) for each 16 bytes of the box.
 template <class Visit>
-void for_each_piece(const TensorMap& map, int32_t column, int32_t row, uint32_t address, Visit visit) {
+void for_each_piece(const Cta& cta, const TensorMap& map, int32_t column, int32_t row, uint32_t address, Visit visit) {
   const uint32_t row_bytes = map.box_columns * kElementBytes;
-  for (uint32_t r = 0; r < map.box_rows; ++r)
-    for (uint32_t at = 0; at < row_bytes; at += 16)
-      visit(swizzle(address + r * row_bytes + at, map.swizzle), int64_t(row) + r,
-            int64_t(column) + at / kElementBytes);
+  for (uint32_t at = 0; at < box_bytes(map); at += kPieceBytes) {
+    const int64_t r = int64_t(row) + at / row_bytes, c = int64_t(column) + at % row_bytes / kElementBytes;
+    const bool inside = r >= 0 && r < int64_t(map.rows) && c >= 0 && c < int64_t(map.columns);
+    visit(cta.shared + swizzle(address + at, map.swizzle), map.address + r * map.row_bytes + c * kElementBytes,
+          inside ? uint32_t(std::min<int64_t>(kPieceElements, int64_t(map.columns) - c)) : 0);
+  }
 }
 
-// How many elements of a 16-byte piece are inside the tensor.
-uint32_t elements_inside(const TensorMap& map, int64_t row, int64_t column) {
-  constexpr int64_t kElements = 16 / kElementBytes;
-  if (row < 0 || row >= int64_t(map.rows) || column < 0) return 0;
-  return uint32_t(std::max<int64_t>(0, std::min<int64_t>(kElements, int64_t(map.columns) - column)));
-}
-
-void run(const BulkLoad& load) {
-  const TensorMap& map = *load.tensor_map;
-  for_each_piece(map, load.column, load.row, load.destination, [&](uint32_t at, int64_t row, int64_t column) {
-    uint8_t* const piece = load.cta->shared + at;
-    std::memset(piece, 0, 16);
-    const uint32_t bytes = elements_inside(map, row, column) * kElementBytes;
-    if (!bytes) return;
-    const uint64_t source = map.address + row * map.row_bytes + column * kElementBytes;
-    check_global(source, bytes, "TMA load");
-    std::memcpy(piece, reinterpret_cast<const void*>(source), bytes);
-  });
-  complete_bytes(*load.cta, load.mbarrier, load.phase, box_bytes(map));
-}
-
-void run(Warp& warp, const BulkStore& store) {
-  const TensorMap& map = *static_cast<const TensorMap*>(store.tensor_map);
-  for_each_piece(map, store.column, store.row, store.source, [&](uint32_t at, int64_t row, int64_t column) {
-    if (!elements_inside(map, row, column)) return;
-    const uint64_t destination = map.address + row * map.row_bytes + column * kElementBytes;
-    check_global(destination, kStorePiece, "TMA store");
-    std::memcpy(reinterpret_cast<void*>(destination), warp.cta->shared + at, kStorePiece);
-  });
-}
-
-void issue_load(Cta& cta, const TensorMap& map, int32_t column, int32_t row, uint32_t destination, uint32_t mbarrier) {
+void issue_load(Cta& cta, const TensorMap& map, int32_t column, int32_t row, uint32_t destination, uint32_t address) {
   check_box(cta, map, destination, "TMA load");
-  const Knowledge& knowledge = self->warp->knowledge;
-  Mbarrier& counted = find_mbarrier(cta, mbarrier, "TMA load");
-  if (knowledge.happened[counted.init_actor] < counted.init_tick) fail("TMA load: nothing orders it after mbarrier.init");
-  if (machine.strict_mbarriers && !counted.published) fail("TMA load: no fence.mbarrier_init after mbarrier.init");
-  const uint32_t phase = counted.tick() + 1;
-  const Access access{knowledge, counted.actor, phase, true};
+  Mbarrier& mbarrier = find_mbarrier(cta, address, "TMA load");
+  if (machine.strict_mbarriers && !mbarrier.published) fail("TMA load: no fence.mbarrier_init after mbarrier.init");
+  const uint32_t phase = mbarrier.tick() + 1;
+  const Access access{self->warp->knowledge, mbarrier.actor, phase, true};
   if (const char* problem = cta.shadow.write(destination, box_bytes(map), access)) fail("TMA load: %s", problem);
-  machine.bulk_loads.push_back({&cta, &map, column, row, destination, mbarrier, phase});
-  ++machine.in_flight;
-}
-
-void wait_for_groups(uint32_t pending) {
-  yield();
-  Warp& warp = *self->warp;
-  if (warp.bulk_lane != self->lane && warp.bulk_lane != kWarpLanes)
-    return;  // bulk groups belong to a thread, and this one has none
-  const uint32_t done = warp.bulk_committed > pending ? warp.bulk_committed - pending : 0;
-  while (!warp.bulk_stores.empty() && warp.bulk_stores.front().group <= done) run_one_bulk_store(warp);
-  const uint32_t groups = warp.actor(Kind::kBulkGroups);
-  warp.knowledge.happened[groups] = std::max(warp.knowledge.happened[groups], done);
+  machine.in_flight.push_back({nullptr, 0, false, [=, &cta, &map, &mbarrier] {
+    if (!cta.live_threads) fail("a bulk copy into a CTA that has exited");
+    for_each_piece(cta, map, column, row, destination, [](uint8_t* shared, uint64_t global, uint32_t elements) {
+      std::memset(shared, 0, kPieceBytes);
+      if (!elements) return;
+      check_global(global, elements * kElementBytes, "TMA load");
+      std::memcpy(shared, reinterpret_cast<const void*>(global), elements * kElementBytes);
+    });
+    complete_bytes(mbarrier, phase, box_bytes(map));
+  }});
 }
 
 }  // namespace
 
-void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t mbarrier) {
+void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t mbarrier,
+                 uint16_t cta_mask) {
   yield();
-  Cta &cta = cta_of(destination), &counting = cta_of(mbarrier);
-  if (&cta != &counting) fail("TMA load: destination and mbarrier in two CTAs");
-  issue_load(cta, tensor_map_at(tensor_map), column, row, destination, mbarrier);
-}
-
-// Into every CTA of the mask, at the same place.
-void tma_load_2d_multicast(uint32_t destination, const void* tensor_map, int32_t column, int32_t row,
-                           uint32_t mbarrier, uint16_t cta_mask) {
-  yield();
-  if (!cta_mask || cta_mask >> machine.cluster) fail("TMA load: a mask of %x for a cluster of %u", cta_mask, machine.cluster);
+  if (cta_mask >> machine.cluster) fail("TMA load: a mask of %x for a cluster of %u", cta_mask, machine.cluster);
+  const TensorMap& map = tensor_map_at(tensor_map);
+  if (!cta_mask) issue_load(*self->warp->cta, map, column, row, destination, mbarrier);
   for (uint32_t rank = 0; rank < machine.cluster; ++rank) {
     if (!(cta_mask >> rank & 1)) continue;
-    uint32_t there = mapa_shared_cluster(destination, rank), counting = mapa_shared_cluster(mbarrier, rank);
+    uint32_t there = mapa_shared_cluster(destination, rank);
     Cta& cta = cta_of(there);
-    cta_of(counting);
-    issue_load(cta, tensor_map_at(tensor_map), column, row, there, counting);
+    issue_load(cta, map, column, row, there, mbarrier);
   }
 }
 
+// A row's last 16 bytes are stored whole, beyond the tensor's last column.
 void tma_store_2d(const void* tensor_map, int32_t column, int32_t row, uint32_t source) {
   yield();
   Warp& warp = *self->warp;
@@ -119,42 +80,34 @@ void tma_store_2d(const void* tensor_map, int32_t column, int32_t row, uint32_t 
   check_box(*warp.cta, map, source, "TMA store");
   if (warp.bulk_lane != kWarpLanes && warp.bulk_lane != self->lane) fail("TMA store: two lanes of a warp store");
   warp.bulk_lane = self->lane;
-  const uint32_t group = warp.bulk_committed + 1;
-  const Access access{warp.knowledge, warp.actor(Kind::kBulkGroups), group, true};
+  warp.bulk_issued = warp.bulk_committed + 1;
+  const Access access{warp.knowledge, warp.actor(Kind::kBulkGroups), warp.bulk_issued, true};
   if (const char* problem = warp.cta->shadow.read(source, box_bytes(map), access)) fail("TMA store: %s", problem);
-  warp.bulk_stores.push_back({tensor_map, column, row, source, group});
-  ++machine.in_flight;
+  machine.in_flight.push_back({&warp, warp.bulk_issued, false, [=, &warp, &map] {
+    for_each_piece(*warp.cta, map, column, row, source, [](uint8_t* shared, uint64_t global, uint32_t elements) {
+      if (!elements) return;
+      check_global(global, kPieceBytes, "TMA store");
+      std::memcpy(reinterpret_cast<void*>(global), shared, kPieceBytes);
+    });
+  }});
 }
 
+// Bulk groups belong to a thread: a lane that stores nothing has none.
 void bulk_commit_group() {
   yield();
-  if (self->warp->bulk_lane == self->lane) ++self->warp->bulk_committed;
+  if (self->warp->bulk_lane == self->lane) self->warp->bulk_committed = self->warp->bulk_issued;
 }
 
-void bulk_wait_group_read(uint32_t pending) { wait_for_groups(pending); }
-void bulk_wait_group(uint32_t pending) { wait_for_groups(pending); }
+void bulk_wait_group(uint32_t pending) {
+  yield();
+  Warp& warp = *self->warp;
+  if (warp.bulk_lane != self->lane || warp.bulk_committed <= pending) return;
+  const uint32_t done = warp.bulk_committed - pending;
+  while (run_async([&](const Async& async) { return async.warp == &warp && async.group && async.group <= done; })) {
+  }
+  warp.tick(Kind::kBulkGroups) = std::max(warp.tick(Kind::kBulkGroups), done);
+}
 
 void prefetch_tensormap(const void* tensor_map) { tensor_map_at(tensor_map); }
-
-bool run_one_bulk_load() {
-  if (machine.bulk_loads.empty()) return false;
-  std::swap(machine.bulk_loads[machine.random() % machine.bulk_loads.size()], machine.bulk_loads.back());
-  const BulkLoad load = machine.bulk_loads.back();
-  machine.bulk_loads.pop_back();
-  --machine.in_flight;
-  if (!load.cta->live_threads) fail("a bulk copy into a CTA that has exited");
-  run(load);
-  return true;
-}
-
-bool run_one_bulk_store(Warp& warp) {
-  if (warp.bulk_stores.empty()) return false;
-  const size_t chosen = self ? 0 : machine.random() % warp.bulk_stores.size();
-  const BulkStore store = warp.bulk_stores[chosen];
-  warp.bulk_stores.erase(warp.bulk_stores.begin() + chosen);
-  --machine.in_flight;
-  run(warp, store);
-  return true;
-}
 
 }  // namespace hopper

@@ -1,7 +1,5 @@
 // Votes, shuffles and stmatrix.
 
-#include <cstring>
-
 #include "state.h"
 
 namespace hopper {
@@ -12,22 +10,21 @@ struct Vote {
   uint32_t mask, ballot;
 };
 
+// The lanes of `mask` whose predicate is true.
 uint32_t ballot(const char* name, bool predicate, uint32_t mask) {
   Vote vote{predicate, mask, 0};
   converge(name, mask, false, &vote, [](Warp&, const Lanes& lanes) {
     const uint32_t mask = static_cast<Vote*>(lanes[self->lane])->mask;
-    uint32_t all = 0;
-    for (uint32_t lane = 0; lane < kWarpLanes; ++lane)
-      if (mask >> lane & 1) all |= uint32_t(static_cast<Vote*>(lanes[lane])->predicate) << lane;
-    for (uint32_t lane = 0; lane < kWarpLanes; ++lane)
-      if (mask >> lane & 1) static_cast<Vote*>(lanes[lane])->ballot = all;
+    for (uint32_t to = 0; to < kWarpLanes; ++to)
+      for (uint32_t from = 0; from < kWarpLanes; ++from)
+        if (mask >> to & mask >> from & 1)
+          static_cast<Vote*>(lanes[to])->ballot |= uint32_t(static_cast<Vote*>(lanes[from])->predicate) << from;
   });
   return vote.ballot;
 }
 
 struct Exchange {
-  Shuffle mode;
-  uint32_t value, operand, mask, result;
+  uint32_t value, from, result;
 };
 
 struct Matrices {
@@ -41,22 +38,17 @@ bool vote_any(bool predicate, uint32_t mask) { return ballot("vote.any", predica
 bool vote_all(bool predicate, uint32_t mask) { return ballot("vote.all", predicate, mask) == mask; }
 
 bool elect_sync(uint32_t mask, uint32_t& leader) {
-  ballot("elect.sync", true, mask);
-  leader = __builtin_ctz(mask);
+  leader = __builtin_ctz(ballot("elect.sync", true, mask));
   return self->lane == leader;
 }
 
 uint32_t shfl_sync(Shuffle mode, uint32_t value, uint32_t operand, uint32_t clamp, uint32_t mask) {
-  if (clamp != kWarpLanes - 1) fail("shfl.sync: only the whole warp is emulated");
-  Exchange exchange{mode, value, operand, mask, 0};
+  if (clamp != kWarpLanes - 1 || mask != kEveryLane) fail("shfl.sync: only whole warps are emulated");
+  Exchange exchange{value, (mode == Shuffle::kBfly ? self->lane ^ operand : operand) % kWarpLanes, 0};
   converge("shfl.sync", mask, false, &exchange, [](Warp&, const Lanes& lanes) {
-    const uint32_t mask = static_cast<Exchange*>(lanes[self->lane])->mask;
-    for (uint32_t lane = 0; lane < kWarpLanes; ++lane) {
-      if (!(mask >> lane & 1)) continue;
-      Exchange& own = *static_cast<Exchange*>(lanes[lane]);
-      const uint32_t from = (own.mode == Shuffle::kBfly ? lane ^ own.operand : own.operand) % kWarpLanes;
-      if (!(mask >> from & 1)) fail("shfl.sync: from lane %u, which the mask lacks", from);
-      own.result = static_cast<Exchange*>(lanes[from])->value;
+    for (void* lane : lanes) {
+      Exchange& own = *static_cast<Exchange*>(lane);
+      own.result = static_cast<Exchange*>(lanes[own.from])->value;
     }
   });
   return exchange.result;
@@ -70,10 +62,9 @@ void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]) {
       uint32_t banks = 0;
       for (uint32_t row = 0; row < 8; ++row) {
         const uint32_t at = static_cast<Matrices*>(lanes[8 * matrix + row])->address;
-        uint8_t* const memory = shared_bytes(*warp.cta, at, 16, 16, "stmatrix");
         uint32_t words[4];
         for (uint32_t i = 0; i < 4; ++i) words[i] = static_cast<Matrices*>(lanes[4 * row + i])->values[matrix];
-        store_shared(warp, memory, words, at, sizeof words, kEveryLane, "stmatrix");
+        store_shared(warp, at, words, sizeof words, kEveryLane, "stmatrix");
         machine.stmatrix_conflicts += banks >> (at / 16 % 8) & 1;
         banks |= 1u << (at / 16 % 8);
       }

@@ -1,4 +1,4 @@
-// The driver's tensor maps: cuTensorMapEncodeTiled, with the rules that its documentation states.
+// Stands in for libcuda.so.1: cuTensorMapEncodeTiled, with the rules that its documentation states, and launches.
 
 #include <cstddef>
 
@@ -59,6 +59,7 @@ HOPPER_DRIVER cuLaunchKernelEx(const LaunchConfig* config, void* function, void*
              : 0;
 }
 HOPPER_DRIVER cuGetErrorString(int, const char** text) { return *text = hopper_error(), 0; }
+HOPPER_DRIVER cuDriverGetVersion(int* version) { return *version = 13000, 0; }
 HOPPER_DRIVER cuCtxGetCurrent(void** context) { return *context = context, 0; }
 HOPPER_DRIVER cuPointerGetAttribute(uint64_t* data, int, uint64_t pointer) { return *data = pointer, 0; }
 
@@ -71,7 +72,6 @@ HOPPER_UNUSED(cuCtxSetLimit)
 HOPPER_UNUSED(cuDeviceGet)
 HOPPER_UNUSED(cuDeviceGetAttribute)
 HOPPER_UNUSED(cuDevicePrimaryCtxRetain)
-HOPPER_UNUSED(cuDriverGetVersion)
 HOPPER_UNUSED(cuFuncGetAttribute)
 HOPPER_UNUSED(cuFuncSetAttribute)
 HOPPER_UNUSED(cuFuncSetCacheConfig)

@@ -34,13 +34,13 @@ inline void tma_load_2d(void* dst, const CUtensorMap* tensor_map, int column, in
 }
 inline void tma_load_2d_multicast(void* dst, const CUtensorMap* tensor_map, int column, int row, uint64_t* barrier,
                                   uint16_t cta_mask) {
-  hopper::tma_load_2d_multicast(smem_addr(dst), tensor_map, column, row, smem_addr(barrier), cta_mask);
+  hopper::tma_load_2d(smem_addr(dst), tensor_map, column, row, smem_addr(barrier), cta_mask);
 }
 inline void tma_store_2d(const CUtensorMap* tensor_map, int column, int row, const void* src) {
   hopper::tma_store_2d(tensor_map, column, row, smem_addr(src));
 }
 inline void tma_store_commit_group() { hopper::bulk_commit_group(); }
-inline void tma_store_wait_group_read() { hopper::bulk_wait_group_read(0); }
+inline void tma_store_wait_group_read() { hopper::bulk_wait_group(0); }
 inline void tma_store_wait_group() { hopper::bulk_wait_group(0); }
 inline void fence_proxy_async() { hopper::fence_proxy_async(); }
 inline void prefetch_tensormap(const CUtensorMap* tensor_map) { hopper::prefetch_tensormap(tensor_map); }
