@@ -70,6 +70,7 @@ ALTERNATIVES = {
     "ordered": "eq|ne|lt|le|gt|ge",
     "unordered": "equ|neu|ltu|leu|gtu|geu|num|nan",
     "space": "shared|global|param",
+    "cta": "shared|shared::cta",
     "bar": "bar.sync|barrier.sync|barrier.sync.aligned",
 }
 
@@ -154,11 +155,11 @@ MACHINE: list[Row] = [
     ("mapa.shared::cluster.u32", "=T, T, T", "mapa_shared_cluster({0}, {1})"),
     ("fence.proxy.async<|.shared::cta>", "", "fence_proxy_async()"),
     ("fence.mbarrier_init.release.cluster", "", "fence_mbarrier_init()"),
-    ("mbarrier.init.shared::cta.b64", "[shared], u32", "mbarrier_init({0}, {1})"),
-    ("mbarrier.inval.shared::cta.b64", "[shared]", "mbarrier_inval({0})"),
-    ("mbarrier.arrive.<shared::cta|release.cluster.shared::cluster>.b64", "_, [shared]", "mbarrier_arrive({1})"),
-    ("mbarrier.arrive.expect_tx.shared::cta.b64", "_, [shared], u32", "mbarrier_arrive_expect_tx({1}, {2})"),
-    ("mbarrier.try_wait.parity.shared::cta.b64", "=pred, [shared], u32", "mbarrier_try_wait_parity({0}, {1})"),
+    ("mbarrier.init.<cta>.b64", "[shared], u32", "mbarrier_init({0}, {1})"),
+    ("mbarrier.inval.<cta>.b64", "[shared]", "mbarrier_inval({0})"),
+    ("mbarrier.arrive.<cta|release.cluster.shared::cluster>.b64", "_, [shared]", "mbarrier_arrive({1})"),
+    ("mbarrier.arrive.expect_tx.<cta>.b64", "_, [shared], u32", "mbarrier_arrive_expect_tx({1}, {2})"),
+    ("mbarrier.try_wait.parity.<cta>.b64", "=pred, [shared], u32", "mbarrier_try_wait_parity({0}, {1})"),
     (
         f"{TENSOR}.<shared::cluster|shared::cta>.{TO_SHARED}",
         "[shared], [global, {s32, s32}], [shared]",
@@ -221,7 +222,7 @@ def _expand(names: str) -> Iterator[str]:
 
 def _split(text: str) -> list[str]:
     """The parts between the commas that are not within brackets or braces."""
-    return [part.strip() for part in re.split(r",(?![^{]*\})(?![^[]*\])", text) if part.strip()]
+    return [part.strip() for part in re.split(r",(?![^{]*\})(?![^[]*\])", text)] if text.strip() else []
 
 
 def _rule(name: str, operands: str, code: str, is_machine: bool) -> Rule:
@@ -333,7 +334,7 @@ def _parse(opened: Token, tokens: Iterator[Token]) -> Block:
 
 def _shape(operands: list[str]) -> list[str]:
     """What tells the forms of one instruction apart."""
-    return ["|" if "|" in operand else operand[0] if operand[0] in "{[" else "" for operand in operands]
+    return ["|" if "|" in operand else operand[:1] if operand.startswith(("{", "[")) else "" for operand in operands]
 
 
 class _Kernel:
@@ -346,7 +347,7 @@ class _Kernel:
         self.token, self.number, self.name, self.threads = header, number, match[1], int(threads[1]) if threads else 0
         self.names = names.new_child()
         for i, text in enumerate(_split(match[2] or "")):
-            if (parameter := PARAMETER.fullmatch(text.strip())) is None:
+            if (parameter := PARAMETER.fullmatch(text)) is None:
                 raise header.error(f"unknown form of a parameter, {text},")
             self._define(parameter[1], f"args[{i}]", 64)
         self.sizes = dict.fromkeys(ARRAYS, 0)
@@ -503,7 +504,7 @@ class _Kernel:
         base, width = self.names.get(match[1], ("", 0)) if match else ("", 0)
         if match is None or width not in (bits, 64):
             raise self.token.error(f"unknown address {operand}")
-        return f"(uint{bits}_t){base} + {self._integer(match[2] or '0', bits)}"
+        return f"(uint{bits}_t){base}" + (f" + {self._integer(match[2], bits)}" if match[2] else "")
 
     def _accumulators(self, operands: list[str], count: int) -> str:
         """The list of the registers' numbers."""

@@ -1,7 +1,7 @@
 // The arithmetic of PTX, for kernels that ptx.py translates. Registers hold bits; a float exists within an instruction.
 //
-// A NaN that an instruction gives is PTX's canonical one. A signalling NaN stands for a value that is not there: an
-// accumulator in flight, or a register that nobody has set. Moves keep it, and arithmetic on it ends the launch.
+// A NaN that an instruction gives is PTX's canonical one. A signalling NaN is an accumulator in flight: moves keep it, and
+// arithmetic on it ends the launch.
 #pragma once
 
 #include <cfenv>
@@ -27,7 +27,7 @@ void poison(uint16_t (&registers)[kCount]) {
 }
 template <size_t kCount>
 void poison(uint32_t (&registers)[kCount]) {
-  for (uint32_t& bits : registers) bits = 0xffa5a5a5;  // negative, unlike an accumulator in flight
+  for (uint32_t& bits : registers) bits = 0xffe5a5a5;  // a quiet NaN: Triton reads what nobody has set, and ignores it
 }
 template <size_t kCount>
 void poison(uint64_t (&registers)[kCount]) {
@@ -116,7 +116,7 @@ constexpr uint16_t kCanonicalHalfNan = 0x7fff;
 
 inline float f32_of(uint32_t bits) {
   if ((bits & (kInfinity | kQuietBit)) == kInfinity && bits & (kQuietBit - 1))
-    fail("arithmetic on an accumulator in flight, or on a register that nobody has set");
+    fail("arithmetic on an accumulator in flight");
   return __builtin_bit_cast(float, bits);
 }
 inline uint32_t bits_of(float value) {
