@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -144,3 +145,47 @@ COOPERATIVE = [
     Mutation("epilogue.cuh", "(kConsumerRows * kStoreBoxColumns * 2)", "(kBlockM * kStoreBoxColumns * 2)"),
     Mutation("launch.cu", "params.dz_stride, kConsumerRows))", "params.dz_stride, kBlockM))"),
 ]
+
+
+class PtxMutation(NamedTuple):
+    """Replace what matches ``pattern`` in PTX: every match, or the one numbered ``only``."""
+
+    pattern: str
+    wrong: str
+    only: int | None = None
+
+    def __call__(self, ptx: str) -> str:
+        matches = list(re.finditer(self.pattern, ptx))
+        assert matches, f"the PTX has no {self.pattern!r}"
+        chosen = matches if self.only is None else [matches[self.only]]
+        for match in reversed(chosen):
+            ptx = ptx[: match.start()] + match.expand(self.wrong) + ptx[match.end() :]
+        return ptx
+
+    def __str__(self) -> str:
+        return f"{self.pattern} -> {self.wrong or 'nothing'}" + ("" if self.only is None else f" at {self.only}")
+
+
+# Of Triton's kernel with ids and weights.
+TRITON = [
+    PtxMutation(r"fence\.proxy\.async\.shared::cta;", ""),
+    PtxMutation(r"cp\.async\.bulk\.wait_group\.read\s+0;", ""),
+    PtxMutation(r"cp\.async\.bulk\.commit_group;", ""),
+    PtxMutation(r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 2;"),
+    PtxMutation(r"wgmma\.wait_group\.sync\.aligned 0;", ""),
+    PtxMutation(r"wgmma\.fence\.sync\.aligned;", ""),
+    PtxMutation(r"wgmma\.commit_group\.sync\.aligned;", ""),
+    PtxMutation(r"@!complete bra\.uni waitLoop;", ""),
+    PtxMutation(r"mbarrier\.try_wait\.parity.*;", "setp.eq.b32 complete, 0, 0;"),
+    PtxMutation(r"(expect_tx.*), \d+;", r"\1, 1024;"),
+    PtxMutation(r"(mbarrier\.init.*), 1;", r"\1, 2;"),
+    PtxMutation(r"(stmatrix.*), \{(%r\d+), (%r\d+)", r"\1, {\3, \2"),
+    PtxMutation(r"(shfl\.sync\.bfly\.b32.*), 16,", r"\1, 8,"),
+    PtxMutation(r"(setp\.eq)\.b64", r"setp.ne.b64"),
+    PtxMutation(r"0f3FB8AA3B", "0f3FB8AA00"),
+    PtxMutation(r"4611686293305294850", "4611686293305294852"),
+    PtxMutation(r"rsqrt\.approx\.ftz\.f32", "rcp.approx.ftz.f32", 0),
+]
+# The barriers that can go, one by one, because others order the same: around the first loads, at the beginning of an
+# iteration, where the mbarrier orders already, and between the loads of x and y.
+REDUNDANT_BARRIERS = (0, 1, 2, 3, 4, 5, 7)

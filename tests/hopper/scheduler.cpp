@@ -283,6 +283,7 @@ HOPPER_EXPORT const char* hopper_error() { return machine.error.c_str(); }
 HOPPER_EXPORT uint64_t hopper_stmatrix_conflicts() { return machine.stmatrix_conflicts; }
 
 HOPPER_EXPORT void hopper_configure(uint64_t seed, int32_t schedule, int32_t timing, int32_t strict_mbarriers) {
+  machine.seed = seed;
   machine.random.seed(seed);
   machine.schedule = Schedule(schedule);
   machine.timing = Timing(timing);

@@ -38,6 +38,7 @@ struct Thread {
   jmp_buf context;
   const char* waits_for = "";  // while it is suspended, at `waits_at`
   uint32_t waits_at = 0;
+  uint32_t refused = 0;        // the last try_wait that failed although it need not
   uint32_t cluster_phase = 0;  // of the cluster barrier, in which it has arrived; 0: it has not
   std::vector<Registers> tracked;
 };
@@ -127,6 +128,7 @@ enum class Timing { kRandom, kAtOnce, kLate };
 
 struct Machine {
   // Set before a launch.
+  uint64_t seed = 0;
   std::mt19937_64 random;
   Schedule schedule = Schedule::kRandom;
   Timing timing = Timing::kRandom;

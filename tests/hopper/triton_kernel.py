@@ -15,6 +15,7 @@ from tests.hopper.emulator import Settings
 from tests.hopper.problems import Kind, mismatch, random_shape, random_task
 from tests.hopper.triton_driver import compile_for, emulated_driver
 
+Mutate = Callable[[str], str]  # changes PTX
 LARGEST = 300  # rows and columns of a problem
 
 
@@ -23,9 +24,11 @@ def shipped() -> list[Variant]:
     return [v for v in configs.shipped() if v.arch == "sm_90" and v.dtype is not torch.float32]
 
 
-def random_blocks(
-    variant: Variant, seeds: range, mutate: Callable[[str], str] = lambda ptx: ptx
-) -> Iterator[tuple[str, str | None]]:
+def unchanged(ptx: str) -> str:
+    return ptx
+
+
+def random_blocks(variant: Variant, seeds: range, mutate: Mutate = unchanged) -> Iterator[tuple[str, str | None]]:
     """Run the variant on random blocks. Yields what each was, and what is wrong with the result."""
     from siglip_kernels.backends.triton import launch
 
@@ -45,6 +48,21 @@ def random_blocks(
             except RuntimeError as error:
                 wrong = str(error)
             yield f"{describe(variant)}: seed {seed}, {shape}, {settings}", wrong
+
+
+def first_failure(variant: Variant, seeds: range, mutate: Mutate = unchanged) -> str | None:
+    """What is wrong with the first block for which something is."""
+    for what, wrong in random_blocks(variant, seeds, mutate):
+        if wrong is not None:
+            return f"{what}: {wrong}"
+    return None
+
+
+def ptx_of(variant: Variant) -> str:
+    from siglip_kernels.backends.triton import launch
+
+    with emulated_driver():
+        return launch.compile_variant(variant).asm["ptx"]
 
 
 def kind_of(variant: Variant) -> Kind:

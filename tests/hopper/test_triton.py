@@ -1,0 +1,58 @@
+"""Every shipped half-precision Triton kernel of a Hopper, from its PTX: the interpreter has bfloat16 wrong."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+
+import pytest
+import torch
+
+from bench.static.triton_report import describe
+from siglip_kernels.backends.triton.configs import Variant
+from tests.hopper import emulator, mutations, triton_kernel
+from tests.hopper.mutations import PtxMutation
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
+
+PROBLEMS, PROBLEMS_OF_A_MUTATION = range(3), range(12)
+BARRIER = r"bar\.sync\s+0;"
+MUTATED = next(
+    variant
+    for variant in triton_kernel.shipped()
+    if (variant.dtype, variant.labels, variant.masses, variant.config.block_m) == (torch.bfloat16, "ids", "none", 64)
+)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Executor]:
+    """A process of its own: in this one Triton interprets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+            executor.submit(int).result()  # starts it
+            yield executor
+
+
+@pytest.mark.parametrize("variant", triton_kernel.shipped(), ids=describe)
+def test_shipped_kernels(variant: Variant, worker: Executor) -> None:
+    assert worker.submit(triton_kernel.first_failure, variant, PROBLEMS).result() is None
+
+
+@pytest.mark.parametrize("mutation", mutations.TRITON, ids=str)
+def test_mutations(mutation: PtxMutation, worker: Executor) -> None:
+    assert worker.submit(triton_kernel.first_failure, MUTATED, PROBLEMS_OF_A_MUTATION, mutation).result() is not None
+
+
+def test_every_barrier_but_the_redundant_is_needed(worker: Executor) -> None:
+    count = len(re.findall(BARRIER, worker.submit(triton_kernel.ptx_of, MUTATED).result()))
+    assert count == 25
+    failures = [
+        worker.submit(triton_kernel.first_failure, MUTATED, PROBLEMS_OF_A_MUTATION, PtxMutation(BARRIER, "", index))
+        for index in range(count)
+    ]
+    needless = [index for index, failure in enumerate(failures) if failure.result() is None]
+    assert needless == list(mutations.REDUNDANT_BARRIERS)
