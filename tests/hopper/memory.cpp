@@ -22,6 +22,7 @@ Cta& cta_of(uint32_t& address) {
   const uint32_t rank = address >> kRankShift;
   address &= kOffsetMask;
   if (!rank) return *self->warp->cta;
+  if (rank > machine.cluster) fail("a shared address in CTA %u of a cluster of %u", rank - 1, machine.cluster);
   Cta& cta = *machine.ctas[rank - 1];
   if (!cta.live_threads) fail("shared memory of CTA %u of the cluster, which has exited", rank - 1);
   return cta;

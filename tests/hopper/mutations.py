@@ -105,7 +105,7 @@ PTX = _of(
     ('asm volatile("wgmma.fence.sync.aligned;" ::: "memory");', ""),
     ('"wgmma.wait_group.sync.aligned %0;" ::"n"(kPending)', '"wgmma.wait_group.sync.aligned %0;" ::"n"(kPending + 1)'),
     ('"cp.async.bulk.wait_group.read 0;"', '"cp.async.bulk.wait_group.read 1;"'),
-    ('"setp.ne.b32 accumulate, %66, 0;\\n"', '"setp.eq.b32 accumulate, %66, 0;\\n"'),
+    ('"setp.ne.b32 accumulate, "', '"setp.eq.b32 accumulate, "'),
     ("[%0, {%2, %3}], [%1];", "[%0, {%3, %2}], [%1];"),
     ('{%1, %2, %3, %4};" ::"r"(address)', '{%2, %1, %3, %4};" ::"r"(address)'),
     ("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;", "mbarrier.arrive.shared::cta.b64 _, [%0];"),

@@ -252,7 +252,7 @@ TOKEN = re.compile(
       | (?P<open> \{ )
       | (?P<close> \} )
       | (?P<label> [\w$]+ )\s*:(?!:)
-      | (?P<unused> \.(?:global|pragma)\s[^;]*; )
+      | (?P<unused> \.global\s[^;]*; | \.pragma\s+"[^"\n]*"; )
       | (?P<directive> \.[^;]*; )
       | (?P<instruction> [^;{}][^;]*; )""",
     re.VERBOSE,
@@ -262,7 +262,7 @@ ENTRY = re.compile(
     r"((?:\.(?:maxntid|reqntid|minnctapersm|reqnctapercluster|explicitcluster)\b[ \d,]*)*)\{"
 )
 PARAMETER = re.compile(
-    r"\.param(?: \.align \d+)? \.[bsuf]\d+(?: \.ptr(?: \.global)?(?: \.align \d+)?)? ([\w$]+)(?:\[\d+\])?"
+    r"\.param(?: \.align \d+)? \.[bsuf](?:8|16|32|64)(?: \.ptr(?: \.global)?(?: \.align \d+)?)? ([\w$]+)(?:\[\d+\])?"
 )
 DYNAMIC_SHARED = re.compile(r"\.extern \.shared(?: \.align \d+)? \.b8 ([\w$]+)\[\];")
 REGISTERS = re.compile(r"\.reg \.(?:pred|[bsuf](16|32|64)) (.*);")
@@ -462,7 +462,7 @@ class _Kernel:
         if "|" in kind:
             return self._values(kind.split("|"), operand.split("|"))
         if kind[0] in "=&":
-            return [self._named(operand, TYPES[kind[1:]].bits)]
+            return [self._register(operand, TYPES[kind[1:]].bits)]
         if kind in TYPES:
             return [self._source(kind, operand)]
         if kind in ("shared", "global", "param"):
@@ -481,6 +481,11 @@ class _Kernel:
         value, width = self.names.get(name, ("", -1))
         if width != bits and not (self.may_be_wider and width > bits > 1):
             raise self.token.error(f"unknown operand {name}")
+        return value
+
+    def _register(self, name: str, bits: int) -> str:
+        if not (value := self._named(name, bits)).endswith("]") or value.startswith("args"):
+            raise self.token.error(f"{name} is no register")
         return value
 
     def _source(self, kind: str, operand: str) -> str:
@@ -510,5 +515,5 @@ class _Kernel:
         """The list of the registers' numbers."""
         if len(operands) != count:
             raise self.token.error(f"not {count} accumulators")
-        numbers = tuple(int(self._named(operand, 32)[2:-1]) for operand in operands)
+        numbers = tuple(int(self._register(operand, 32)[2:-1]) for operand in operands)
         return self.accumulators.setdefault(numbers, f"accumulators_{len(self.accumulators)}")

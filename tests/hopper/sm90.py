@@ -28,8 +28,10 @@ from tests.hopper.ptx import translate
 FOLDER = build.CSRC / "cuda" / "sm90"
 STAND_INS = emulator.HERE / "stand_ins"
 SOURCE_FLAGS = ("-O1", "-w")
+NO_FLOAT16 = """#include "instantiations.h"
+const void* siglip::sm90::select_float16_kernel(const BlockParams&) { return nullptr; }
+"""
 FLOAT16 = '#define SIGLIP_FLOAT16\n#include "instantiations.cu"\n'
-ENTRY = re.compile(r"^static void (kernel_\d+)\(.*\n", re.MULTILINE)
 
 # What csrc/cuda/sm90/config.h can be compiled to.
 CONFIGURATIONS = {
@@ -44,31 +46,44 @@ KINDS = [
         (torch.bfloat16, torch.float16), ("none", "offset", "ids"), (False, True), ("dz", "dz", "sums", "loss")
     )
 ]
+# What a mutation is tried on: one dtype, and for PTX one kernel.
+MUTATED_KINDS = [kind for kind in KINDS if kind.dtype is torch.bfloat16]
+PLAIN = "ELb0ELNS0_6OutputE0E"
+PLAIN_KINDS = [Kind(labels=labels) for labels in ("none", "offset")]
 
 Texts = dict[str, str]  # by file name
 Mutate = Callable[[Texts], None]
 
 
-def from_source(mutate: Mutate = lambda texts: None, defines: Sequence[str] = ()) -> ctypes.CDLL:
+def from_source(
+    mutate: Mutate = lambda texts: None, defines: Sequence[str] = (), *, only_bfloat16: bool = False
+) -> ctypes.CDLL:
     """The library, compiled by the host's compiler against stand-ins for ptx.cuh and CUDA's headers."""
-    texts = _texts(FOLDER) | _stand_ins() | {"instantiations_float16.cpp": FLOAT16}
+    texts = _texts(FOLDER) | _stand_ins()
     mutate(texts)
+    texts["instantiations_float16.cpp"] = NO_FLOAT16 if only_bfloat16 else FLOAT16
     return _load(emulator.compile_library("sm90", texts, (*SOURCE_FLAGS, *defines), [emulator.HERE]))
 
 
-def from_ptx(mutate: Mutate = lambda texts: None, defines: Sequence[str] = ()) -> ctypes.CDLL:
-    """The library with kernels from the PTX that nvcc makes of them, ptx.cuh and all."""
+def from_ptx(
+    mutate: Mutate = lambda texts: None, defines: Sequence[str] = (), *, only_bfloat16: bool = False, only: str = ""
+) -> ctypes.CDLL:
+    """The library with kernels from the PTX that nvcc makes of them, ptx.cuh and all.
+
+    ``only``: translate just the kernels whose mangled names contain it.
+    """
     texts = _texts(FOLDER)
     mutate(texts)
-    kernels = {
-        f"kernels_{i}.cpp": _exported(translate(_nvcc(texts, *defines, *flag)))
-        for i, flag in enumerate([(), ("-DSIGLIP_FLOAT16",)])
-    }
+    flags = [()] if only_bfloat16 else [(), ("-DSIGLIP_FLOAT16",)]
+    kernels = {f"kernels_{i}.cpp": _kernels(_nvcc(texts, *defines, *flag), only) for i, flag in enumerate(flags)}
     # The kernels are only declared where the launcher selects one: its name is that of nvcc's.
-    texts["kernel.cuh"] = re.sub(r"(?s)(sigmoid_block_kernel\([^{]*\)) \{.*", r"\1;\n}  // namespace siglip::sm90\n", texts["kernel.cuh"])
-    host = _stand_ins() | {"instantiations_float16.cpp": FLOAT16}
-    flags = (*emulator.KERNEL_FLAGS, "-DSIGLIP_FROM_PTX", *defines)
-    return _load(emulator.compile_library("sm90_ptx", texts | host | kernels, flags, [emulator.HERE]))
+    texts["kernel.cuh"], count = re.subn(
+        r"(?s)(sigmoid_block_kernel\([^{]*\)) \{.*", r"\1;\n}  // namespace siglip::sm90\n", texts["kernel.cuh"]
+    )
+    assert count == 1
+    texts |= _stand_ins() | kernels | {"instantiations_float16.cpp": NO_FLOAT16 if only_bfloat16 else FLOAT16}
+    compile_flags = (*emulator.KERNEL_FLAGS, "-DSIGLIP_FROM_PTX", *defines)
+    return _load(emulator.compile_library("sm90_ptx", texts, compile_flags, [emulator.HERE]))
 
 
 def random_block(library: ctypes.CDLL, seed: int, kinds: list[Kind]) -> tuple[str, str | None]:
@@ -135,9 +150,15 @@ def _nvcc(texts: Texts, *flags: str) -> str:
         return (Path(folder) / "out.ptx").read_text()
 
 
-def _exported(translated: str) -> str:
-    """Give each kernel its own symbol, besides its place in the table, which two dtypes cannot share."""
-    names = re.findall(r'\{"(\w+)", (kernel_\d+),', translated)
-    body = translated.replace("hopper_kernels", "unused_kernels").replace("hopper_kernel_count", "unused_kernel_count")
-    body = body.replace('extern "C" const', "static const")
-    return body + "".join(f'extern "C" void {name}(void* const* args) {{ {kernel}(args); }}\n' for name, kernel in names)
+def _kernels(ptx: str, only: str) -> str:
+    """C++ of the kernels in ``ptx``, each under its own name, and of a null pointer for each that is left out."""
+    header, *entries = re.split(r"(?=\.visible \.entry )", ptx)
+    names = [re.search(r"\.entry (\w+)", entry)[1] for entry in entries]
+    code = translate(header + "".join(entry for name, entry in zip(names, entries, strict=True) if only in name))
+    # Two dtypes cannot share a table.
+    code = re.sub(r'extern "C" const (Kernel hopper_kernels|uint32_t hopper_kernel_count)', r"static const \1", code)
+    translated = dict(re.findall(r'\{"(\w+)", (kernel_\d+),', code))
+    return code + "".join(
+        f'extern "C" void {name}(void* const* args) {{ {translated.get(name, "__builtin_trap")}({"args" * (name in translated)}); }}\n'
+        for name in names
+    )

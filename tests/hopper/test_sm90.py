@@ -9,10 +9,11 @@ import pytest
 
 from tests.hopper import emulator, mutations, sm90
 from tests.hopper.mutations import Mutation
+from tests.hopper.problems import Kind
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
 
-PROBLEMS, PROBLEMS_FROM_PTX, PROBLEMS_OF_A_MUTATION = 200, 40, 60
+PROBLEMS, PROBLEMS_FROM_PTX, PROBLEMS_OF_A_MUTATION = 200, 30, 60
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +22,9 @@ def nvcc() -> None:
         pytest.skip("no nvcc")
 
 
-def first_failure(library: ctypes.CDLL, problems: int) -> str | None:
+def first_failure(library: ctypes.CDLL, problems: int, kinds: list[Kind]) -> str | None:
     for seed in range(problems):
-        what, wrong = sm90.random_block(library, seed, sm90.KINDS)
+        what, wrong = sm90.random_block(library, seed, kinds)
         if wrong is not None:
             return f"{what}: {wrong}"
     return None
@@ -32,13 +33,18 @@ def first_failure(library: ctypes.CDLL, problems: int) -> str | None:
 @pytest.mark.parametrize("configuration", sm90.CONFIGURATIONS)
 def test_from_source(configuration: str) -> None:
     library = sm90.from_source(defines=sm90.CONFIGURATIONS[configuration])
-    assert first_failure(library, PROBLEMS) is None
+    assert first_failure(library, PROBLEMS, sm90.KINDS) is None
     assert emulator.runtime().hopper_stmatrix_conflicts() == 0
 
 
-@pytest.mark.parametrize("configuration", sm90.CONFIGURATIONS)
-def test_from_ptx(configuration: str, nvcc: None) -> None:
-    assert first_failure(sm90.from_ptx(defines=sm90.CONFIGURATIONS[configuration]), PROBLEMS_FROM_PTX) is None
+def test_from_ptx(nvcc: None) -> None:
+    assert first_failure(sm90.from_ptx(), PROBLEMS_FROM_PTX, sm90.KINDS) is None
+
+
+@pytest.mark.parametrize("configuration", list(sm90.CONFIGURATIONS)[1:])
+def test_configurations_from_ptx(configuration: str, nvcc: None) -> None:
+    library = sm90.from_ptx(defines=sm90.CONFIGURATIONS[configuration], only_bfloat16=True, only=sm90.PLAIN)
+    assert first_failure(library, PROBLEMS_FROM_PTX, sm90.PLAIN_KINDS) is None
 
 
 @pytest.mark.parametrize(
@@ -51,10 +57,11 @@ def test_from_ptx(configuration: str, nvcc: None) -> None:
     ids=str,
 )
 def test_mutations_of_the_source(mutation: Mutation, configuration: str) -> None:
-    library = sm90.from_source(mutation, sm90.CONFIGURATIONS[configuration])
-    assert first_failure(library, PROBLEMS_OF_A_MUTATION) is not None
+    library = sm90.from_source(mutation, sm90.CONFIGURATIONS[configuration], only_bfloat16=True)
+    assert first_failure(library, PROBLEMS_OF_A_MUTATION, sm90.MUTATED_KINDS) is not None
 
 
 @pytest.mark.parametrize("mutation", mutations.PTX, ids=str)
 def test_mutations_of_the_ptx(mutation: Mutation, nvcc: None) -> None:
-    assert first_failure(sm90.from_ptx(mutation), PROBLEMS_OF_A_MUTATION) is not None
+    library = sm90.from_ptx(mutation, only_bfloat16=True, only=sm90.PLAIN)
+    assert first_failure(library, PROBLEMS_OF_A_MUTATION, sm90.PLAIN_KINDS) is not None
