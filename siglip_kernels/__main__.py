@@ -92,9 +92,9 @@ def check(only: str | None, only_device: torch.device | None, quick: bool) -> in
     checked, failed = 0, 0
     for device in devices() if only_device is None else [only_device]:
         for backend in backends.NAMES[1:] if only is None else [only]:
-            plain = sample_problems(device)
-            reasons = {dtype: backends.why_not_prepared(backend, call) for dtype, call in plain.items()}
-            possible = [dtype for dtype in plain if not reasons[dtype]]
+            samples = sample_problems(device)
+            reasons = {dtype: backends.why_not_prepared(backend, call) for dtype, call in samples.items()}
+            possible = [dtype for dtype in samples if not reasons[dtype]]
             title = f"{backend} on {device} ({describe(device)})"
             if not possible:
                 print(f"{title}: not run: {'; '.join(fewest_reasons(reasons.values()))}")
@@ -115,16 +115,14 @@ def judge(
     shapes: Iterable[tuple[int, int, int]],  # M, N, D
     progress: Callable[[testing.Case], None] | None = None,
 ) -> testing.Report:
-    """Judge one backend against float64, on the ``shapes`` and the pairs that it runs."""
+    """Judge one backend against float64, on the ``shapes`` that it runs."""
     loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
-    only_plain = backends.runs_only_plain(backend, sample_problems(device)[dtypes[0]])
     return testing.check(
         loss_fn,
         device=device,
         progress=progress,
         dtypes=dtypes,
         shapes=[shape for shape in shapes if not backends.why_not(backend, Problem(*shape, dtypes[0], device))],
-        pairs=testing.PLAIN_PAIRS if only_plain else tuple(testing.PAIRS),
     )
 
 

@@ -84,7 +84,7 @@ _CPU_HEADERS = ("convert", "cpu_info", "epilogue", "gemm", "interface", "paralle
 _SM90_HEADERS = (
     *(f"{name}.h" for name in ("config", "host_device", "instantiations", "layout", "params", "pipeline")),
     *(f"{name}.h" for name in ("sigmoid_loss", "tile_scheduler")),
-    *(f"{name}.cuh" for name in ("epilogue", "kernel", "ptx")),
+    *(f"{name}.cuh" for name in ("epilogue", "general_pairs", "kernel", "ptx")),
 )
 TARGETS = {  # by the backend's name
     "cpu": Target(

@@ -71,11 +71,6 @@ class Request(NamedTuple):
     return_stats: bool = False
     exchange: ExchangeSpec = ONE_PROCESS
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether no pair is left out or shares a mass, and no statistics are returned."""
-        return not (self.return_stats or self.pairs.ignore_ids or self.pairs.multi_positive)
-
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors, in the order of TENSOR_NAMES."""
         pairs = self.pairs

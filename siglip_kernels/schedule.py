@@ -45,7 +45,7 @@ def problem_of(request: Request, needs_grad: NeedsGrad) -> Problem:
     """What is needed to choose and to size a block kernel."""
     x = request.x
     M, D = x.shape
-    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, request.is_plain)
+    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz)
 
 
 def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> Result:

@@ -264,10 +264,6 @@ def _multi_positive(M: int, N: int, device: torch.device, kind: str) -> dict[str
     }
 
 
-# The PAIRS with a plain problem, as backends define it: no pair is left out or shares a mass.
-PLAIN_PAIRS = ("diagonal", "offset", "no positives", "ids", "weights")
-
-
 def cases(
     dtypes: Sequence[torch.dtype] = DTYPES,
     shapes: Sequence[tuple[int, int, int]] = SHAPES,

@@ -80,12 +80,10 @@ def _checks(
     backend: str, device: torch.device, dtype: torch.dtype, plan: Plan
 ) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
-    only_plain = backends.runs_only_plain(backend, BackendProblem(*plan.check_shapes[-1], dtype, device))
-    pairs = testing.PLAIN_PAIRS if only_plain else tuple(testing.PAIRS)
 
     def gradients() -> list[str]:
         with checks.poisoned_memory(), warnings.catch_warnings(action="ignore"):
-            found = testing.check(loss_fn, device=device, dtypes=[dtype], shapes=plan.check_shapes, pairs=pairs)
+            found = testing.check(loss_fn, device=device, dtypes=[dtype], shapes=plan.check_shapes)
         print(found)
         return found.failures
 
@@ -95,11 +93,11 @@ def _checks(
         partial(checks.bitwise_repeatable, backend, device, dtype, plan.check_shapes[1]),
     )
     yield "many pairs", partial(checks.index_overflow, backend, device, dtype, plan.overflow_batch)
-    if not only_plain:
-        yield (
-            "statistics of the logits",
-            partial(checks.logit_stats, backend, device, dtype, pairs, plan.check_shapes[1]),
-        )
+    pairs = tuple(testing.PAIRS)
+    yield (
+        "statistics of the logits",
+        partial(checks.logit_stats, backend, device, dtype, pairs, plan.check_shapes[1]),
+    )
     if device.type == "cuda":
         yield "CUDA graph replays", partial(checks.cuda_graph_replay, backend, device, dtype)
         yield "no host synchronisation", partial(checks.no_host_sync, backend, device, dtype, pairs)

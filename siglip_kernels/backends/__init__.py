@@ -35,8 +35,3 @@ def why_not_prepared(name: str, problem: Problem) -> list[str]:
 def why_not(name: str, problem: Problem) -> list[str]:
     """Every reason why the named backend cannot run ``problem``, as far as known without compiling."""
     return BACKENDS[name].why_not(problem)
-
-
-def runs_only_plain(name: str, problem: Problem) -> bool:
-    """Whether the named backend can run ``problem`` only if it is plain."""
-    return bool(why_not(name, problem._replace(plain=False)))

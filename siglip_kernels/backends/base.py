@@ -28,7 +28,6 @@ class Problem(NamedTuple):
     dtype: torch.dtype  # of the features
     device: torch.device
     needs_dz: bool = True  # some feature gradient is needed
-    plain: bool = True  # no pair is left out or shares a mass, and no statistics are returned
 
     @property
     def rounds_out(self) -> bool:

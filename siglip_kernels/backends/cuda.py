@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import Structure, c_char_p, c_int32, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from siglip_kernels import build
 from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_block_shape
 from siglip_kernels.backends.cpu_native import address
 from siglip_kernels.gemm import pad_to_alignment
+from siglip_kernels.stats import SIZE, reduce_stats
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # Dtype in csrc/cuda/sm90/params.h
 
@@ -28,6 +30,7 @@ class BlockParams(Structure):
         ("y", c_void_p),
         ("dz", c_void_p),
         ("partials", c_void_p),
+        ("stats", c_void_p),
         ("scale", c_void_p),
         ("bias", c_void_p),
         ("dz_scale", c_void_p),
@@ -35,6 +38,8 @@ class BlockParams(Structure):
         ("text_ids", c_void_p),
         ("image_weights", c_void_p),
         ("text_weights", c_void_p),
+        ("image_masses", c_void_p),
+        ("text_masses", c_void_p),
         ("x_stride", c_int64),
         ("y_stride", c_int64),
         ("dz_stride", c_int64),
@@ -42,8 +47,11 @@ class BlockParams(Structure):
         ("cols", c_int32),
         ("features", c_int32),
         ("offset", c_int32),
+        ("ignore_ids", c_int32),
+        ("soft_targets", c_int32),
         ("loss_only", c_int32),
         ("dtype", c_int32),
+        ("float32_dz", c_int32),
         ("device", c_int32),
     )
 
@@ -59,12 +67,8 @@ class CudaBlockKernel(BlockKernel):
         reasons = []
         if problem.dtype not in DTYPES:
             reasons.append(f"features are {problem.dtype}, expected float16 or bfloat16")
-        elif not problem.rounds_out:
-            reasons.append(f"M·N = {problem.M * problem.N} pairs, too few for a dz in {problem.dtype}")
         if problem.D < 1:
             reasons.append(f"D = {problem.D}, expected at least 1")
-        if not problem.plain:
-            reasons.append("ignore_ids, multi_positive and return_stats are not in this kernel yet")
         if problem.device.type != "cuda":
             reasons.append(f"features are on {problem.device.type}, expected a CUDA device")
         elif not torch.cuda.is_available() or torch.version.hip:
@@ -80,51 +84,74 @@ class CudaBlockKernel(BlockKernel):
         return [] if reason is None else [reason]
 
     def operand_dtype(self, problem: Problem) -> torch.dtype:
-        return problem.dtype
+        return problem.dtype if problem.rounds_out else torch.float32
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return even_block_shape(problem, DZ_BYTES // problem.dtype.itemsize)
+        return even_block_shape(problem, DZ_BYTES // self.operand_dtype(problem).itemsize)
 
-    def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
-        """[3 · partials] float32: the sums of every warp in every tile."""
-        return torch.empty(3 * _library().siglip_sm90_partials(R, C), dtype=torch.float32, device=problem.device)
+    def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
+        partials = torch.empty(3 * _library().siglip_sm90_partials(R, C), dtype=torch.float32, device=problem.device)
+        return Workspace(partials, problem.dtype)
 
     def block(self, task: BlockTask) -> None:
-        library, (r, c) = _library(), (len(task.x), len(task.y))
-        pairs, dz = task.pairs, task.dz
-        # Keep x and y alive until the launch: BlockParams holds only addresses. After it the stream keeps their memory.
-        x, y = pad_to_alignment(task.x), pad_to_alignment(task.y)
-        partials = task.workspace[: 3 * library.siglip_sm90_partials(r, c)].view(3, -1)
-        block = BlockParams(
-            x=address(x),
-            y=address(y),
-            dz=address(dz),
-            partials=address(partials),
-            scale=address(task.scale),
-            bias=address(task.bias),
-            dz_scale=address(task.dz_scale),
-            image_ids=address(pairs.image_ids),
-            text_ids=address(pairs.text_ids),
-            image_weights=address(pairs.image_weights),
-            text_weights=address(pairs.text_weights),
-            x_stride=x.stride(0),
-            y_stride=y.stride(0),
-            dz_stride=0 if dz is None else dz.stride(0),
-            rows=r,
-            cols=c,
-            features=x.shape[1],
-            offset=pairs.offset_within(r, c),
-            loss_only=task.loss_only,
-            dtype=DTYPES[x.dtype],
-            device=x.get_device(),
-        )
+        library, workspace = _library(), task.workspace
+        width = library.siglip_sm90_partials(len(task.x), len(task.y))
+        partials = workspace.partials[: 3 * width].view(3, width)
+        stats = None if task.stats is None else partials.new_empty(SIZE, width)
+        # Features that the schedule has widened become what they were. They live until the launch, for the parameters
+        # hold only addresses; after it the stream keeps their memory.
+        x, y = (pad_to_alignment(features.to(workspace.dtype)) for features in (task.x, task.y))
+        params = _params(task, x, y, partials, stats)
         with torch.cuda.device(x.device):
             stream = torch.cuda.current_stream().cuda_stream
-            error = library.siglip_sm90_block(ctypes.byref(block), stream)
+            error = library.siglip_sm90_block(ctypes.byref(params), stream)
         if error:
             raise RuntimeError(f"backend='cuda' failed to launch: {library.siglip_sm90_error(error).decode()}")
         written = 1 if task.loss_only else 3
         torch.sum(partials[:written], dim=1, dtype=task.sums.dtype, out=task.sums[:written])
+        if task.stats is not None and stats is not None:
+            dtype = task.stats.dtype
+            task.stats.copy_(reduce_stats([stats.T.to(dtype)], task.stats.device, dtype))
+
+
+class Workspace(NamedTuple):
+    """What the kernel needs besides the task."""
+
+    partials: Tensor  # [3 · partials] float32: the sums of every warp in every tile
+    dtype: torch.dtype  # of the features, as the kernel takes them
+
+
+def _params(task: BlockTask, x: Tensor, y: Tensor, partials: Tensor, stats: Tensor | None) -> BlockParams:
+    pairs, dz = task.pairs, task.dz
+    return BlockParams(
+        x=address(x),
+        y=address(y),
+        dz=address(dz),
+        partials=address(partials),
+        stats=address(stats),
+        scale=address(task.scale),
+        bias=address(task.bias),
+        dz_scale=address(task.dz_scale),
+        image_ids=address(pairs.image_ids),
+        text_ids=address(pairs.text_ids),
+        image_weights=address(pairs.image_weights),
+        text_weights=address(pairs.text_weights),
+        image_masses=address(pairs.image_masses),
+        text_masses=address(pairs.text_masses),
+        x_stride=x.stride(0),
+        y_stride=y.stride(0),
+        dz_stride=0 if dz is None else dz.stride(0),
+        rows=len(x),
+        cols=len(y),
+        features=x.shape[1],
+        offset=pairs.offset_within(len(x), len(y)),
+        ignore_ids=pairs.ignore_ids,
+        soft_targets=pairs.multi_positive == "soft_targets",
+        loss_only=task.loss_only,
+        dtype=DTYPES[x.dtype],
+        float32_dz=dz is not None and dz.dtype is torch.float32,
+        device=x.get_device(),
+    )
 
 
 @functools.cache

@@ -21,7 +21,7 @@ def cuda_problems(build: Callable[..., object], seeds: range) -> Iterator[Outcom
     for name, defines in sm90.CONFIGURATIONS.items():
         library = build(defines=defines)
         for seed in seeds:
-            what, wrong = sm90.random_block(library, seed, sm90.KINDS)
+            what, wrong = sm90.random_block(library, seed, sm90.kinds_of(name))
             yield f"{name}: {what}", wrong
 
 

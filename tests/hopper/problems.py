@@ -30,7 +30,7 @@ class Kind:
     labels: str = "offset"  # "none" | "offset" | "ids" | "ignore"
     weights: bool = False
     masses: str | None = None  # of pairs.MULTI_POSITIVE
-    output: str = "dz"  # "dz" | "sums" | "loss"
+    output: str = "dz"  # "dz" | "float32 dz" | "sums" | "loss"
     stats: bool = False
 
 
@@ -39,16 +39,18 @@ def random_task(choose: random.Random, kind: Kind, M: int, N: int, D: int) -> Bl
     generator = torch.Generator().manual_seed(choose.getrandbits(32))
     x, y = (_features(generator, rows, D, kind.dtype) for rows in (M, N))
     row = -(-N // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
-    dz = torch.full((M, row), torch.nan, dtype=kind.dtype)[:, :N] if kind.output == "dz" else None
+    # For few pairs the schedule widens the features and wants dz in float32.
+    operand = torch.float32 if kind.output == "float32 dz" else kind.dtype
+    dz = torch.full((M, row), torch.nan, dtype=operand)[:, :N] if "dz" in kind.output else None
     return BlockTask(
-        x=x,
-        y=y,
+        x=x.to(operand),
+        y=y.to(operand),
         scale=torch.tensor(choose.choice([0.5, 4.0, 10.0, 20.0])),
         bias=torch.tensor(choose.choice([-12.0, -10.0, -3.0, 0.0, 2.0])),
         pairs=_pairs(choose, generator, kind, M, N).prepared(x, y, torch.float32),
         sums=torch.full((4,), torch.nan, dtype=torch.float64),
         dz=dz,
-        dz_scale=torch.tensor(2.0**10) if dz is not None and kind.dtype is torch.float16 else None,
+        dz_scale=torch.tensor(2.0**10) if dz is not None and operand is torch.float16 else None,
         workspace=None,
         loss_only=kind.output == "loss",
         stats=torch.full((stats.SIZE,), torch.nan, dtype=torch.float64) if kind.stats else None,

@@ -89,13 +89,12 @@ T extract(T value, uint32_t position, uint32_t length) {
   const T field = shift_right(value, position);
   if (length >= kBits<T>) return field;
   const uint32_t above = kBits<T> - length;
-  if (position + length > kBits<T>) return field;  // the sign bit is already the value's own
   return shift_right(T(uint64_t(field) << above), above);
 }
 template <class T>
 T insert(T field, T value, uint32_t position, uint32_t length) {
   position &= 255, length &= 255;
-  const T ones = T(~T(0)), mask = shift_left(length < kBits<T> ? T(~shift_left(ones, length)) : ones, position);
+  const T mask = shift_left(T(~shift_left(T(~T(0)), length)), position);
   return T((value & ~mask) | (shift_left(field, position) & mask));
 }
 // prmt: each nibble of `selector` names a byte of b:a, or with its top bit the byte's sign.
@@ -125,10 +124,7 @@ inline uint32_t bits_of(float value) {
   return kCanonicalNan;
 }
 
-inline float f32_of_bf16(uint16_t bits) {
-  const bool is_nan = (bits & 0x7fff) > 0x7f80;
-  return __builtin_bit_cast(float, is_nan ? kCanonicalNan : uint32_t(bits) << 16);
-}
+inline float f32_of_bf16(uint16_t bits) { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
 inline uint16_t bits_of_bf16(float value) {
   if (value != value) return kCanonicalHalfNan;
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);

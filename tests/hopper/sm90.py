@@ -19,7 +19,7 @@ import torch
 
 from siglip_kernels import build
 from siglip_kernels.backends import cuda
-from siglip_kernels.backends.base import BlockTask, Problem
+from siglip_kernels.backends.base import Problem
 from tests.hopper import emulator
 from tests.hopper.emulator import Settings
 from tests.hopper.problems import Kind, mismatch, random_shape, random_task
@@ -40,15 +40,26 @@ CONFIGURATIONS = {
     "128x256": ("-DSIGLIP_SM90_BLOCK_N=256",),
     "128x256, multicast": ("-DSIGLIP_SM90_BLOCK_N=256", "-DSIGLIP_SM90_CLUSTER=2"),
 }
+LABELS = [  # labels, weights, masses
+    *itertools.product(("none", "offset", "ids", "ignore"), (False, True), (None,)),
+    *itertools.product(("ids",), (True,), ("weights", "soft_targets")),
+]
 KINDS = [
-    Kind(dtype, labels, weights, output=output)
-    for dtype, labels, weights, output in itertools.product(
-        (torch.bfloat16, torch.float16), ("none", "offset", "ids"), (False, True), ("dz", "dz", "sums", "loss")
+    Kind(dtype, *labels, output, with_stats)
+    for dtype, labels, output, with_stats in itertools.product(
+        (torch.bfloat16, torch.float16), LABELS, ("dz", "dz", "float32 dz", "sums", "loss"), (False, False, True)
     )
 ]
+
+
+def kinds_of(configuration: str) -> list[Kind]:
+    """What the library runs: a cluster has nothing to share in the small problems that need dz in float32."""
+    return [kind for kind in KINDS if "multicast" not in configuration or kind.output != "float32 dz"]
+
+
 # What a mutation is tried on: one dtype, and for PTX one kernel.
-MUTATED_KINDS = [kind for kind in KINDS if kind.dtype is torch.bfloat16]
-PLAIN = "ELb0ELNS0_6OutputE0E"
+MUTATED_KINDS = [kind for kind in KINDS if kind.dtype is torch.bfloat16 and kind.output != "float32 dz"]
+PLAIN = "PairsE0ELNS0_6OutputE0E"
 PLAIN_KINDS = [Kind(labels=labels) for labels in ("none", "offset")]
 
 Texts = dict[str, str]  # by file name
@@ -91,21 +102,17 @@ def random_block(library: ctypes.CDLL, seed: int, kinds: list[Kind]) -> tuple[st
     choose = random.Random(seed)
     kind, shape, multiprocessors = choose.choice(kinds), random_shape(choose), choose.randint(1, 7)
     task, kernel = random_task(choose, kind, *shape), cuda.CudaBlockKernel()
+    problem = Problem(shape[0], shape[1], shape[2], kind.dtype, task.x.device, task.dz is not None)
     settings = Settings.of_seed(seed)
     with emulated(library, multiprocessors, settings):
-        task = task._replace(workspace=kernel.workspace(problem_of(task), *shape[:2]))
-        task.workspace.fill_(torch.nan)
+        task = task._replace(workspace=kernel.workspace(problem, *shape[:2]))
+        task.workspace.partials.fill_(torch.nan)
         try:
             kernel.block(task)
             wrong = mismatch(task)
         except RuntimeError as error:
             wrong = str(error)
     return f"seed {seed}, {kind}, {shape}, {multiprocessors} multiprocessors, {settings}", wrong
-
-
-def problem_of(task: BlockTask) -> Problem:
-    (M, D), N = task.x.shape, len(task.y)
-    return Problem(M, N, D, task.x.dtype, task.x.device, task.dz is not None)
 
 
 @contextlib.contextmanager

@@ -40,34 +40,12 @@ def launch(program: Program, name: str, *arrays: np.ndarray, **options: Any) -> 
 # ---- Values of PTX's types in Python, where floats are exact ----
 
 FLOATS = {"f32": (24, -126, 127), "f16": (11, -14, 15), "bf16": (8, -126, 127)}  # precision, exponents
-INTEGERS = [
-    0,
-    1,
-    2,
-    3,
-    7,
-    8,
-    15,
-    16,
-    17,
-    31,
-    32,
-    33,
-    63,
-    64,
-    65,
-    127,
-    128,
-    255,
-    256,
-    0x7FFF,
-    0x8000,
-    0xFFFF,
-    0x7FFFFFFF,
-]
-INTEGERS += [0x80000000, 0xFFFFFFFF, 2**63 - 1, 2**63]
+INTEGERS = [0, 1, 2, 3, *(2**power + more for power in (3, 4, 5, 6, 7, 8, 15, 16, 31, 32, 63) for more in (-1, 0))]
+INTEGERS += [33, 65, 2**64 - 1]
 SPECIAL = {
-    "f32": [0x0, 0x1, 0x7FFFFF, 0x800000, 0x3F800000, 0x3F800001, 0x3F7FFFFF, 0x40000000, 0x4B000001, 0x7F7FFFFF],
+    "f32": [0x0, 0x1, 0x7FFFFF, 0x800000, 0x3F800000, 0x3F800001, 0x3F7FFFFF, 0x40000000, 0x4B000001, 0x7F7FFFFF]
+    + [0x3F808000, 0x3F818000, 0x3F818001, 0x7F7F8000]  # between two of bf16
+    + [0x3F801000, 0x3F803000, 0x33000000, 0x33C00000, 0x387FF000, 0x477FEFFF, 0x477FF000],  # of f16
     "f16": [0x0, 0x1, 0x3FF, 0x400, 0x3C00, 0x7BFF, 0x3555],
     "bf16": [0x0, 0x1, 0x7F, 0x80, 0x3F80, 0x7F7F, 0x3EAB],
 }

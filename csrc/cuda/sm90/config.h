@@ -24,6 +24,7 @@ static_assert(kClusterSize == 1 || kClusterSize == 2);
 constexpr int kNumConsumers = 2;
 constexpr int kConsumersPerTile = kPingPong ? 1 : kNumConsumers;
 constexpr int kConsumerRows = kBlockM / kConsumersPerTile;  // images of a tile that one consumer computes
+constexpr int kNumSlices = 4;  // of a consumer's part, in the epilogue: 64 × 64 each
 constexpr int kNumStages = kPingPong ? 5 : 3;
 constexpr int kWarpsPerWarpgroup = 4;
 

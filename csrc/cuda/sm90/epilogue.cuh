@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "general_pairs.cuh"
 #include "layout.h"
 #include "params.h"
 #include "ptx.cuh"
@@ -27,74 +28,122 @@ struct Float16 {
   }
 };
 
-enum class Output { kDz, kSums, kLoss };  // dz and the sums; the sums; the loss alone
+// dz and the sums; the same with dz in float32; the sums; the loss alone.
+enum class Output { kDz, kFloat32Dz, kSums, kLoss };
+// kOffset: by the offset alone. kGeneral: ids, weights and masses, where they are given. kStats: and the logits' stats.
+enum class Pairs { kOffset, kGeneral, kStats };
 
-// One warp's rows of a tile, in chunks of 32 columns. kGeneral: ids and weights, where they are given.
-template <class Element, bool kGeneral, Output kOutput>
+// Columns of the accumulator elements that the epilogue takes at once, on 16 rows of a warp: a box of TMA's.
+constexpr int kSliceColumns = 64, kSlicePairs = kSliceColumns / 2;
+// Out of bounds, and for pairs that are left out: softplus and sigmoid are 0 there.
+constexpr float kNothing = -1e4f;
+
+// One warp's rows of a tile, in chunks of columns.
+template <class Element, Pairs kPairs, Output kOutput>
 class Epilogue {
  public:
-  static constexpr int kChunkColumns = 32, kChunkPairs = kChunkColumns / 2;  // kChunkPairs: of one thread
   static constexpr bool kLossOnly = kOutput == Output::kLoss;
+  static constexpr int kChunkColumns = kPairs == Pairs::kOffset ? 32 : kGeneralChunkColumns;
+  static constexpr int kChunkPairs = kChunkColumns / 2;  // of one thread
 
   __device__ explicit Epilogue(const BlockParams& params)
       : params_(params),
         scale_(*params.scale),
         bias_(*params.bias),
         dz_scale_(params.dz_scale ? *params.dz_scale : 1.0f),
-        lane_(threadIdx.x % 32) {}
+        lane_(threadIdx.x % 32),
+        pairs_(params, lane_) {}
 
-  // acc: the warp's inner products, 16 rows from `row` on and kBlockN columns from `column` on. dz_smem: shared memory
-  // address of these rows in the first of the boxes that TMA stores.
-  __device__ void run(const float (&acc)[kBlockN / 2], int row, int column, uint32_t dz_smem) {
+  // acc: the warp's inner products, 16 rows from `row` on and kSliceColumns from `column` on. dz_smem: shared memory
+  // address of these rows in the box that TMA stores.
+  __device__ void run(const float (&acc)[kSlicePairs], int row, int column, uint32_t dz_smem) {
+    if constexpr (kPairs != Pairs::kOffset) pairs_.load_rows(row);
     // Unrolled, because registers cannot be indexed at run time.
     SIGLIP_UNROLL
-    for (int c = 0; c < kBlockN / kChunkColumns; ++c)
+    for (int c = 0; c < kSliceColumns / kChunkColumns; ++c)
       run_chunk(reinterpret_cast<const float(&)[kChunkPairs]>(acc[c * kChunkPairs]), row, column + c * kChunkColumns,
-                dz_smem + c * kChunkColumns / kStoreBoxColumns * (kConsumerRows * kStoreBoxColumns * 2),
-                c * kChunkColumns % kStoreBoxColumns);
-    sums_.flush();
+                dz_smem, c * kChunkColumns);
   }
 
-  // Reduces the sums of everything run so far over the warp, writes them, and starts again from 0.
-  __device__ void write_partials(float* partials, int64_t stride) {
+  // To be called once for at most kMaxFactors pairs of a thread.
+  __device__ void flush() { sums_.flush(); }
+
+  // Reduces the sums of everything run so far over the warp, writes them at `partial`, and starts again from 0.
+  __device__ void write_partials(int64_t partial, int64_t stride) {
     const float sums[3] = {sums_.loss, sums_.dz_u, sums_.dz};
-    for (int s = 0; s < (kLossOnly ? 1 : 3); ++s) {
-      float sum = sums[s];
-      for (int lane_mask = 16; lane_mask; lane_mask /= 2) sum += __shfl_xor_sync(~0u, sum, lane_mask);
-      if (lane_ == 0) partials[s * stride] = sum;
-    }
+    for (int s = 0; s < (kLossOnly ? 1 : 3); ++s) reduce(sums[s], params_.partials + s * stride + partial, Add());
     sums_ = Sums();
+    if constexpr (kPairs == Pairs::kStats) {
+      for (int k = 0; k < 2; ++k) {
+        float* const stats = params_.stats + k * stride + partial;
+        reduce(stats_.sum[k], stats, Add());
+        reduce(float(stats_.count[k]), stats + 2 * stride, Add());
+        reduce(stats_.least[k], stats + 4 * stride, Least());
+        reduce(stats_.largest[k], stats + 6 * stride, Largest());
+      }
+      stats_ = LogitStats();
+    }
   }
 
  private:
+  struct Add {
+    __device__ float operator()(float a, float b) const { return a + b; }
+  };
+  struct Least {
+    __device__ float operator()(float a, float b) const { return fminf(a, b); }
+  };
+  struct Largest {
+    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+  };
+
+  template <class Operation>
+  __device__ void reduce(float value, float* at, Operation operation) const {
+    for (int lane_mask = 16; lane_mask; lane_mask /= 2)
+      value = operation(value, __shfl_xor_sync(~0u, value, lane_mask));
+    if (lane_ == 0) *at = value;
+  }
+
   __device__ int row_of(int i) const { return accumulator_row(lane_, i); }
   __device__ int column_of(int i) const { return accumulator_column(lane_, i); }
 
   __device__ void run_chunk(const float (&u)[kChunkPairs], int row, int column, uint32_t dz_smem, int box_column) {
-    float a[kChunkPairs], dz[kChunkPairs];
+    if constexpr (kPairs != Pairs::kOffset) hide(column);
+    float dz[kChunkPairs];
+    const uint32_t positive = find_positives(row, column);
+    // The branch also keeps the chunks apart: else registers would hold the ids and weights of several.
+    if (kPairs == Pairs::kOffset || __any_sync(~0u, pairs_.counted != 0)) {
+      run_pairs(u, row, column, positive, dz);
+    } else {
+      SIGLIP_UNROLL
+      for (float& value : dz) value = 0;
+    }
+    if constexpr (kOutput == Output::kDz) store_dz(dz, dz_smem, box_column);
+    if constexpr (kOutput == Output::kFloat32Dz) store_float32_dz(dz, row, column);
+  }
+
+  // Adds a chunk to the sums, and computes its dz.
+  __device__ void run_pairs(const float (&u)[kChunkPairs], int row, int column, uint32_t positive,
+                            float (&dz)[kChunkPairs]) {
+    float a[kChunkPairs];
     SIGLIP_UNROLL
     for (int i = 0; i < kChunkPairs; ++i) a[i] = fmaf(u[i], scale_, bias_);
-
-    const uint32_t positive = positive_mask(row, column);
     const bool any_positive = __any_sync(~0u, positive != 0);
+    if constexpr (kPairs == Pairs::kStats) {
+      const uint32_t weighted = pairs_.weighted();
+      stats_.add(a, weighted & positive, weighted & ~positive);
+    }
     if (any_positive) negate_positives(a, positive);
-    if (row + 16 > params_.rows || column + kChunkColumns > params_.cols) {
-      // Out of bounds a is -inf, where softplus and sigmoid are 0.
-      SIGLIP_UNROLL
-      for (int i = 0; i < kChunkPairs; ++i)
-        if (row + row_of(i) >= params_.rows || column + column_of(i) >= params_.cols) a[i] = -INFINITY;
-    }
+    if constexpr (kPairs == Pairs::kOffset)
+      leave_out_of_bounds(a, row, column);
+    else
+      leave_uncounted(a);
 
-    if (kGeneral && params_.image_weights) {
-      float weight[kChunkPairs];
-      SIGLIP_UNROLL
-      for (int i = 0; i < kChunkPairs; ++i) weight[i] = pair_weight(row + row_of(i), column + column_of(i));
-      accumulate_weighted_pairs<kLossOnly>(a, weight, dz, sums_);
-    } else if (__all_sync(~0u, all_below_threshold(a))) {
+    if (kPairs != Pairs::kOffset && params_.image_weights)
+      accumulate_weighted_pairs(a, dz);
+    else if (kPairs == Pairs::kOffset && __all_sync(~0u, all_below_threshold(a)))
       accumulate_pairs<true, kLossOnly>(a, dz, sums_);
-    } else {
+    else
       accumulate_pairs<false, kLossOnly>(a, dz, sums_);
-    }
     if constexpr (kLossOnly) return;
 
     if (any_positive) negate_positives(dz, positive);
@@ -103,17 +152,17 @@ class Epilogue {
       sums_.dz_u = fmaf(dz[i], u[i], sums_.dz_u);
       sums_.dz += dz[i];
     }
-    if constexpr (kOutput == Output::kDz) store_dz(dz, dz_smem, box_column);
   }
 
   // Which of the chunk's pairs are positive: bit i for this lane's i-th.
-  __device__ uint32_t positive_mask(int row, int column) const {
+  __device__ uint32_t find_positives(int row, int column) {
+    if constexpr (kPairs != Pairs::kOffset) {
+      pairs_.load_columns(column);
+      return pairs_.positive;
+    }
     uint32_t mask = 0;
     const int diagonal = row + params_.offset - column;
-    if (kGeneral && params_.image_ids) {
-      SIGLIP_UNROLL
-      for (int i = 0; i < kChunkPairs; ++i) mask |= uint32_t(ids_match(row + row_of(i), column + column_of(i))) << i;
-    } else if (-16 < diagonal && diagonal < kChunkColumns) {
+    if (-16 < diagonal && diagonal < kChunkColumns) {
       SIGLIP_UNROLL
       for (int i = 0; i < kChunkPairs; ++i) mask |= uint32_t(diagonal + row_of(i) == column_of(i)) << i;
     }
@@ -123,6 +172,25 @@ class Epilogue {
   __device__ static void negate_positives(float (&values)[kChunkPairs], uint32_t positive) {
     SIGLIP_UNROLL
     for (int i = 0; i < kChunkPairs; ++i) values[i] = positive >> i & 1 ? -values[i] : values[i];
+  }
+
+  __device__ void leave_out_of_bounds(float (&a)[kChunkPairs], int row, int column) const {
+    if (row + 16 <= params_.rows && column + kChunkColumns <= params_.cols) return;
+    SIGLIP_UNROLL
+    for (int i = 0; i < kChunkPairs; ++i)
+      if (row + row_of(i) >= params_.rows || column + column_of(i) >= params_.cols) a[i] = kNothing;
+  }
+  __device__ void leave_uncounted(float (&a)[kChunkPairs]) const {
+    SIGLIP_UNROLL
+    for (int i = 0; i < kChunkPairs; ++i) a[i] = pairs_.counted >> i & 1 ? a[i] : kNothing;
+  }
+
+  __device__ void accumulate_weighted_pairs(const float (&a)[kChunkPairs], float (&sigmoid)[kChunkPairs]) {
+    SIGLIP_UNROLL
+    for (int i = 0; i < kChunkPairs; ++i) {
+      const float mass = pairs_.mass(i), opposite = params_.soft_targets ? 1 - mass : 0;
+      sigmoid[i] = accumulate_weighted_pair<kLossOnly>(a[i], pairs_.weight(i), mass, opposite, sums_);
+    }
   }
 
   __device__ void store_dz(const float (&dz)[kChunkPairs], uint32_t dz_smem, int box_column) const {
@@ -135,19 +203,27 @@ class Epilogue {
       stmatrix_x4(dz_smem + swizzled_offset(lane_, box_column / 8 + i / 4), packed[0], packed[1], packed[2], packed[3]);
     }
   }
-
-  __device__ bool ids_match(int row, int column) const {
-    return row < params_.rows && column < params_.cols && params_.image_ids[row] == params_.text_ids[column];
-  }
-  __device__ float pair_weight(int row, int column) const {
-    const bool in_bounds = row < params_.rows && column < params_.cols;
-    return in_bounds ? params_.image_weights[row] * params_.text_weights[column] : 0.0f;
+  __device__ void store_float32_dz(const float (&dz)[kChunkPairs], int row, int column) const {
+    hide(row);
+    hide(column);
+    SIGLIP_UNROLL
+    for (int k = 0; k < kThreadRows; ++k) {
+      const int r = row + row_of(2 * k), c = column + column_of(0);
+      float* const at = static_cast<float*>(params_.dz) + (r * int(params_.dz_stride) + c);  // small: 32 bits do
+      SIGLIP_UNROLL
+      for (int i = 0; i < kChunkPairs; ++i) {
+        const int offset = i / 4 * 8 + i % 2;  // the lane's columns have the same distances
+        if (thread_row(i) == k && r < params_.rows && c + offset < params_.cols) at[offset] = dz[i];
+      }
+    }
   }
 
   const BlockParams& params_;
   const float scale_, bias_, dz_scale_;
   const int lane_;
+  GeneralPairs pairs_;
   Sums sums_;
+  LogitStats stats_;
 };
 
 }  // namespace siglip::sm90

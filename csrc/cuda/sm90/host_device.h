@@ -4,7 +4,9 @@
 #if defined(__CUDACC__)
 #define SIGLIP_HOST_DEVICE __host__ __device__ __forceinline__
 #define SIGLIP_UNROLL _Pragma("unroll")
+#define SIGLIP_NO_UNROLL _Pragma("unroll 1")
 #else
 #define SIGLIP_HOST_DEVICE inline
 #define SIGLIP_UNROLL
+#define SIGLIP_NO_UNROLL
 #endif

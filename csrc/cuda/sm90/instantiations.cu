@@ -6,18 +6,22 @@
 namespace siglip::sm90 {
 namespace {
 
-template <class Element, bool kGeneral>
+template <class Element, Pairs kPairs>
 const void* select_kernel(const BlockParams& params) {
-  const auto kernel = params.dz          ? sigmoid_block_kernel<Element, kGeneral, Output::kDz>
-                      : params.loss_only ? sigmoid_block_kernel<Element, kGeneral, Output::kLoss>
-                                         : sigmoid_block_kernel<Element, kGeneral, Output::kSums>;
+  auto kernel = params.dz          ? sigmoid_block_kernel<Element, kPairs, Output::kDz>
+                : params.loss_only ? sigmoid_block_kernel<Element, kPairs, Output::kLoss>
+                                   : sigmoid_block_kernel<Element, kPairs, Output::kSums>;
+  // Small problems; they have nothing for a cluster to share.
+  if constexpr (kPairs != Pairs::kOffset && kClusterSize == 1)
+    if (params.dz && params.float32_dz) kernel = sigmoid_block_kernel<Element, kPairs, Output::kFloat32Dz>;
   return reinterpret_cast<const void*>(kernel);
 }
 
 template <class Element>
 const void* select_kernel(const BlockParams& params) {
-  return params.image_ids || params.image_weights ? select_kernel<Element, true>(params)
-                                                  : select_kernel<Element, false>(params);
+  if (params.stats) return select_kernel<Element, Pairs::kStats>(params);
+  return params.image_ids || params.image_weights || params.float32_dz ? select_kernel<Element, Pairs::kGeneral>(params)
+                                                                       : select_kernel<Element, Pairs::kOffset>(params);
 }
 
 }  // namespace

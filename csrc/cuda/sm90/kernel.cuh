@@ -20,7 +20,8 @@ constexpr int kNumThreads = (1 + kNumConsumers) * kWarpgroupThreads;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kProducerRegisters + kNumConsumers * kConsumerRegisters <= 168 * (1 + kNumConsumers));
 
-constexpr int kNumWgmmas = kConsumerRows / 64;
+constexpr int kNumWgmmas = kConsumerRows / 64, kAccumulators = kBlockN / 2;  // kAccumulators: of a thread in each
+static_assert(kNumWgmmas * kAccumulators == kNumSlices * kSlicePairs);
 // Texts that each CTA of a cluster loads for all of them.
 constexpr int kMulticastN = kBlockN / kClusterSize;
 
@@ -82,7 +83,7 @@ __device__ __forceinline__ void producer_loop(SharedStorage& shared, const Block
 // acc = the inner products of the consumer's own tile number `iteration`: of its images 0 to 63, and 64 to 127.
 template <class Element>
 __device__ __forceinline__ void mma_mainloop(SharedStorage& shared, int consumer, int iteration, int k_tiles,
-                                             PipelineState& state, float (&acc)[kNumWgmmas][kBlockN / 2]) {
+                                             PipelineState& state, float (&acc)[kNumWgmmas][kAccumulators]) {
   constexpr int kWgmmaBytes = 64 * kBlockK * 2;
   const int x_offset = kPingPong ? 0 : desc_offset(consumer * kConsumerRows * kBlockK * 2);
   uint64_t* previous_empty_barrier = nullptr;
@@ -112,7 +113,40 @@ __device__ __forceinline__ void mma_mainloop(SharedStorage& shared, int consumer
   consumer_release(previous_empty_barrier);
 }
 
-template <class Element, bool kGeneral, Output kOutput>
+// The epilogue of a consumer's part of a tile, whose first image and text are (row, column).
+template <class Element, Pairs kPairs, Output kOutput>
+__device__ __forceinline__ void run_epilogue(Epilogue<Element, kPairs, kOutput>& epilogue,
+                                             float (&slices)[kNumSlices][kSlicePairs], int row, int column,
+                                             uint16_t (&dz)[kBlockN / kStoreBoxColumns][kConsumerRows * kStoreBoxColumns]) {
+  constexpr int kSlicesPerWgmma = kNumSlices / kNumWgmmas;
+  const int warp = threadIdx.x % kWarpgroupThreads / 32;
+  const auto run_slice = [&](const float (&acc)[kSlicePairs], int slice) {
+    const int r = slice / kSlicesPerWgmma * 64 + warp * 16, c = slice % kSlicesPerWgmma * kSliceColumns;
+    epilogue.run(acc, row + r, column + c, smem_addr(dz[c / kStoreBoxColumns]) + r * kStoreBoxColumns * 2);
+  };
+  if constexpr (kPairs == Pairs::kOffset) {
+    SIGLIP_UNROLL
+    for (int slice = 0; slice < kNumSlices; ++slice) {
+      run_slice(slices[slice], slice);
+      if (slice % 2) epilogue.flush();
+    }
+  } else {
+    // The code is long: it is there once, and the slices come to it.
+    SIGLIP_NO_UNROLL
+    for (int slice = 0; slice < kNumSlices; ++slice) {
+      hide(row);
+      hide(column);
+      run_slice(slices[0], slice);
+      SIGLIP_UNROLL
+      for (int s = 1; s < kNumSlices; ++s)
+        SIGLIP_UNROLL
+        for (int i = 0; i < kSlicePairs; ++i) slices[s - 1][i] = slices[s][i];
+      epilogue.flush();
+    }
+  }
+}
+
+template <class Element, Pairs kPairs, Output kOutput>
 __device__ __forceinline__ void consumer_loop(SharedStorage& shared, const BlockParams& params,
                                               const CUtensorMap& dz_map, int consumer) {
   const TileScheduler scheduler(params.rows, params.cols);
@@ -121,14 +155,14 @@ __device__ __forceinline__ void consumer_loop(SharedStorage& shared, const Block
   const int64_t partials_stride = num_partials(params.rows, params.cols);
   const int first_row = kPingPong ? 0 : consumer * kConsumerRows, rank = cluster_rank();
   constexpr int kTurns = kPingPong ? kNumConsumers : 1;  // a consumer takes every kTurns-th tile
-  Epilogue<Element, kGeneral, kOutput> epilogue(params);
+  Epilogue<Element, kPairs, kOutput> epilogue(params);
   PipelineState state;
   const int turn = kPingPong ? consumer : 0, num_clusters = gridDim.x / kClusterSize;
   state.advance(turn * k_tiles);
   int index = blockIdx.x / kClusterSize + turn * num_clusters;
   for (int iteration = 0; index < scheduler.num_tiles(); ++iteration, index += kTurns * num_clusters) {
     const TileCoord tile = scheduler.tile_coord(index, rank);
-    float acc[kNumWgmmas][kBlockN / 2];
+    float acc[kNumWgmmas][kAccumulators];
     mma_mainloop<Element>(shared, consumer, iteration, k_tiles, state, acc);
     state.advance((kTurns - 1) * k_tiles);
 
@@ -136,14 +170,10 @@ __device__ __forceinline__ void consumer_loop(SharedStorage& shared, const Block
       if (stores) tma_store_wait_group_read();
       named_barrier_sync(1 + consumer, kWarpgroupThreads);
     }
-    SIGLIP_UNROLL
-    for (int w = 0; w < kNumWgmmas; ++w) {
-      const int row = w * 64 + warp * 16;
-      epilogue.run(acc[w], tile.m + first_row + row, tile.n,
-                   smem_addr(shared.dz[consumer]) + row * kStoreBoxColumns * 2);
-    }
+    run_epilogue(epilogue, reinterpret_cast<float(&)[kNumSlices][kSlicePairs]>(acc), tile.m + first_row, tile.n,
+                 shared.dz[consumer]);
     const int64_t partial = (int64_t(index) * kClusterSize + rank) * kPartialsPerTile + first_row / 16 + warp;
-    epilogue.write_partials(params.partials + partial, partials_stride);
+    epilogue.write_partials(partial, partials_stride);
     if constexpr (kOutput == Output::kDz) {
       fence_proxy_async();
       named_barrier_sync(1 + consumer, kWarpgroupThreads);
@@ -157,7 +187,7 @@ __device__ __forceinline__ void consumer_loop(SharedStorage& shared, const Block
   if (kOutput == Output::kDz && stores) tma_store_wait_group();
 }
 
-template <class Element, bool kGeneral, Output kOutput>
+template <class Element, Pairs kPairs, Output kOutput>
 __global__ void __cluster_dims__(kClusterSize) __launch_bounds__(kNumThreads, 1)
     sigmoid_block_kernel(const __grid_constant__ BlockParams params, const __grid_constant__ CUtensorMap x_map,
                          const __grid_constant__ CUtensorMap y_map, const __grid_constant__ CUtensorMap dz_map) {
@@ -181,7 +211,7 @@ __global__ void __cluster_dims__(kClusterSize) __launch_bounds__(kNumThreads, 1)
     if (threadIdx.x == 0) producer_loop(shared, params, x_map, y_map);
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
-    consumer_loop<Element, kGeneral, kOutput>(shared, params, dz_map, threadIdx.x / kWarpgroupThreads - 1);
+    consumer_loop<Element, kPairs, kOutput>(shared, params, dz_map, threadIdx.x / kWarpgroupThreads - 1);
   }
   // The others of the cluster may still arrive at this CTA's barriers.
   if constexpr (kClusterSize > 1) cluster_sync();

@@ -44,7 +44,7 @@ bool encode_tensor_map(EncodeTiled encode_tiled, CUtensorMap* tensor_map, Dtype 
 
 int32_t launch(const BlockParams& params, cudaStream_t stream) {
   static const EncodeTiled encode_tiled = find_encode_tiled();
-  if (!encode_tiled) return cudaErrorNotSupported;
+  if (!encode_tiled || (params.float32_dz && kClusterSize > 1)) return cudaErrorNotSupported;
   int num_sms;
   CUtensorMap x_map, y_map, dz_map{};
   cudaError_t error = cudaSetDevice(params.device);
@@ -56,7 +56,8 @@ int32_t launch(const BlockParams& params, cudaStream_t stream) {
   if (!encode_tensor_map(encode_tiled, &y_map, params.dtype, params.y, params.cols, params.features, params.y_stride,
                          kBlockN / kClusterSize))
     return kNoTensorMapY;
-  if (params.dz && !encode_tensor_map(encode_tiled, &dz_map, params.dtype, params.dz, params.rows, params.cols,
+  if (params.dz && !params.float32_dz &&
+      !encode_tensor_map(encode_tiled, &dz_map, params.dtype, params.dz, params.rows, params.cols,
                                       params.dz_stride, kConsumerRows))
     return kNoTensorMapDz;
   const void* const kernel =

@@ -10,6 +10,9 @@ __device__ __forceinline__ uint32_t smem_addr(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Hides where a value came from, so that the compiler computes what depends on it here and not ahead of a loop.
+__device__ __forceinline__ void hide(int& value) { asm volatile("" : "+r"(value)); }
+
 // ---- mbarrier ----
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
@@ -94,7 +97,7 @@ __device__ __forceinline__ void prefetch_tensormap(const CUtensorMap* tensor_map
 
 __device__ __forceinline__ uint32_t cluster_ctarank() {
   uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 // Synchronizes all threads of the cluster.

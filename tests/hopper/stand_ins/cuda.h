@@ -30,6 +30,7 @@ constexpr Coordinates threadIdx{{hopper::tid_x}}, blockIdx{{hopper::ctaid_x}}, g
 inline void __syncthreads() { hopper::bar_sync(0, 0); }
 inline bool __any_sync(uint32_t mask, bool predicate) { return hopper::vote_any(predicate, mask); }
 inline bool __all_sync(uint32_t mask, bool predicate) { return hopper::vote_all(predicate, mask); }
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline float __shfl_xor_sync(uint32_t mask, float value, int lane_mask) {
   const uint32_t bits = hopper::shfl_sync(hopper::Shuffle::kBfly, reinterpret_cast<uint32_t&>(value), lane_mask, 31, mask);
   return reinterpret_cast<const float&>(bits);

@@ -15,6 +15,8 @@ inline uint32_t smem_addr(const void* p) {
   return uint32_t(static_cast<const uint8_t*>(p) - smem) + hopper::dynamic_shared();
 }
 
+inline void hide(int&) {}
+
 inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { hopper::mbarrier_init(smem_addr(barrier), arrivals); }
 inline void fence_mbarrier_init() { hopper::fence_mbarrier_init(); }
 inline void mbarrier_arrive(uint64_t* barrier) { hopper::mbarrier_arrive(smem_addr(barrier)); }
