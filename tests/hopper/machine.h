@@ -20,6 +20,9 @@ struct Kernel {
 // Where the running thread is in its source, for messages: a line of the PTX.
 extern uint32_t site;
 
+// Ends the launch with an error.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
 // ---- special registers ----
 uint32_t tid_x();
 uint32_t ntid_x();

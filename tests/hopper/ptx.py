@@ -94,6 +94,7 @@ ARITHMETIC: list[Row] = [
     ("xor.<pred|bits>", "=T, T, T", "{0} ^ {1}"),
     ("not.pred", "=T, T", "!{0}"),
     ("not.<bits>", "=T, T", "~{0}"),
+    ("popc.b32", "=u32, T", "__builtin_popcount({0})"),
     ("shl.<bits>", "=T, T, u32", "shift_left({0}, {1})"),
     ("shr.<bits|int>", "=T, T, u32", "shift_right({0}, {1})"),
     ("bfe.<s32|u32|s64|u64>", "=T, T, u32, u32", "extract({0}, {1}, {2})"),

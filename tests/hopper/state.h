@@ -151,7 +151,6 @@ extern Machine machine;
 extern Thread* self;  // the running thread; null in the scheduler
 
 // ---- scheduler.cpp ----
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // Suspends the running thread until `wake`; `waiting`: where to note it.
 void suspend(const char* waits_for, std::vector<Thread*>& waiting);
 void wake(std::vector<Thread*>& waiting);

@@ -43,12 +43,12 @@ FLOATS = {"f32": (24, -126, 127), "f16": (11, -14, 15), "bf16": (8, -126, 127)} 
 INTEGERS = [0, 1, 2, 3, *(2**power + more for power in (3, 4, 5, 6, 7, 8, 15, 16, 31, 32, 63) for more in (-1, 0))]
 INTEGERS += [33, 65, 2**64 - 1]
 SPECIAL = {
-    "f32": [0x0, 0x1, 0x7FFFFF, 0x800000, 0x3F800000, 0x3F800001, 0x3F7FFFFF, 0x40000000, 0x4B000001, 0x7F7FFFFF]
-    + [0x3F808000, 0x3F818000, 0x3F818001, 0x7F7F8000]  # between two of bf16
-    + [0x3F801000, 0x3F803000, 0x33000000, 0x33C00000, 0x387FF000, 0x477FEFFF, 0x477FF000],  # of f16
+    "f32": [0x0, 0x1, 0x7FFFFF, 0x800000, 0x3F800000, 0x3F800001, 0x3F7FFFFF, 0x40000000, 0x4B000001, 0x7F7FFFFF],
     "f16": [0x0, 0x1, 0x3FF, 0x400, 0x3C00, 0x7BFF, 0x3555],
     "bf16": [0x0, 0x1, 0x7F, 0x80, 0x3F80, 0x7F7F, 0x3EAB],
 }
+SPECIAL["f32"] += [0x3F808000, 0x3F818000, 0x3F818001, 0x7F7F8000]  # between two of bf16
+SPECIAL["f32"] += [0x3F801000, 0x3F803000, 0x33000000, 0x33C00000, 0x387FF000, 0x477FEFFF, 0x477FF000]  # of f16
 INFINITY = {"f32": (0x7F800000, 0x7FC00000), "f16": (0x7C00, 0x7E00), "bf16": (0x7F80, 0x7FC0)}  # and a quiet NaN
 
 
@@ -86,7 +86,9 @@ def rounded(value: Fraction | float, kind: str = "f32", toward_zero: bool = Fals
     ulp = Fraction(2) ** (exponent - precision + 1)
     result = (int if toward_zero else round)(exact / ulp) * ulp
     if result >= Fraction(2) ** (greatest + 1):
-        result = (2 - Fraction(2) ** (1 - precision)) * 2**greatest if toward_zero else math.inf
+        return math.copysign(
+            float((2 - Fraction(2) ** (1 - precision)) * 2**greatest) if toward_zero else math.inf, value
+        )
     return math.copysign(float(result), value)
 
 
@@ -226,6 +228,7 @@ TRUTHS = [
     Truth("or.<pred|bits>", "T T T", lambda _, a, b: a | b),
     Truth("xor.<pred|bits>", "T T T", lambda _, a, b: a ^ b),
     Truth("not.<pred|bits>", "T T", lambda _, a: ~a),
+    Truth("popc.b32", "u32 T", lambda _, a: a.bit_count()),
     Truth("shl.<bits>", "T T u32", lambda bits, a, count: a << min(count, bits)),
     Truth("shr.<bits|int>", "T T u32", lambda bits, a, count: a >> min(count, bits)),
     Truth("bfe.<s32|s64>", "T T u32 u32", lambda bits, *values: extract(bits, True, *values)),
@@ -641,7 +644,7 @@ def test_machine(instruction: str) -> None:
 
 def test_that_every_instruction_of_the_machine_is_tested() -> None:
     memory = {"ld", "st", "cvta"}  # run by the kernels above
-    tested = {ptx.INSTRUCTION.fullmatch(instruction)[3] for instruction in MACHINE}
+    tested = {match[3] for match in map(ptx.INSTRUCTION.fullmatch, MACHINE) if match}
     untested = [
         names
         for names, *_ in ptx.MACHINE
