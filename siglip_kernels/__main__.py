@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 import siglip_kernels
-from siglip_kernels import backends, build, console, testing
+from siglip_kernels import backends, build, console, targets, testing
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.loss import Backend, sigmoid_loss
 from siglip_kernels.memory import doctor
@@ -44,7 +44,7 @@ def sample_problems(device: torch.device) -> dict[torch.dtype, Problem]:
 def why_not(backend: str, device: torch.device) -> list[str]:
     """The reasons against a call in the dtype that suits the backend best, as far as known without compiling."""
     reasons = fewest_reasons(backends.why_not(backend, call) for call in sample_problems(device).values())
-    is_built = backend in build.TARGETS and build.is_built(build.TARGETS[backend])
+    is_built = backend in targets.TARGETS and build.is_built(targets.TARGETS[backend])
     return reasons or (backends.BACKENDS[backend].prepare() if is_built else [])
 
 
@@ -60,7 +60,7 @@ def info() -> int:
         print(f"\n{device}: {describe(device)}")
         for backend in backends.NAMES[1:]:
             reasons = why_not(backend, device)
-            pending = backend in build.TARGETS and not build.is_built(build.TARGETS[backend])
+            pending = backend in targets.TARGETS and not build.is_built(targets.TARGETS[backend])
             unproven = backends.BACKENDS[backend].unproven
             available = "available" + (", not built yet: it will be on first use" if pending else "")
             available += f", {unproven}: only backend={backend!r} reaches it" if unproven else ""
@@ -72,7 +72,7 @@ def build_all() -> int:
     """Compile every target, also those that failed before. Returns 1 if any fails."""
     build.remove_leftovers()
     failed = 0
-    for name, target in build.TARGETS.items():
+    for name, target in targets.TARGETS.items():
         cached = build.is_built(target)
         build.forget_failure(target)
         start = time.perf_counter()

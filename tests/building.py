@@ -18,7 +18,7 @@ import pytest
 from siglip_kernels import build
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
-from siglip_kernels.build import Source, Target
+from siglip_kernels.targets import Source, Target
 
 ROOT = Path(build.__file__).parents[1]
 SOURCE = '#include "common/step.h"\nextern "C" int value() { return STEP + EXTRA; }\n'

@@ -24,7 +24,8 @@ import torch
 
 from siglip_kernels import backends, build
 from siglip_kernels.__main__ import main
-from siglip_kernels.build import BuildError, Source, Target
+from siglip_kernels.build import BuildError
+from siglip_kernels.targets import Source, Target
 from tests.building import ROOT, SOURCE, TARGET, Compiled, Place, new_process, value
 
 

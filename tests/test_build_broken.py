@@ -24,7 +24,8 @@ import pytest
 
 from siglip_kernels import backends, build, cache
 from siglip_kernels.__main__ import main
-from siglip_kernels.build import BuildError, Target
+from siglip_kernels.build import BuildError
+from siglip_kernels.targets import Target
 from tests.building import ROOT, TARGET, Compiled, Place, built, in_child, new_process, value
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

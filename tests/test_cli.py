@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import siglip_kernels
-from siglip_kernels import backends, build, console, testing
+from siglip_kernels import backends, build, console, targets, testing
 from siglip_kernels.__main__ import main
 from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
@@ -163,8 +163,8 @@ def test_info_asks_what_is_built_whether_it_runs(
     built: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """That needs no compiler; what is not built is not prepared."""
-    target = build.Target("of eager", ())
-    monkeypatch.setitem(build.TARGETS, "eager", target)
+    target = targets.Target("of eager", ())
+    monkeypatch.setitem(targets.TARGETS, "eager", target)
     monkeypatch.setattr(build, "is_built", lambda asked: built and asked is target)
     monkeypatch.setattr(BlockKernel, "prepare", lambda self: ["the driver is old"])
     main(["info"])

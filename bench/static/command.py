@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 from bench.static import cuda_report, triton_report
 from siglip_kernels.backends.triton import configs
+from siglip_kernels.targets import SM90_CONFIGURATIONS
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report_cuda() -> int:
     """Print the table; 1 if a kernel has a problem."""
     print(cuda_report.header())
-    rows = cuda_report.kernels()
+    rows = [row for configuration in SM90_CONFIGURATIONS for row in cuda_report.kernels(configuration)]
     print("\n".join(map(str, rows)))
     failed = sum(bool(row.problems()) for row in rows)
     print(f"{len(rows)} kernels, {failed} with problems")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from siglip_kernels import build
+from siglip_kernels import build, targets
 from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
 from siglip_kernels.backends.cpu_native import DTYPES, LEVELS, BlockParams, CpuLibrary, Machine, address, load
 from siglip_kernels.gemm import gemm_
@@ -59,7 +59,7 @@ class CpuBlockKernel(BlockKernel):
         if problem.device.type != "cpu":
             return [f"features are on {problem.device.type}, expected the CPU"]
         # The result of the first load; before it, what is known without compiling.
-        return self.prepare() if load.cache_info().currsize else build.why_not(build.TARGETS["cpu"])
+        return self.prepare() if load.cache_info().currsize else build.why_not(targets.TARGETS["cpu"])
 
     def prepare(self) -> list[str]:
         native = load()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from siglip_kernels import build
+from siglip_kernels import build, targets
 
 # Instruction sets; each contains those before it. An index here is a value of IsaLevel in csrc/cpu/cpu_info.h.
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
@@ -133,7 +133,7 @@ def _libtorch() -> ctypes.CDLL:
 def load() -> CpuLibrary | str:
     """The library, compiled if it is not yet; or the reason why there is none."""
     try:
-        return CpuLibrary(build.load(build.TARGETS["cpu"]))
+        return CpuLibrary(build.load(targets.TARGETS["cpu"]))
     except (build.BuildError, OSError, AttributeError) as error:
         return str(error)
 

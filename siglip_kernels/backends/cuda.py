@@ -1,6 +1,6 @@
 """The block kernel in CUDA C++ for Hopper: csrc/cuda/sm90/, compiled by nvcc on first use.
 
-It has not run on a GPU yet. Its arithmetic, tile order and barriers are tested on the host, its code by disassembly.
+It has not run on a GPU yet. tests/hopper/ runs it on an emulated one; its code is checked by disassembly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from siglip_kernels import build
+from siglip_kernels import build, targets
 from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_block_shape
 from siglip_kernels.backends.cpu_native import address
 from siglip_kernels.gemm import pad_to_alignment
@@ -63,6 +63,10 @@ class CudaBlockKernel(BlockKernel):
     pads_to_alignment = True
     unproven = "not yet proven on a GPU"
 
+    def __init__(self, configuration: str = "128x128") -> None:
+        """``configuration``: of targets.SM90_CONFIGURATIONS."""
+        self.target = targets.SM90_CONFIGURATIONS[configuration]
+
     def why_not(self, problem: Problem) -> list[str]:
         reasons = []
         if problem.dtype not in DTYPES:
@@ -77,10 +81,10 @@ class CudaBlockKernel(BlockKernel):
             capability = torch.cuda.get_device_capability(problem.device)
             if capability != (9, 0):
                 reasons.append("compute capability {}.{}, expected 9.0".format(*capability))
-        return reasons + build.why_not(build.TARGETS["cuda"])
+        return reasons + build.why_not(self.target)
 
     def prepare(self) -> list[str]:
-        reason = _why_not_run()
+        reason = _why_not_run(self.target)
         return [] if reason is None else [reason]
 
     def operand_dtype(self, problem: Problem) -> torch.dtype:
@@ -90,11 +94,14 @@ class CudaBlockKernel(BlockKernel):
         return even_block_shape(problem, DZ_BYTES // self.operand_dtype(problem).itemsize)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
-        partials = torch.empty(3 * _library().siglip_sm90_partials(R, C), dtype=torch.float32, device=problem.device)
-        return Workspace(partials, problem.dtype)
+        # A cluster has nothing to share in the small problems that need dz in float32.
+        library = _library(self.target if problem.rounds_out else targets.TARGETS["cuda"])
+        partials = torch.empty(3 * library.siglip_sm90_partials(R, C), dtype=torch.float32, device=problem.device)
+        return Workspace(partials, problem.dtype, library)
 
     def block(self, task: BlockTask) -> None:
-        library, workspace = _library(), task.workspace
+        workspace: Workspace = task.workspace
+        library = workspace.library
         width = library.siglip_sm90_partials(len(task.x), len(task.y))
         partials = workspace.partials[: 3 * width].view(3, width)
         stats = None if task.stats is None else partials.new_empty(SIZE, width)
@@ -119,6 +126,7 @@ class Workspace(NamedTuple):
 
     partials: Tensor  # [3 · partials] float32: the sums of every warp in every tile
     dtype: torch.dtype  # of the features, as the kernel takes them
+    library: ctypes.CDLL
 
 
 def _params(task: BlockTask, x: Tensor, y: Tensor, partials: Tensor, stats: Tensor | None) -> BlockParams:
@@ -155,10 +163,10 @@ def _params(task: BlockTask, x: Tensor, y: Tensor, partials: Tensor, stats: Tens
 
 
 @functools.cache
-def load() -> ctypes.CDLL | str:
+def load(target: targets.Target = targets.TARGETS["cuda"]) -> ctypes.CDLL | str:
     """The library, compiled if it is not yet; or the reason why there is none."""
     try:
-        return declare(build.load(build.TARGETS["cuda"]))
+        return declare(build.load(target))
     except (build.BuildError, OSError, AttributeError) as error:
         return str(error)
 
@@ -178,9 +186,9 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 @functools.cache
-def _why_not_run() -> str | None:
+def _why_not_run(target: targets.Target) -> str | None:
     """Why there is no library, or why the driver cannot run it: it may be older than the nvcc here."""
-    library = load()
+    library = load(target)
     if isinstance(library, str):
         return library
     versions = (c_int32 * 2)()
@@ -190,8 +198,8 @@ def _why_not_run() -> str | None:
     return words + library.siglip_sm90_error(error).decode() if error else None
 
 
-def _library() -> ctypes.CDLL:
-    library = load()
+def _library(target: targets.Target) -> ctypes.CDLL:
+    library = load(target)
     if isinstance(library, str):
         raise RuntimeError(library)
     return library

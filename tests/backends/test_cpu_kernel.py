@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siglip_kernels import backends, build, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels import backends, build, sigmoid_loss, sigmoid_loss_and_grads, targets
 from siglip_kernels.backends import cpu
 from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.cpu import CpuBlockKernel
@@ -306,7 +306,7 @@ def test_auto_takes_it(native: CpuLibrary) -> None:
 def test_headers_are_named() -> None:
     """A change in any of them builds anew."""
     headers = {str(path.relative_to(build.CSRC)) for path in (build.CSRC / "cpu").glob("*.h")}
-    assert headers == set(build.TARGETS["cpu"].headers)
+    assert headers == set(targets.TARGETS["cpu"].headers)
 
 
 def starts(compiler: str, flags: list[str], folder: Path) -> bool:
@@ -317,10 +317,10 @@ def starts(compiler: str, flags: list[str], folder: Path) -> bool:
     return compiled.returncode == 0 and subprocess.run([folder / "trivial"], capture_output=True).returncode == 0
 
 
-def cpp_tests(compiler: str, sources: Sequence[build.Source], folder: Path, *flags: str) -> Path:
+def cpp_tests(compiler: str, sources: Sequence[targets.Source], folder: Path, *flags: str) -> Path:
     """The program of the C++ tests, beside those ``sources`` of the library."""
-    common = [*build.TARGETS["cpu"].flags, "-O1", "-g1", *flags, "-c"]
-    units = [*sources, build.Source("cpu/tests/test_cpu.cpp")]
+    common = [*targets.TARGETS["cpu"].flags, "-O1", "-g1", *flags, "-c"]
+    units = [*sources, targets.Source("cpu/tests/test_cpu.cpp")]
     objects = [str(folder / f"{index}.o") for index in range(len(units))]
     running = [
         subprocess.Popen([compiler, *common, *unit.flags, str(build.CSRC / unit.path), "-o", built])
@@ -346,7 +346,7 @@ def test_cpp(sanitizer: str, tmp_path: Path) -> None:
     checks = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
     if not starts(compiler, checks, tmp_path):
         pytest.skip(f"no {sanitizer} sanitizer here")
-    assert_ok(cpp_tests(compiler, build.TARGETS["cpu"].sources, tmp_path, *checks))
+    assert_ok(cpp_tests(compiler, targets.TARGETS["cpu"].sources, tmp_path, *checks))
 
 
 def test_cpp_on_arm(tmp_path: Path) -> None:
@@ -354,4 +354,4 @@ def test_cpp_on_arm(tmp_path: Path) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
-    assert_ok(emulator, cpp_tests(compiler, build.CPU_PORTABLE_SOURCES, tmp_path, "-static", "-pthread"))
+    assert_ok(emulator, cpp_tests(compiler, targets.CPU_PORTABLE_SOURCES, tmp_path, "-static", "-pthread"))

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from siglip_kernels import backends, build
+from siglip_kernels import backends, build, targets
 from siglip_kernels.backends import cuda
 from siglip_kernels.backends import triton as backend
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.cuda import CudaBlockKernel
 from siglip_kernels.backends.triton import TritonBlockKernel
+from siglip_kernels.targets import Target
 
 ON_CUDA = Problem(4096, 4096, 768, torch.bfloat16, torch.device("cuda", 0))
 
@@ -90,7 +91,7 @@ def test_auto_goes_on_where_triton_cannot_launch(monkeypatch: pytest.MonkeyPatch
 INSUFFICIENT = "CUDA driver version is insufficient for CUDA runtime version"
 
 
-def library(error: int, versions: tuple[int, int], asked: list[int]) -> Callable[[], SimpleNamespace]:
+def library(error: int, versions: tuple[int, int], asked: list[int]) -> Callable[[Target], SimpleNamespace]:
     """``cuda.load`` where the driver answers so."""
 
     def probe(found: ctypes.Array[ctypes.c_int32]) -> int:
@@ -98,7 +99,9 @@ def library(error: int, versions: tuple[int, int], asked: list[int]) -> Callable
         found[:] = versions
         return error
 
-    return lambda: SimpleNamespace(siglip_sm90_probe=probe, siglip_sm90_error=lambda number: INSUFFICIENT.encode())
+    return lambda target: SimpleNamespace(
+        siglip_sm90_probe=probe, siglip_sm90_error=lambda number: INSUFFICIENT.encode()
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,12 +123,12 @@ def test_cuda_asks_the_driver(
 
 
 def test_cuda_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "load", lambda: "no compiler")
+    monkeypatch.setattr(cuda, "load", lambda target: "no compiler")
     assert CudaBlockKernel().prepare() == ["no compiler"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.skipif(not build.has_compiler(build.TARGETS["cuda"]), reason="no nvcc")
+@pytest.mark.skipif(not build.has_compiler(targets.TARGETS["cuda"]), reason="no nvcc")
 def test_the_cuda_library_itself_asks() -> None:
     """It loads without a driver, and says so."""
     (reason,) = CudaBlockKernel().prepare()

@@ -37,12 +37,29 @@ KERNEL = [
         ("mbarrier_wait(&shared.empty_barrier[state.stage], state.producer_phase());", ""),
         ("mbarrier_wait(&shared.full_barrier[state.stage], state.phase);", ""),
         ("mbarrier_wait(&shared.ordered_barrier[consumer], ordered_barrier_phase(consumer, iteration));", ""),
-        ("if (kPingPong && threadIdx.x % 32 == 0) mbarrier_arrive(&shared.ordered_barrier[next_consumer(consumer)]);", ""),
+        (
+            "if (kPingPong && threadIdx.x % 32 == 0) "
+            "mbarrier_arrive(&shared.ordered_barrier[next_consumer(consumer)]);",
+            "",
+        ),
         ("  consumer_release(previous_empty_barrier);\n}", "}"),
-        ("    if (previous_empty_barrier) consumer_release(previous_empty_barrier);\n    previous_empty_barrier = &shared.empty_barrier[state.stage];", "    consumer_release(&shared.empty_barrier[state.stage]);"),
-        ("previous_empty_barrier = &shared.empty_barrier[state.stage];", "previous_empty_barrier = &shared.empty_barrier[0];"),
-        ("    if (lane == 0) mbarrier_arrive(empty_barrier);", "    if (threadIdx.x % 128 == 0) mbarrier_arrive(empty_barrier);"),
-        ("    if (lane == 0) mbarrier_arrive(empty_barrier);", "    if (lane % 16 == 0) mbarrier_arrive(empty_barrier);"),
+        (
+            "    if (previous_empty_barrier) consumer_release(previous_empty_barrier);\n"
+            "    previous_empty_barrier = &shared.empty_barrier[state.stage];",
+            "    consumer_release(&shared.empty_barrier[state.stage]);",
+        ),
+        (
+            "previous_empty_barrier = &shared.empty_barrier[state.stage];",
+            "previous_empty_barrier = &shared.empty_barrier[0];",
+        ),
+        (
+            "    if (lane == 0) mbarrier_arrive(empty_barrier);",
+            "    if (threadIdx.x % 128 == 0) mbarrier_arrive(empty_barrier);",
+        ),
+        (
+            "    if (lane == 0) mbarrier_arrive(empty_barrier);",
+            "    if (lane % 16 == 0) mbarrier_arrive(empty_barrier);",
+        ),
         ("sizeof shared.x[0] + sizeof shared.y[0]);", "sizeof shared.x[0]);"),
         ("mbarrier_init(&shared.full_barrier[stage], 1);", "mbarrier_init(&shared.full_barrier[stage], 2);"),
         ("&shared.empty_barrier[stage], kWarpsPerWarpgroup * ", "&shared.empty_barrier[stage], "),
@@ -73,7 +90,10 @@ KERNEL = [
         # Registers and shared memory.
         ("    setmaxnreg_dec<kProducerRegisters>();\n", ""),
         ("kConsumerRegisters = 232;\nstatic_assert(", "kConsumerRegisters = 240;\nstatic_assert(true || "),
-        ("(reinterpret_cast<uintptr_t>(smem) + 1023) & ~uintptr_t(1023)", "(reinterpret_cast<uintptr_t>(smem) + 127) & ~uintptr_t(127)"),
+        (
+            "(reinterpret_cast<uintptr_t>(smem) + 1023) & ~uintptr_t(1023)",
+            "(reinterpret_cast<uintptr_t>(smem) + 127) & ~uintptr_t(127)",
+        ),
     ),
     *_of(
         "pipeline.h",
@@ -118,7 +138,10 @@ MULTICAST = [
     *_of(
         "kernel.cuh",
         ("mbarrier_arrive_cluster(empty_barrier, lane);", "mbarrier_arrive(empty_barrier);"),
-        ("if (lane < kClusterSize) mbarrier_arrive_cluster(", "if (lane == cluster_ctarank()) mbarrier_arrive_cluster("),
+        (
+            "if (lane < kClusterSize) mbarrier_arrive_cluster(",
+            "if (lane == cluster_ctarank()) mbarrier_arrive_cluster(",
+        ),
         ("kWarpsPerWarpgroup * kConsumersPerTile * kClusterSize);", "kWarpsPerWarpgroup * kConsumersPerTile);"),
         ("    __syncthreads();\n  else\n    cluster_sync();", "    __syncthreads();\n  else\n    __syncthreads();"),
         ("  if constexpr (kClusterSize > 1) cluster_sync();\n", ""),

@@ -112,7 +112,9 @@ def _dz_mismatch(task: BlockTask, exact: Tensor, size: Tensor) -> str | None:
     wrong = ~((dz.double() - right).abs() <= relative * right.abs() + slack + absolute)
     if wrong.any():
         i, j = wrong.nonzero()[0].tolist()
-        return f"dz[{i}, {j}] = {dz[i, j].item()!r}, expected {right[i, j].item()!r}; {int(wrong.sum())} of {dz.numel()}"
+        return (
+            f"dz[{i}, {j}] = {dz[i, j].item()!r}, expected {right[i, j].item()!r}; {int(wrong.sum())} of {dz.numel()}"
+        )
     whole_rows = torch.as_strided(dz, (dz.shape[0], dz.stride(0)), dz.stride())
     if not whole_rows[:, -(-dz.shape[1] // PIECE) * PIECE :].isnan().all():
         return "dz is written beyond the last 16 bytes of a row"

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from siglip_kernels import build
+from siglip_kernels import build, targets
 from siglip_kernels.backends import cuda
 from siglip_kernels.backends.base import Problem
 from tests.hopper import emulator
@@ -33,12 +33,9 @@ const void* siglip::sm90::select_float16_kernel(const BlockParams&) { return nul
 """
 FLOAT16 = '#define SIGLIP_FLOAT16\n#include "instantiations.cu"\n'
 
-# What csrc/cuda/sm90/config.h can be compiled to.
 CONFIGURATIONS = {
-    "128x128": (),
-    "128x128, multicast": ("-DSIGLIP_SM90_CLUSTER=2",),
-    "128x256": ("-DSIGLIP_SM90_BLOCK_N=256",),
-    "128x256, multicast": ("-DSIGLIP_SM90_BLOCK_N=256", "-DSIGLIP_SM90_CLUSTER=2"),
+    name: tuple(flag for flag in target.flags if flag.startswith("-D"))
+    for name, target in targets.SM90_CONFIGURATIONS.items()
 }
 LABELS = [  # labels, weights, masses
     *itertools.product(("none", "offset", "ids", "ignore"), (False, True), (None,)),
@@ -122,9 +119,9 @@ def emulated(library: ctypes.CDLL, multiprocessors: int, settings: Settings) -> 
     emulator.configure(settings)
     stream = SimpleNamespace(cuda_stream=None)
     with (
-        mock.patch.object(cuda, "load", lambda: library),
-        mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
-        mock.patch.object(torch.cuda, "current_stream", lambda: stream),
+        mock.patch.object(cuda, "load", return_value=library),
+        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "current_stream", return_value=stream),
     ):
         yield
 
@@ -151,7 +148,17 @@ def _nvcc(texts: Texts, *flags: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for name, text in texts.items():
             (Path(folder) / name).write_text(text)
-        command = [nvcc, "-std=c++17", "-O3", "-arch=compute_90a", "--ptx", *flags, "instantiations.cu", "-o", "out.ptx"]
+        command = [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-arch=compute_90a",
+            "--ptx",
+            *flags,
+            "instantiations.cu",
+            "-o",
+            "out.ptx",
+        ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return (Path(folder) / "out.ptx").read_text()
@@ -165,7 +172,7 @@ def _kernels(ptx: str, only: str) -> str:
     # Two dtypes cannot share a table.
     code = re.sub(r'extern "C" const (Kernel hopper_kernels|uint32_t hopper_kernel_count)', r"static const \1", code)
     translated = dict(re.findall(r'\{"(\w+)", (kernel_\d+),', code))
-    return code + "".join(
-        f'extern "C" void {name}(void* const* args) {{ {translated.get(name, "__builtin_trap")}({"args" * (name in translated)}); }}\n'
-        for name in names
-    )
+    for name in names:
+        call = f"{translated[name]}(args)" if name in translated else "__builtin_trap()"
+        code += f'extern "C" void {name}(void* const* args) {{ {call}; }}\n'
+    return code

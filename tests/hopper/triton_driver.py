@@ -1,4 +1,4 @@
-"""Triton's own launcher on the emulation: a driver that compiles for sm_90 and runs the PTX, with tensors on the CPU."""
+"""Triton's own launcher on the emulation: a driver that compiles for sm_90 and runs the PTX on CPU tensors."""
 
 from __future__ import annotations
 

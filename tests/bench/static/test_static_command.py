@@ -51,11 +51,11 @@ def test_triton_as_json(problems: list[str], capsys: pytest.CaptureFixture[str])
 def test_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     opcodes = Counter(["HGMMA", "UTMALDG", "USETMAXREG", "UTMASTG", "STSM"])
     sound: dict[str, Any] = {"registers": cuda_report.REGISTERS, "stack": 0, "shared": 1024, "opcodes": opcodes}
-    kernels = [cuda_report.Kernel("Float16", False, "dz", **sound)]
-    monkeypatch.setattr(cuda_report, "kernels", lambda: kernels)
+    kernels = {name: [cuda_report.Kernel(name, "Float16", "offset", "dz", **sound)] for name in ("128x128", "128x256")}
+    monkeypatch.setattr(cuda_report, "kernels", lambda configuration: kernels.get(configuration, []))
     assert main(["static", "cuda"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "1 kernels, 0 with problems"
-    kernels.append(cuda_report.Kernel("Float16", True, "dz", **sound | {"stack": 8}))
+    assert capsys.readouterr().out.splitlines()[-1] == "2 kernels, 0 with problems"
+    kernels["128x256"].append(cuda_report.Kernel("128x256", "Float16", "general", "dz", **sound | {"stack": 8}))
     assert main(["static", "cuda"]) == 1
     assert "8 bytes of stack" in capsys.readouterr().out
 
