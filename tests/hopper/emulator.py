@@ -115,6 +115,11 @@ def forget() -> None:
     runtime().hopper_forget()
 
 
+def is_restricted() -> bool:
+    """Whether kernels may access only what they are allowed to."""
+    return bool(runtime().hopper_is_restricted())
+
+
 class Program:
     """Kernels translated from PTX."""
 

@@ -110,10 +110,35 @@ KERNEL = [
     Mutation("tile_scheduler.h", "in_group % group_rows", "in_group % kGroupM"),
     *_of(
         "epilogue.cuh",
-        ("if (row + 16 > params_.rows || ", "if ("),
+        ("if (row + 16 <= params_.rows && ", "if ("),
         ("-16 < diagonal", "0 < diagonal"),
-        ("    sums_.flush();\n", ""),
-        ("sums_ = Sums();", ""),
+        ("void flush() { sums_.flush(); }", "void flush() {}"),
+        ("    sums_ = Sums();\n", ""),
+        ("      stats_ = LogitStats();\n", ""),
+        ("weighted & ~positive);", "weighted);"),
+        (
+            "reduce(stats_.least[k], stats + 4 * stride, Least());",
+            "reduce(stats_.least[k], stats + 4 * stride, Largest());",
+        ),
+        ("if (any_positive) negate_positives(dz, positive);", ""),
+    ),
+    *_of(
+        "general_pairs.cuh",
+        ("    positive &= counted;\n", ""),
+        ("rows_.in_bounds[r] && columns_.in_bounds[c]", "columns_.in_bounds[c]"),
+        (" && !is_ignored", ""),
+        ("same_id && !on_diagonal;", "same_id;"),
+        ("rows_.weights[thread_row(i)] * columns_.weights", "columns_.weights"),
+        ("rows_.masses[thread_row(i)] + ", ""),
+        ("return mask & counted;", "return mask;"),
+        ("return i / 4 * 2 + i % 2;", "return i / 4 * 2;"),
+        ("k / 2 * 4 + k % 2)", "k % 2)"),
+    ),
+    *_of(
+        "kernel.cuh",
+        ("slice / kSlicesPerWgmma * 64", "0"),
+        ("slices[s - 1][i] = slices[s][i];", "slices[s - 1][i] = slices[s - 1][i];"),
+        ("      if (slice % 2) epilogue.flush();\n", ""),
     ),
 ]
 # Of ptx.cuh, which only nvcc compiles.
@@ -159,13 +184,13 @@ COOPERATIVE = [
     *_of(
         "kernel.cuh",
         ("kPingPong ? 0 : desc_offset(consumer * kConsumerRows * kBlockK * 2);", "0;"),
-        ("tile.m + first_row + row", "tile.m + row"),
+        ("tile.m + first_row, tile.n", "tile.m, tile.n"),
         ("tile.m + first_row, shared.dz", "tile.m, shared.dz"),
         ("kPartialsPerTile + first_row / 16 + warp;", "kPartialsPerTile + warp;"),
         ("kWarpsPerWarpgroup * kConsumersPerTile * kClusterSize);", "kWarpsPerWarpgroup * kClusterSize);"),
         ("shared.dz[consumer])", "shared.dz[0])"),
     ),
-    Mutation("epilogue.cuh", "(kConsumerRows * kStoreBoxColumns * 2)", "(kBlockM * kStoreBoxColumns * 2)"),
+    Mutation("kernel.cuh", "dz[c / kStoreBoxColumns])", "dz[0])"),
     Mutation("launch.cu", "params.dz_stride, kConsumerRows))", "params.dz_stride, kBlockM))"),
 ]
 

@@ -57,6 +57,11 @@ def random_task(choose: random.Random, kind: Kind, M: int, N: int, D: int) -> Bl
     )
 
 
+def tensors_of(task: BlockTask) -> list[Tensor]:
+    """Every tensor that a kernel may access for the block, but for its workspace."""
+    return [value for value in (*task, *task.pairs) if isinstance(value, Tensor)]
+
+
 def random_shape(choose: random.Random, largest: int = 400) -> tuple[int, int, int]:
     """(M, N, D): ragged, whole tiles, or next to them. D is a multiple of 8, as the schedule pads it."""
 

@@ -293,3 +293,4 @@ HOPPER_EXPORT void hopper_configure(uint64_t seed, int32_t schedule, int32_t tim
 // What kernels may read and write; none: everything.
 HOPPER_EXPORT void hopper_allow(uint64_t address, uint64_t bytes) { machine.global.push_back({address, address + bytes}); }
 HOPPER_EXPORT void hopper_forget() { machine.global.clear(); }
+HOPPER_EXPORT int hopper_is_restricted() { return !machine.global.empty(); }

@@ -16,13 +16,14 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from torch import Tensor
 
-from siglip_kernels import build, targets
+from siglip_kernels import build, gemm, targets
 from siglip_kernels.backends import cuda
 from siglip_kernels.backends.base import Problem
 from tests.hopper import emulator
 from tests.hopper.emulator import Settings
-from tests.hopper.problems import Kind, mismatch, random_shape, random_task
+from tests.hopper.problems import Kind, mismatch, random_shape, random_task, tensors_of
 from tests.hopper.ptx import translate
 
 FOLDER = build.CSRC / "cuda" / "sm90"
@@ -103,7 +104,9 @@ def random_block(library: ctypes.CDLL, seed: int, kinds: list[Kind]) -> tuple[st
     settings = Settings.of_seed(seed)
     with emulated(library, multiprocessors, settings):
         task = task._replace(workspace=kernel.workspace(problem, *shape[:2]))
-        task.workspace.partials.fill_(torch.nan)
+        partials = task.workspace.partials.fill_(torch.nan)
+        if not kind.stats:  # which it allocates by itself
+            emulator.allow(partials, *tensors_of(task))
         try:
             kernel.block(task)
             wrong = mismatch(task)
@@ -118,12 +121,23 @@ def emulated(library: ctypes.CDLL, multiprocessors: int, settings: Settings) -> 
     library.siglip_sm90_emulate(multiprocessors)
     emulator.configure(settings)
     stream = SimpleNamespace(cuda_stream=None)
+
+    def pad_to_alignment(t: Tensor) -> Tensor:
+        padded = gemm.pad_to_alignment(t)
+        if emulator.is_restricted():
+            emulator.allow(padded)
+        return padded
+
     with (
         mock.patch.object(cuda, "load", return_value=library),
         mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
         mock.patch.object(torch.cuda, "current_stream", return_value=stream),
+        mock.patch.object(cuda, "pad_to_alignment", pad_to_alignment),
     ):
-        yield
+        try:
+            yield
+        finally:
+            emulator.forget()
 
 
 def _stand_ins() -> Texts:
