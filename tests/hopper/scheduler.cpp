@@ -151,19 +151,19 @@ void start_cta(uint32_t rank, uint32_t index, uint32_t shared_bytes, uint32_t mi
   cta.shadow.reset(rank, kWindowBytes);
   cta.warps = std::make_unique<Warp[]>(cta.num_warps);
   cta.warpgroup_wgmmas.resize((cta.num_warps + kWarpgroupWarps - 1) / kWarpgroupWarps);
-  const uint32_t registers = std::min(kMaxRegisters, kRegisterFile / machine.threads / 8 * 8);
+  const uint32_t registers = std::min(kMaxRegisters, kRegisterFile / machine.threads / 8 * 8);  // of a thread
   cta.free_registers = kRegisterFile - registers * machine.threads;
   for (uint32_t m = 0; m < kMaxMbarriers; ++m) cta.mbarriers[m].actor = actor(rank, Kind::kMbarrier, m);
   for (uint32_t w = 0; w < cta.num_warps; ++w) {
     Warp& warp = cta.warps[w];
     warp.cta = &cta;
     warp.index = w;
-    warp.registers = registers;
     warp.tick(Kind::kWarp) = 1;
     for (uint32_t lane = 0; lane < kWarpLanes; ++lane) {
       warp.threads[lane].warp = &warp;
       warp.threads[lane].lane = lane;
       warp.threads[lane].index = w * kWarpLanes + lane;
+      warp.threads[lane].registers = registers;
     }
     machine.warps.push_back(&warp);
   }

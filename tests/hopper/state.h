@@ -33,7 +33,7 @@ struct Registers {
 
 struct Thread {
   Warp* warp;
-  uint32_t lane, index;  // in its CTA
+  uint32_t lane, index, registers;  // index: in its CTA
   bool started = false, exited = false;
   jmp_buf context;
   const char* waits_for = "";  // while it is suspended, at `waits_at`
@@ -68,7 +68,6 @@ struct Warp {
   Thread threads[kWarpLanes];
   Knowledge knowledge;
   Convergence convergence;
-  uint32_t registers;  // of each thread
   std::deque<std::unique_ptr<Wgmma>> wgmmas;
   uint32_t wgmma_count = 0, wgmma_committed = 0;
   bool wgmma_fenced = false;

@@ -47,34 +47,14 @@ void wait(NamedBarrier& barrier, uint32_t generation, const char* what) {
   self->warp->knowledge.join(barrier.released);
 }
 
-struct RegisterRequest {
-  uint32_t registers;
-  bool granted;
-};
-
-// Lets the warp have so many registers a thread, if the SM has them.
-void grant_registers(Warp& warp, const Lanes& lanes) {
-  const uint32_t registers = static_cast<RegisterRequest*>(lanes[0])->registers;
-  const uint32_t available = warp.cta->free_registers + warp.registers * kWarpLanes;
-  const bool granted = registers * kWarpLanes <= available;
-  for (void* lane : lanes) static_cast<RegisterRequest*>(lane)->granted = granted;
-  if (!granted) return;
-  warp.cta->free_registers = available - registers * kWarpLanes;
-  warp.registers = registers;
-  wake(warp.cta->waiting_for_registers);
-}
-
-void set_registers(uint32_t registers, bool more, const char* what) {
-  Warp& warp = *self->warp;
+void set_registers(uint32_t registers, const char* what) {
+  converge(what, kEveryLane, true, nullptr, [](Warp&, const Lanes&) {});
+  Cta& cta = *self->warp->cta;
   if (registers < 24 || registers > 256 || registers % 8) fail("%s: %u registers", what, registers);
-  if (more ? registers < warp.registers : registers > warp.registers)
-    fail("%s: to %u, from %u", what, registers, warp.registers);
-  RegisterRequest request{registers, false};
-  while (!request.granted) {
-    while (warp.registers < registers && (registers - warp.registers) * kWarpLanes > warp.cta->free_registers)
-      suspend(what, warp.cta->waiting_for_registers);
-    converge(what, kEveryLane, true, &request, grant_registers);
-  }
+  while (registers > self->registers + cta.free_registers) suspend(what, cta.waiting_for_registers);
+  cta.free_registers += self->registers - registers;
+  self->registers = registers;
+  wake(cta.waiting_for_registers);
 }
 
 }  // namespace
@@ -182,7 +162,13 @@ void cluster_wait() {
   self->cluster_phase = 0;
 }
 
-void setmaxnreg_dec(uint32_t registers) { set_registers(registers, false, "setmaxnreg.dec"); }
-void setmaxnreg_inc(uint32_t registers) { set_registers(registers, true, "setmaxnreg.inc"); }
+void setmaxnreg_dec(uint32_t registers) {
+  if (registers > self->registers) fail("setmaxnreg.dec: to %u, from %u", registers, self->registers);
+  set_registers(registers, "setmaxnreg.dec");
+}
+void setmaxnreg_inc(uint32_t registers) {
+  if (registers < self->registers) fail("setmaxnreg.inc: to %u, from %u", registers, self->registers);
+  set_registers(registers, "setmaxnreg.inc");
+}
 
 }  // namespace hopper
