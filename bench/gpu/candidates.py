@@ -1,4 +1,4 @@
-"""Candidates of the sweep: configurations, block shapes and workspaces of the Triton kernel, as data."""
+"""Candidates of the sweep: configurations, block shapes and workspaces of the Triton kernel, and the CUDA kernel."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from bench.gpu.precompile import LossCall, variants_of_calls
 from bench.harness.timing import MIB
 from bench.microbenchmark.problems import Problem
 from siglip_kernels import backends
-from siglip_kernels.backends.base import DZ_BYTES
+from siglip_kernels.backends.base import DZ_BYTES, BlockKernel
+from siglip_kernels.backends.cuda import CudaBlockKernel
 from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.backends.triton.configs import Config, Variant
+from siglip_kernels.targets import SM90_CONFIGURATIONS
 from siglip_kernels.testing import PAIRS
 
 SHIPPED = "shipped"
@@ -24,24 +26,25 @@ DIAGONAL, IDS = "diagonal", "ids and weights"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run the Triton kernel; None: as shipped."""
+    """One way to run the Triton kernel, or the CUDA kernel in its place; None: as shipped."""
 
     name: str
     pairs_kind: str = DIAGONAL  # DIAGONAL or IDS: the pairs it is timed on
     config: Config | None = None
     blocks: tuple[int, int] | None = None  # images and texts
     dz_bytes: int = DZ_BYTES
+    cuda: str | None = None  # a configuration of the CUDA kernel, of SM90_CONFIGURATIONS
 
     @property
     def options(self) -> dict[str, Any]:
         return {"dz_bytes": self.dz_bytes, "config": self.config, "blocks": self.blocks}
 
-    def make_kernel(self) -> TritonBlockKernel:
-        return TritonBlockKernel(**self.options)
+    def make_kernel(self) -> BlockKernel:
+        return TritonBlockKernel(**self.options) if self.cuda is None else CudaBlockKernel(self.cuda)
 
     def launched_variants(self, arch: str, calls: list[LossCall]) -> list[Variant]:
-        """The kernels that ``calls`` launch with this candidate."""
-        return variants_of_calls(arch, calls, **self.options)
+        """The Triton kernels that ``calls`` launch with this candidate."""
+        return [] if self.cuda is not None else variants_of_calls(arch, calls, **self.options)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class SweepPlan:
     repeats: int  # of the check, which must agree bit by bit
     block_shapes: tuple[tuple[int, int], ...]
     workspace_mib: tuple[float, ...]  # MiB of dz
+    cuda: tuple[str, ...]  # configurations of the CUDA kernel
     seconds: float  # of timing for each problem
 
 
@@ -60,7 +64,9 @@ def make_plan(device: torch.device) -> SweepPlan:
     """On a CPU small sizes for Triton's interpreter, in float16, because it computes bfloat16 wrongly."""
     if device.type == "cpu":
         problems = tuple(Problem(64, D, torch.float16) for D in (16, 24))
-        return SweepPlan(problems, (33, 70, 20), 1, block_shapes=((32, 64),), workspace_mib=(0.0625,), seconds=0.0)
+        return SweepPlan(
+            problems, (33, 70, 20), 1, block_shapes=((32, 64),), workspace_mib=(0.0625,), cuda=(), seconds=0.0
+        )
     return SweepPlan(
         problems=tuple(Problem(32_768, D, torch.bfloat16) for D in (768, 1152)),
         check_shape=(1100, 2900, 776),
@@ -68,6 +74,7 @@ def make_plan(device: torch.device) -> SweepPlan:
         # Whole waves of the library's 128 × 256 GEMM tiles on 132 multiprocessors, for dx (R rows) and dy (C rows).
         block_shapes=((11_008, 11_008), (16_384, 8_192), (6_656, 16_384)),
         workspace_mib=(64, 128, 512, 1024),
+        cuda=tuple(SM90_CONFIGURATIONS),  # on other parts than Hopper listed with the reason why not
         seconds=8.0,
     )
 
@@ -95,8 +102,10 @@ def make_candidates(shipped: Config, plan: SweepPlan) -> list[Candidate]:
         )
     ]
     candidates += [Candidate(f"workspace of {size:g} MiB", dz_bytes=int(size * MIB)) for size in plan.workspace_mib]
+    candidates += [Candidate(f"CUDA, {name}", cuda=name) for name in plan.cuda]
     candidates += [Candidate(SHIPPED, IDS), Candidate("64 columns", IDS, narrow)]
     candidates += [Candidate("64 columns, 4 warps", IDS, replace(narrow, num_warps=4))]
+    candidates += [Candidate(f"CUDA, {name}", IDS, cuda=name) for name in plan.cuda]
     return [c for c in candidates if c.config != shipped]  # a candidate that has become the shipped one is dropped
 
 
@@ -114,7 +123,7 @@ def timed_pairs(kind: str, B: int, device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def registered_as_triton(kernel: TritonBlockKernel) -> Iterator[None]:
+def registered_as_triton(kernel: BlockKernel) -> Iterator[None]:
     """Within the context ``backend="triton"`` is ``kernel``."""
     before = backends.BACKENDS["triton"]
     backends.BACKENDS["triton"] = kernel

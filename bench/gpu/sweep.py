@@ -1,4 +1,4 @@
-"""``python -m bench sweep``: which configuration of the Triton kernel to ship, in one command of a few minutes.
+"""``python -m bench sweep``: which configuration of the Triton or the CUDA kernel to ship, in one command of minutes.
 
 Candidates are compiled in parallel, with their registers and spills; each is checked on the device, then timed in turns
 with the shipped configuration and the library's GEMMs. One that spills, is wrong or does not compile is listed with the
@@ -217,7 +217,7 @@ def _trial(
         candidate.pairs_kind,
         problem.D,
         candidate.name,
-        triton_report.tile_name(rows[0].variant.config),
+        candidate.cuda or triton_report.tile_name(rows[0].variant.config),
         f"{R:,} × {C:,}",
         registers=max((f.registers for f in figures), default=None),
         spills=max((f.spills for f in figures), default=None),

@@ -52,14 +52,14 @@ class EmulatedDriver:
 
 
 @functools.cache
-def _cuda_utils() -> Any:
-    """Triton's launcher in C, linked to the emulation."""
-    library = Path(emulator.runtime()._name)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder):
-        (Path(folder) / "libcuda.so.1").symlink_to(library)
+def _cuda_utils() -> tuple[Any, tempfile.TemporaryDirectory]:
+    """Triton's launcher in C, linked to the emulation; and the folder with libcuda, to which Triton 3.6 links too."""
+    folder = tempfile.TemporaryDirectory()
+    (Path(folder.name) / "libcuda.so.1").symlink_to(emulator.runtime()._name)
+    with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder.name):
         from triton.backends.nvidia.driver import CudaUtils
 
-        return CudaUtils()
+        return CudaUtils(), folder
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def emulated_driver() -> Iterator[EmulatedDriver]:
     from triton.backends.nvidia.driver import CudaLauncher
     from triton.runtime.driver import driver
 
-    utils = _cuda_utils()
+    utils, _ = _cuda_utils()
     emulated = EmulatedDriver(GPUTarget("cuda", 90, 32), None, CudaLauncher)
     own = {"load_binary": emulated.load_binary, "get_device_properties": emulated.get_device_properties}
     emulated.utils = SimpleNamespace(**{**vars(utils), **own})

@@ -15,6 +15,7 @@ from siglip_kernels.backends.base import Problem as BackendProblem
 from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.backends.triton.configs import Config
 from siglip_kernels.pairs import PairSpec
+from siglip_kernels.targets import SM90_CONFIGURATIONS
 from siglip_kernels.testing import make_inputs
 from tests.bench.gpu.faulty import needs_interpreter
 
@@ -30,7 +31,7 @@ def test_the_candidates(arch: str, device: torch.device) -> None:
     assert len(every) == len({(c.pairs_kind, c.name) for c in every})
     for use in (DIAGONAL, IDS):
         assert next(c.name for c in every if c.pairs_kind == use) == SHIPPED
-    settings = [(c.pairs_kind, c.config, c.blocks, c.dz_bytes) for c in every]
+    settings = [(c.pairs_kind, c.config, c.blocks, c.dz_bytes, c.cuda) for c in every]
     assert len(settings) == len(set(settings))
     assert shipped not in [c.config for c in every]
     for config in [c.config for c in every if c.config]:
@@ -44,6 +45,7 @@ def test_the_candidates(arch: str, device: torch.device) -> None:
         assert replace(shipped, num_warps=4) in [c.config for c in every]
         assert (11_008, 11_008) in [c.blocks for c in every]
         assert len({c.dz_bytes for c in every}) > 3
+        assert {c.cuda for c in every if c.pairs_kind == IDS} == {None, *SM90_CONFIGURATIONS}
         # Within the bound of what is shipped: a block's dz takes no more.
         assert Candidate(SHIPPED).dz_bytes > 2 * 11_008**2
 

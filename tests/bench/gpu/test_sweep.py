@@ -25,7 +25,7 @@ from siglip_kernels.backends.triton.configs import Config, Variant
 from tests.bench.gpu.faulty import OutOfResource, needs_interpreter
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-TINY = candidates.SweepPlan((Problem(32, 8, torch.float16),), (33, 40, 8), 1, ((16, 32),), (0.0625,), 0.0)
+TINY = candidates.SweepPlan((Problem(32, 8, torch.float16),), (33, 40, 8), 1, ((16, 32),), (0.0625,), (), 0.0)
 SMALL = Config(32, 32, 16, num_warps=4, num_stages=2)
 SOUND = Resources(registers=100, spills=0, stack=0, shared=2048, tensor_core=4, instructions=1000)
 
@@ -103,6 +103,7 @@ def test_a_candidate_that_fails_leaves_the_others_timed(run: Any, tmp_path: Path
         Faulty("broken", config=SMALL, kind=OutOfResource),
         Candidate("spills", config=replace(SMALL, block_n=128)),
         Candidate("no figures", config=replace(SMALL, block_n=256)),
+        Candidate("CUDA", cuda="128x256"),
         Candidate("good", config=SMALL, blocks=(16, 32)),
     ]
     problems = {128: ["12 spills, 48 bytes of stack"], 256: [f"{triton_report.NO_FIGURES}: nvdisasm"]}
@@ -120,6 +121,8 @@ def test_a_candidate_that_fails_leaves_the_others_timed(run: Any, tmp_path: Path
     assert trials["spills"].note == "12 spills, 48 bytes of stack"
     assert trials["spills"].registers == 100
     assert trials["no figures"].registers is None
+    assert "expected a CUDA device" in trials["CUDA"].note
+    assert trials["CUDA"].tile == "128x256"
     good = trials["good"]
     assert (good.tile, good.block, good.shared_kib) == ("32x32x16 4w 2s", "16 × 32", 2.0)
     assert good.of_shipped
