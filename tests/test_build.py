@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from siglip_kernels import backends, build
+from siglip_kernels import backends, build, targets
 from siglip_kernels.__main__ import main
 from siglip_kernels.build import BuildError
 from siglip_kernels.targets import Source, Target
@@ -283,7 +283,7 @@ def test_every_folder_that_does_not_serve_is_named(
 def test_the_command_builds_ahead(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(build, "TARGETS", {"tiny": TARGET})
+    monkeypatch.setattr(targets, "TARGETS", {"tiny": TARGET})
     assert main(["build"]) == 0
     assert capsys.readouterr().out.startswith("tiny: built in ")
     new_process()
@@ -291,7 +291,7 @@ def test_the_command_builds_ahead(
     assert capsys.readouterr().out.startswith("tiny: cached: ")
     place.write("cpu/broken.cpp", "nonsense;\n")
     broken = Target("broken", (Source("cpu/broken.cpp"),))
-    monkeypatch.setattr(build, "TARGETS", {"broken": broken, "tiny": TARGET})
+    monkeypatch.setattr(targets, "TARGETS", {"broken": broken, "tiny": TARGET})
     for times in (1, 2):
         assert main(["build"]) == 1
         first, second = capsys.readouterr().out.splitlines()
@@ -303,7 +303,7 @@ def test_the_command_builds_ahead(
 
 
 def test_info_builds_nothing(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(build, "TARGETS", {"eager": TARGET, "cpu": TARGET, "cuda": TARGET})
+    monkeypatch.setattr(targets, "TARGETS", {"eager": TARGET, "cpu": TARGET, "cuda": TARGET})
     monkeypatch.setitem(backends.BACKENDS, "eager", Compiled())
 
     def line() -> str:

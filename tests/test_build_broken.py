@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from siglip_kernels import backends, build, cache
+from siglip_kernels import backends, build, cache, targets
 from siglip_kernels.__main__ import main
 from siglip_kernels.build import BuildError
 from siglip_kernels.targets import Target
@@ -47,7 +47,7 @@ def test_a_damaged_library_is_replaced(
     damage: str, by: str, place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Never loaded: that of a truncated one ends in SIGBUS."""
-    monkeypatch.setattr(build, "TARGETS", {"tiny": TARGET})
+    monkeypatch.setattr(targets, "TARGETS", {"tiny": TARGET})
     library = built()
     whole = library.read_bytes()
     library.write_bytes(DAMAGES[damage](whole))
@@ -102,7 +102,7 @@ def test_a_library_that_does_not_load(
     place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As of another architecture: the next folder serves; without one, only the command compiles again."""
-    monkeypatch.setattr(build, "TARGETS", {"tiny": TARGET})
+    monkeypatch.setattr(targets, "TARGETS", {"tiny": TARGET})
     unloadable(built())
     with monkeypatch.context() as patch:
         shared = place.root / "temporary" / f"siglip_kernels-{os.getuid()}"
@@ -151,7 +151,7 @@ def noexec(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_a_home_without_exec(place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(build, "TARGETS", {"eager": TARGET, "cpu": TARGET, "cuda": TARGET})
+    monkeypatch.setattr(targets, "TARGETS", {"eager": TARGET, "cpu": TARGET, "cuda": TARGET})
     monkeypatch.setitem(backends.BACKENDS, "eager", Compiled())
     shared = place.root / "temporary" / f"siglip_kernels-{os.getuid()}"
 
@@ -199,7 +199,7 @@ def private_folders(place: Place) -> list[Path]:
 def test_a_killed_build_leaves_nothing(
     killed: str, place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(build, "TARGETS", {"tiny": TARGET})
+    monkeypatch.setattr(targets, "TARGETS", {"tiny": TARGET})
     other = replace(TARGET, name="other")
     place.compiler('case "$*" in *" -c "*) test -e "$0.fixed" || sleep 30;; esac')
     child = start_build(place)
@@ -227,7 +227,7 @@ def test_a_killed_build_leaves_nothing(
 
 def test_the_command_removes_what_is_left(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is to be built too, and of other contents; by age where the file system has no locks."""
-    monkeypatch.setattr(build, "TARGETS", {"tiny": TARGET})
+    monkeypatch.setattr(targets, "TARGETS", {"tiny": TARGET})
     folder = build.library(TARGET).parent
     old, young = folder / "build-old", folder.with_name("tiny-of-another-time") / "build-young"
     for left in (old, young):

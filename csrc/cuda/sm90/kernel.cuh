@@ -187,8 +187,14 @@ __device__ __forceinline__ void consumer_loop(SharedStorage& shared, const Block
   if (kOutput == Output::kDz && stores) tma_store_wait_group();
 }
 
+#if SIGLIP_SM90_CLUSTER > 1
+#define SIGLIP_CLUSTER_DIMS __cluster_dims__(kClusterSize)
+#else
+#define SIGLIP_CLUSTER_DIMS
+#endif
+
 template <class Element, Pairs kPairs, Output kOutput>
-__global__ void __cluster_dims__(kClusterSize) __launch_bounds__(kNumThreads, 1)
+__global__ void SIGLIP_CLUSTER_DIMS __launch_bounds__(kNumThreads, 1)
     sigmoid_block_kernel(const __grid_constant__ BlockParams params, const __grid_constant__ CUtensorMap x_map,
                          const __grid_constant__ CUtensorMap y_map, const __grid_constant__ CUtensorMap dz_map) {
   extern __shared__ uint8_t smem[];
