@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from functools import partial
 
 import pytest
+import torch
 
+from siglip_kernels import backends, sigmoid_loss
+from siglip_kernels.testing import check
 from tests.hopper import emulator, mutations, sm90
+from tests.hopper.emulator import Settings
 from tests.hopper.mutations import Mutation
 from tests.hopper.problems import Kind
 
@@ -35,6 +40,17 @@ def test_from_source(configuration: str) -> None:
     library = sm90.from_source(defines=sm90.CONFIGURATIONS[configuration])
     assert first_failure(library, PROBLEMS, sm90.kinds_of(configuration)) is None
     assert emulator.runtime().hopper_stmatrix_conflicts() == 0
+
+
+def test_the_loss_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the public function: every kind of pairs, few pairs too, against float64 as on a GPU."""
+    monkeypatch.setattr(backends.BACKENDS["cuda"], "why_not", lambda problem: [])
+    monkeypatch.setattr(backends.BACKENDS["cuda"], "prepare", list)
+    loss = partial(sigmoid_loss, backend="cuda")
+    dtypes, shapes = [torch.bfloat16, torch.float16], [(16, 31, 40), (127, 129, 100), (300, 140, 64)]
+    with sm90.emulated(sm90.from_source(), 3, Settings()):
+        report = check(loss, dtypes=dtypes, shapes=shapes)
+    assert report.ok, report
 
 
 def test_from_ptx(nvcc: None) -> None:
