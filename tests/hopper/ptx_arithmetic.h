@@ -17,21 +17,10 @@ namespace hopper {
 
 // ---- registers and memory ----
 
-template <size_t kCount>
-void poison(bool (&predicates)[kCount]) {
-  for (bool& predicate : predicates) predicate = false;
-}
-template <size_t kCount>
-void poison(uint16_t (&registers)[kCount]) {
-  for (uint16_t& bits : registers) bits = 0xfd5a;
-}
-template <size_t kCount>
-void poison(uint32_t (&registers)[kCount]) {
-  for (uint32_t& bits : registers) bits = 0xffe5a5a5;  // a quiet NaN: Triton reads what nobody has set, and ignores it
-}
-template <size_t kCount>
-void poison(uint64_t (&registers)[kCount]) {
-  for (uint64_t& bits : registers) bits = 0xfff5a5a5a5a5a5a5;
+// Quiet NaNs, and false: Triton reads registers that nobody has set, and ignores what it read.
+template <class T, size_t kCount>
+void poison(T (&registers)[kCount]) {
+  std::memset(registers, sizeof(T) == sizeof(bool) ? 0 : 0xff, sizeof registers);
 }
 
 // Loads elements of type T, one for each register, in one access. A wider register is filled by T's sign or zeros.
@@ -75,11 +64,6 @@ T quotient(T a, T b) {
   if (b == 0) return T(-1);
   return b == T(-1) && T(-1) < 0 ? T(uint64_t(0) - uint64_t(a)) : T(a / b);
 }
-template <class T>
-T remainder(T a, T b) {
-  if (b == 0) return a;
-  return b == T(-1) && T(-1) < 0 ? T(0) : T(a % b);
-}
 
 // bfe: the field of `length` bits from `position` on, and its sign or zeros.
 template <class T>
@@ -96,16 +80,6 @@ T insert(T field, T value, uint32_t position, uint32_t length) {
   position &= 255, length &= 255;
   const T mask = shift_left(T(~shift_left(T(~T(0)), length)), position);
   return T((value & ~mask) | (shift_left(field, position) & mask));
-}
-// prmt: each nibble of `selector` names a byte of b:a, or with its top bit the byte's sign.
-inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
-  const uint64_t bytes = uint64_t(b) << 32 | a;
-  uint32_t result = 0;
-  for (uint32_t i = 0; i < 4; ++i) {
-    const uint32_t choice = selector >> 4 * i & 15, byte = bytes >> 8 * (choice & 7) & 255;
-    result |= (choice & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
-  }
-  return result;
 }
 
 // ---- floats ----
@@ -124,18 +98,10 @@ inline uint32_t bits_of(float value) {
   return kCanonicalNan;
 }
 
-inline float f32_of_bf16(uint16_t bits) { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
 inline uint16_t bits_of_bf16(float value) {
   if (value != value) return kCanonicalHalfNan;
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-inline float f32_of_f16(uint16_t bits) {
-  const uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float sign = bits >> 15 ? -1.0f : 1.0f;
-  if (exponent == 0) return sign * float(fraction) * 0x1p-24f;
-  if (exponent < 31) return sign * __builtin_bit_cast(float, (exponent + 112) << 23 | fraction << 13);
-  return fraction ? __builtin_bit_cast(float, kCanonicalNan) : sign * __builtin_inff();
 }
 inline uint16_t bits_of_f16(float value) {
   if (value != value) return kCanonicalHalfNan;
@@ -151,44 +117,19 @@ inline float flush(float value) {
   return __builtin_isless(__builtin_fabsf(value), 0x1p-126f) ? __builtin_copysignf(0, value) : value;
 }
 
-template <class T>
-bool is_eq(T a, T b) {
-  return a == b;
-}
-template <class T>
-bool is_ne(T a, T b) {
-  return a != b;
-}
-template <class T>
-bool is_lt(T a, T b) {
-  return a < b;
-}
-template <class T>
-bool is_le(T a, T b) {
-  return a <= b;
-}
-template <class T>
-bool is_gt(T a, T b) {
-  return a > b;
-}
-template <class T>
-bool is_ge(T a, T b) {
-  return a >= b;
-}
-// Comparisons of floats are false if one is NaN, and those with a u true. C++'s < would raise FE_INVALID.
-inline bool is_nan(float a, float b) { return __builtin_isunordered(a, b); }
-inline bool is_num(float a, float b) { return !__builtin_isunordered(a, b); }
+template <class T> bool is_eq(T a, T b) { return a == b; }
+template <class T> bool is_ne(T a, T b) { return a != b; }
+template <class T> bool is_lt(T a, T b) { return a < b; }
+template <class T> bool is_le(T a, T b) { return a <= b; }
+template <class T> bool is_gt(T a, T b) { return a > b; }
+template <class T> bool is_ge(T a, T b) { return a >= b; }
+// Comparisons of floats are false if one is NaN, but neu. C++'s < would raise FE_INVALID.
 inline bool is_ne(float a, float b) { return __builtin_islessgreater(a, b); }
 inline bool is_lt(float a, float b) { return __builtin_isless(a, b); }
 inline bool is_le(float a, float b) { return __builtin_islessequal(a, b); }
 inline bool is_gt(float a, float b) { return __builtin_isgreater(a, b); }
 inline bool is_ge(float a, float b) { return __builtin_isgreaterequal(a, b); }
-inline bool is_equ(float a, float b) { return !is_ne(a, b); }
 inline bool is_neu(float a, float b) { return a != b; }
-inline bool is_ltu(float a, float b) { return !is_ge(a, b); }
-inline bool is_leu(float a, float b) { return !is_gt(a, b); }
-inline bool is_gtu(float a, float b) { return !is_le(a, b); }
-inline bool is_geu(float a, float b) { return !is_lt(a, b); }
 
 // The greater one, where -0 < +0; the number, if the other is NaN.
 inline float maximum(float a, float b) {
