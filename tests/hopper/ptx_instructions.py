@@ -34,9 +34,9 @@ TYPES = {
 
 # A row of the tables: names, operands, C++. In a name <a|b> is either, and some lists of alternatives have names.
 # Operands are written as in PTX, with a type for a value, "&" and a type for a register that is set, and a state space
-# for an address. After "=" too is a register, set to the value of C++, which is a statement otherwise. T is the last type
-# of the name and D the one before it; U is T unsigned, B is T as bits if it is a float, W is twice as wide; S and V are
-# the second and the third word of the name.
+# for an address. After "=" too is a register, set to the value of C++, which is a statement otherwise. T is the last
+# type of the name and D the one before it; U is T unsigned, B is T as bits if it is a float, W is twice as wide; S and
+# V are the second and the third word of the name.
 Row = tuple[str, str, str]
 ALTERNATIVES = {
     "ftz": "|.ftz",

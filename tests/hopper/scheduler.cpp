@@ -260,6 +260,7 @@ HOPPER_EXPORT int hopper_launch(Body kernel, uint32_t grid, uint32_t threads, ui
     return -1;
   body = kernel;
   arguments = kernel_arguments;
+  site = 0;
   machine.grid = grid;
   machine.threads = threads;
   machine.cluster = cluster;
