@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ HERE = Path(__file__).parent
 RUNTIME_FLAGS = ("-O3", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libcuda.so.1")
 # Translated kernels run once or twice: what their compilation takes matters more than how fast they are.
 KERNEL_FLAGS = ("-O0", "-w")
+CACHE, CACHE_SECONDS = Path(tempfile.gettempdir()) / f"siglip-hopper-{os.getuid()}", 24 * 3600
 SCHEDULES = ("random", "starve", "priority", "round_robin")  # Schedule in state.h
 TIMINGS = ("random", "at_once", "late")  # Timing in state.h
 
@@ -61,7 +64,7 @@ def compile_library(name: str, files: Mapping[str, str], flags: Sequence[str], i
     program = compiler()
     assert program is not None
     key = hashlib.sha256(repr((sorted(files.items()), tuple(flags), headers, program)).encode()).hexdigest()[:24]
-    folder = Path(tempfile.gettempdir()) / f"siglip-hopper-{os.getuid()}" / key
+    folder = CACHE / key
     if found := cache.intact(folder, name):
         return found[0]
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,10 @@ def compile_library(name: str, files: Mapping[str, str], flags: Sequence[str], i
 @functools.cache
 def runtime() -> ctypes.CDLL:
     """The emulation itself. Its symbols are there for every library that is loaded later."""
+    for folder in CACHE.glob("*"):
+        with contextlib.suppress(OSError):  # another process may remove it too
+            if time.time() - folder.stat().st_mtime > CACHE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
     paths = [*sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("*.h")), HERE / "stand_ins" / "libcuda.cpp"]
     files = {path.name: path.read_text() for path in paths}
     library = ctypes.CDLL(str(compile_library("hopper", files, RUNTIME_FLAGS)), mode=ctypes.RTLD_GLOBAL)
