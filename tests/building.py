@@ -23,7 +23,7 @@ from siglip_kernels.targets import Source, Target
 ROOT = Path(build.__file__).parents[1]
 SOURCE = '#include "common/step.h"\nextern "C" int value() { return STEP + EXTRA; }\n'
 TARGET = Target("tiny", (Source("cpu/tiny.cpp", ("-DEXTRA=2",)),), ("common/step.h",), ("-O1",))
-REAL = next(filter(None, map(shutil.which, build.COMPILERS["cxx"][0])), None)
+HOST_CXX = next(filter(None, map(shutil.which, build.COMPILERS["cxx"][0])), None)
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Place:
         """A c++ that notes its arguments, does ``before`` and goes on as the real one."""
         program = self.bin / "c++"
         program.write_text(
-            f'#!/bin/sh\necho "$*" >> {shlex.quote(str(self.root / "log"))}\n{before}\nexec {REAL} "$@"\n'
+            f'#!/bin/sh\necho "$*" >> {shlex.quote(str(self.root / "log"))}\n{before}\nexec {HOST_CXX} "$@"\n'
         )
         program.chmod(0o755)
 
@@ -69,7 +69,7 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    if REAL is None or not (shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))):
+    if HOST_CXX is None or not (shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))):
         pytest.skip("needs a C++ compiler and ninja")
     place = Place(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(place.cache))

@@ -11,7 +11,7 @@ import pytest
 
 from siglip_kernels import build
 from siglip_kernels.build import BuildError
-from tests.building import REAL, TARGET, Place, new_process, only, value
+from tests.building import HOST_CXX, TARGET, Place, new_process, only, value
 
 
 def test_no_compiler(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_cxx(form: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
         ("c++", "c++"),
         ("wrapper", "wrapper"),
     ):
-        goes_on = '"$@"' if name == "wrapper" else f'{REAL} "$@"'
+        goes_on = '"$@"' if name == "wrapper" else f'{HOST_CXX} "$@"'
         (place.bin / name).write_text(f"#!/bin/sh\necho {note} >> {shlex.quote(str(used))}\nexec {goes_on}\n")
         (place.bin / name).chmod(0o755)
     value_of_cxx, expected = CXX[form]

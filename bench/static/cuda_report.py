@@ -62,9 +62,8 @@ def header() -> str:
 
 def kernels(configuration: str) -> list[Kernel]:
     """Every kernel of the library, which is built first if needed; BuildError if that fails."""
-    target = targets.SM90_CONFIGURATIONS[configuration]
-    library = str(build.library(target))
-    loaded = cuda.load(target)
+    library = str(build.library(targets.SM90_CONFIGURATIONS[configuration]))
+    loaded = cuda.load(configuration)
     assert not isinstance(loaded, str), loaded
     usage = _by_kernel(nvidia_tool("cuobjdump", "-res-usage", library), r"Function (\S+):")
     code = _by_kernel(nvidia_tool("cuobjdump", "-sass", library), r"Function : (\S+)")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from siglip_kernels import gemm
 from siglip_kernels.pairs import PairSpec
+from siglip_kernels.stats import reduce_stats
 
 ENOUGH_PAIRS = 1024
 # Size of a block's dz on a GPU: 256 MiB. Blocks are then large enough for full waves of tiles.
@@ -103,6 +104,19 @@ class BlockKernel(abc.ABC):
             gemm.gemm_(task.dx, task.dz, task.y, accumulate=task.accumulate_dx)
         if task.dy is not None:
             gemm.gemm_(task.dy, task.dz.T, task.x, accumulate=task.accumulate_dy)
+
+
+def reduce_partials(task: BlockTask, partials: Tensor, stats_partials: Tensor | None) -> None:
+    """Write ``task.sums`` and ``task.stats`` from a GPU kernel's parts, in a fixed order.
+
+    ``partials`` is [3, parts] float32, of which with ``loss_only`` just the first row is written; ``stats_partials`` is
+    [8, parts] float32, None without stats.
+    """
+    sums, written = task.sums, 1 if task.loss_only else 3
+    torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
+    if task.stats is not None and stats_partials is not None:
+        dtype = task.stats.dtype
+        task.stats.copy_(reduce_stats([stats_partials.T.to(dtype)], task.stats.device, dtype))
 
 
 def even_block_shape(problem: Problem, pairs: int) -> tuple[int, int]:

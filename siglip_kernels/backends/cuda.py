@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from siglip_kernels import build, targets
-from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_block_shape
+from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_block_shape, reduce_partials
 from siglip_kernels.backends.cpu_native import address
 from siglip_kernels.gemm import pad_to_alignment
-from siglip_kernels.stats import SIZE, reduce_stats
+from siglip_kernels.stats import SIZE
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # Dtype in csrc/cuda/sm90/params.h
+SHIPPED = "128x128"  # of targets.SM90_CONFIGURATIONS
 
 
 class BlockParams(Structure):
@@ -63,9 +64,9 @@ class CudaBlockKernel(BlockKernel):
     pads_to_alignment = True
     unproven = "not yet proven on a GPU"
 
-    def __init__(self, configuration: str = "128x128") -> None:
+    def __init__(self, configuration: str = SHIPPED) -> None:
         """``configuration``: of targets.SM90_CONFIGURATIONS."""
-        self.target = targets.SM90_CONFIGURATIONS[configuration]
+        self.configuration = configuration
 
     def why_not(self, problem: Problem) -> list[str]:
         reasons = []
@@ -81,10 +82,10 @@ class CudaBlockKernel(BlockKernel):
             capability = torch.cuda.get_device_capability(problem.device)
             if capability != (9, 0):
                 reasons.append("compute capability {}.{}, expected 9.0".format(*capability))
-        return reasons + build.why_not(self.target)
+        return reasons + build.why_not(targets.SM90_CONFIGURATIONS[self.configuration])
 
     def prepare(self) -> list[str]:
-        reason = _why_not_run(self.target)
+        reason = _why_not_run(self.configuration)
         return [] if reason is None else [reason]
 
     def operand_dtype(self, problem: Problem) -> torch.dtype:
@@ -95,7 +96,7 @@ class CudaBlockKernel(BlockKernel):
 
     def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
         # A cluster has nothing to share in the small problems that need dz in float32.
-        library = _library(self.target if problem.rounds_out else targets.TARGETS["cuda"])
+        library = _library(self.configuration if problem.rounds_out else SHIPPED)
         partials = torch.empty(3 * library.siglip_sm90_partials(R, C), dtype=torch.float32, device=problem.device)
         return Workspace(partials, problem.dtype, library)
 
@@ -114,11 +115,7 @@ class CudaBlockKernel(BlockKernel):
             error = library.siglip_sm90_block(ctypes.byref(params), stream)
         if error:
             raise RuntimeError(f"backend='cuda' failed to launch: {library.siglip_sm90_error(error).decode()}")
-        written = 1 if task.loss_only else 3
-        torch.sum(partials[:written], dim=1, dtype=task.sums.dtype, out=task.sums[:written])
-        if task.stats is not None and stats is not None:
-            dtype = task.stats.dtype
-            task.stats.copy_(reduce_stats([stats.T.to(dtype)], task.stats.device, dtype))
+        reduce_partials(task, partials, stats)
 
 
 class Workspace(NamedTuple):
@@ -163,10 +160,10 @@ def _params(task: BlockTask, x: Tensor, y: Tensor, partials: Tensor, stats: Tens
 
 
 @functools.cache
-def load(target: targets.Target = targets.TARGETS["cuda"]) -> ctypes.CDLL | str:
-    """The library, compiled if it is not yet; or the reason why there is none."""
+def load(configuration: str) -> ctypes.CDLL | str:
+    """The library of targets.SM90_CONFIGURATIONS, compiled if it is not yet; or the reason why there is none."""
     try:
-        return declare(build.load(target))
+        return declare(build.load(targets.SM90_CONFIGURATIONS[configuration]))
     except (build.BuildError, OSError, AttributeError) as error:
         return str(error)
 
@@ -186,9 +183,9 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 @functools.cache
-def _why_not_run(target: targets.Target) -> str | None:
+def _why_not_run(configuration: str) -> str | None:
     """Why there is no library, or why the driver cannot run it: it may be older than the nvcc here."""
-    library = load(target)
+    library = load(configuration)
     if isinstance(library, str):
         return library
     versions = (c_int32 * 2)()
@@ -198,8 +195,8 @@ def _why_not_run(target: targets.Target) -> str | None:
     return words + library.siglip_sm90_error(error).decode() if error else None
 
 
-def _library(target: targets.Target) -> ctypes.CDLL:
-    library = load(target)
+def _library(configuration: str) -> ctypes.CDLL:
+    library = load(configuration)
     if isinstance(library, str):
         raise RuntimeError(library)
     return library

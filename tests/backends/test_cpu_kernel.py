@@ -23,6 +23,7 @@ from siglip_kernels.backends.cpu import CpuBlockKernel
 from siglip_kernels.backends.cpu_native import LEVELS, CpuLibrary, load
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.testing import DTYPES, SHAPES, check, gold, make_inputs, relative_l2
+from tests.building import HOST_CXX
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -340,13 +341,12 @@ def assert_ok(*command: str | Path) -> None:
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_cpp(sanitizer: str, tmp_path: Path) -> None:
     """The C++ tests, under the sanitizers."""
-    compiler = next(filter(None, map(shutil.which, build.COMPILERS["cxx"][0])), None)
-    if compiler is None:
+    if HOST_CXX is None:
         pytest.skip("no C++ compiler")
     checks = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
-    if not starts(compiler, checks, tmp_path):
+    if not starts(HOST_CXX, checks, tmp_path):
         pytest.skip(f"no {sanitizer} sanitizer here")
-    assert_ok(cpp_tests(compiler, targets.TARGETS["cpu"].sources, tmp_path, *checks))
+    assert_ok(cpp_tests(HOST_CXX, targets.TARGETS["cpu"].sources, tmp_path, *checks))
 
 
 def test_cpp_on_arm(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from siglip_kernels.backends import base, cuda
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.cuda import CudaBlockKernel
 from siglip_kernels.testing import check, make_inputs
+from tests.building import HOST_CXX
 
 FOLDER = build.CSRC / "cuda" / "sm90"
 ON_GPU = Problem(4096, 4096, 768, torch.bfloat16, torch.device("cuda", 0))
@@ -28,10 +29,9 @@ ON_GPU = Problem(4096, 4096, 768, torch.bfloat16, torch.device("cuda", 0))
 
 @pytest.fixture
 def cxx() -> str:
-    program = next(filter(None, map(shutil.which, build.COMPILERS["cxx"][0])), None)
-    if program is None:
+    if HOST_CXX is None:
         pytest.skip("no C++ compiler")
-    return program
+    return HOST_CXX
 
 
 @pytest.mark.parametrize("checks", [(), ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")], ids=len)

@@ -18,7 +18,6 @@ from siglip_kernels.backends import triton as backend
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.cuda import CudaBlockKernel
 from siglip_kernels.backends.triton import TritonBlockKernel
-from siglip_kernels.targets import Target
 
 ON_CUDA = Problem(4096, 4096, 768, torch.bfloat16, torch.device("cuda", 0))
 
@@ -91,7 +90,7 @@ def test_auto_goes_on_where_triton_cannot_launch(monkeypatch: pytest.MonkeyPatch
 INSUFFICIENT = "CUDA driver version is insufficient for CUDA runtime version"
 
 
-def library(error: int, versions: tuple[int, int], asked: list[int]) -> Callable[[Target], SimpleNamespace]:
+def library(error: int, versions: tuple[int, int], asked: list[int]) -> Callable[[str], SimpleNamespace]:
     """``cuda.load`` where the driver answers so."""
 
     def probe(found: ctypes.Array[ctypes.c_int32]) -> int:
@@ -99,7 +98,7 @@ def library(error: int, versions: tuple[int, int], asked: list[int]) -> Callable
         found[:] = versions
         return error
 
-    return lambda target: SimpleNamespace(
+    return lambda configuration: SimpleNamespace(
         siglip_sm90_probe=probe, siglip_sm90_error=lambda number: INSUFFICIENT.encode()
     )
 
@@ -123,7 +122,7 @@ def test_cuda_asks_the_driver(
 
 
 def test_cuda_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "load", lambda target: "no compiler")
+    monkeypatch.setattr(cuda, "load", lambda configuration: "no compiler")
     assert CudaBlockKernel().prepare() == ["no compiler"]
 
 

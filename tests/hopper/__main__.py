@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from tests.hopper import sm90, triton_kernel
-
-Outcome = tuple[str, str | None]  # what was run, and what is wrong with it
+from tests.hopper.problems import Outcome
 
 
 def cuda_problems(build: Callable[..., object], seeds: range) -> Iterator[Outcome]:
     for name, defines in sm90.CONFIGURATIONS.items():
         library = build(defines=defines)
-        for seed in seeds:
-            what, wrong = sm90.random_block(library, seed, sm90.kinds_of(name))
+        for what, wrong in sm90.random_blocks(library, seeds, sm90.kinds_of(name)):
             yield f"{name}: {what}", wrong
 
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siglip_kernels import build, cache
+from siglip_kernels import cache
+from tests.building import HOST_CXX
 
 HERE = Path(__file__).parent
 # The name makes it the driver library that Triton's launcher looks for.
@@ -41,7 +42,6 @@ class Settings:
     schedule: str = "random"  # of SCHEDULES
     timing: str = "random"  # of TIMINGS
     strict_mbarriers: bool = True  # bulk copies need fence.mbarrier_init
-    misalignment: int = 0  # bytes of the dynamic shared memory, from a multiple of 1024
 
     @classmethod
     def of_seed(cls, seed: int, **others: Any) -> Settings:
@@ -53,17 +53,11 @@ class _Kernel(ctypes.Structure):
     _fields_ = (("name", ctypes.c_char_p), ("body", ctypes.c_void_p), ("threads", ctypes.c_uint32))
 
 
-@functools.cache
-def compiler() -> str | None:
-    return next(filter(None, map(shutil.which, build.COMPILERS["cxx"][0])), None)
-
-
 def compile_library(name: str, files: Mapping[str, str], flags: Sequence[str], includes: Sequence[Path] = ()) -> Path:
     """The shared library of ``files`` (name: text; the .cpp and .cu are compiled), from the cache if it is there."""
     headers = {str(p): p.read_text() for folder in includes for p in sorted(folder.glob("*.h"))}
-    program = compiler()
-    assert program is not None
-    key = hashlib.sha256(repr((sorted(files.items()), tuple(flags), headers, program)).encode()).hexdigest()[:24]
+    assert HOST_CXX is not None
+    key = hashlib.sha256(repr((sorted(files.items()), tuple(flags), headers, HOST_CXX)).encode()).hexdigest()[:24]
     folder = CACHE / key
     if found := cache.intact(folder, name):
         return found[0]
@@ -73,7 +67,7 @@ def compile_library(name: str, files: Mapping[str, str], flags: Sequence[str], i
             (place / file).write_text(text)
         sources = [arg for file in files if file.endswith((".cpp", ".cu")) for arg in ("-x", "c++", str(place / file))]
         library = place / f"{name}.so"
-        command = [program, "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", *flags]
+        command = [HOST_CXX, "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", *flags]
         command += [f"-I{folder}" for folder in (place, *includes)] + [*sources, "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -151,8 +145,6 @@ class Program:
     ) -> None:
         """Run a kernel to its end; LaunchError if it breaks a rule."""
         pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(arg) for arg in args))
-        settings = settings or Settings()
-        configure(settings)
-        body = self.bodies[name]
-        if runtime().hopper_launch(body, grid, threads, cluster, shared, settings.misalignment, pointers):
+        configure(settings or Settings())
+        if runtime().hopper_launch(self.bodies[name], grid, threads, cluster, shared, 0, pointers):
             raise LaunchError(runtime().hopper_error().decode())

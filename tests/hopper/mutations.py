@@ -7,16 +7,15 @@ from typing import NamedTuple
 
 
 class Mutation(NamedTuple):
-    """Replace ``right``, which must be in the file ``count`` times, by ``wrong``."""
+    """Replace ``right``, which must be in the file once, by ``wrong``."""
 
     file: str
     right: str
     wrong: str
-    count: int = 1
 
     def __call__(self, texts: dict[str, str]) -> None:
         found = texts[self.file].count(self.right)
-        assert found == self.count, f"{self.file} has {self.right!r} {found} times"
+        assert found == 1, f"{self.file} has {self.right!r} {found} times"
         texts[self.file] = texts[self.file].replace(self.right, self.wrong)
 
     def __str__(self) -> str:
@@ -102,11 +101,12 @@ KERNEL = [
         ("phase ^= stage / kNumStages & 1;", ""),
     ),
     *_of(
-        "ptx.cuh",
+        "layout.h",
         ("uint64_t(1024 >> 4) << 32", "uint64_t(512 >> 4) << 32"),
         ("uint64_t(1) << 62", "uint64_t(2) << 62"),
+        ("^ row % 8", "^ row % 4"),
+        ("(smem_address & 0x3ffff) >> 4", "(smem_address & 0xffff) >> 4"),
     ),
-    Mutation("layout.h", "^ row % 8", "^ row % 4"),
     Mutation("tile_scheduler.h", "in_group % group_rows", "in_group % kGroupM"),
     *_of(
         "epilogue.cuh",
@@ -156,7 +156,6 @@ PTX = _of(
     ("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;", "mbarrier.arrive.shared::cta.b64 _, [%0];"),
     ('SIGLIP_OPERANDS_0_TO_63, "%64", "%65"', 'SIGLIP_OPERANDS_0_TO_63, "%65", "%64"'),
     ('"bar.sync %0, %1;"', '"bar.sync 1, %1;"'),
-    ("(smem_addr(operand) & 0x3ffff) >> 4", "(smem_addr(operand) & 0xffff) >> 4"),
 )
 # With -DSIGLIP_SM90_CLUSTER=2.
 MULTICAST = [

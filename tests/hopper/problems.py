@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ HALF_ULP = {torch.bfloat16: (2.0**-8, 2.0**-134), torch.float16: (2.0**-11, 2.0*
 # Beside it, the float32 arithmetic of one pair.
 PAIR_TOLERANCE = 4e-6
 PIECE = 8  # elements that TMA stores at once
+Outcome = tuple[str, str | None]  # what was run, and what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ def random_task(choose: random.Random, kind: Kind, M: int, N: int, D: int) -> Bl
         loss_only=kind.output == "loss",
         stats=torch.full((stats.SIZE,), torch.nan, dtype=torch.float64) if kind.stats else None,
     )
+
+
+def first_failure(outcomes: Iterable[Outcome]) -> str | None:
+    """The first block for which something is wrong, and what."""
+    return next((f"{what}: {wrong}" for what, wrong in outcomes if wrong is not None), None)
 
 
 def tensors_of(task: BlockTask) -> list[Tensor]:

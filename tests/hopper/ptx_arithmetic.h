@@ -13,8 +13,6 @@
 
 namespace hopper {
 
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
-
 // ---- registers and memory ----
 
 // Quiet NaNs, and false: Triton reads registers that nobody has set, and ignores what it read.

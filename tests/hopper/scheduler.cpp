@@ -12,8 +12,6 @@
 
 #include "state.h"
 
-#define HOPPER_EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace hopper {
 
 Machine machine;
@@ -48,7 +46,7 @@ void exit_thread(Thread& thread) {
   if (!warp.wgmmas.empty()) fail("a thread exits with wgmmas that nobody has waited for");
   if (warp.exited == kEveryLane && warp.bulk_issued > warp.tick(Kind::kBulkGroups))
     fail("a warp exits while its bulk stores read shared memory");
-  if (std::fetestexcept(FE_INVALID)) fail("arithmetic on an accumulator in flight, or on a register nobody has set");
+  if (std::fetestexcept(FE_INVALID)) fail("arithmetic on an accumulator in flight");
 }
 
 // The first function on a fiber's stack.
@@ -250,10 +248,10 @@ uint32_t cluster_nctarank() { return machine.cluster; }
 
 using namespace hopper;
 
-// Runs a kernel to its end; 0, or -1 with a message in hopper_error. `shared_bytes`: dynamic shared memory, which
-// begins `misalignment` bytes after a multiple of 1024.
-HOPPER_EXPORT int hopper_launch(Body kernel, uint32_t grid, uint32_t threads, uint32_t cluster, uint32_t shared_bytes,
-                                uint32_t misalignment, void* const* kernel_arguments) {
+extern "C" {
+
+int hopper_launch(Body kernel, uint32_t grid, uint32_t threads, uint32_t cluster, uint32_t shared_bytes,
+                  uint32_t misalignment, void* const* kernel_arguments) {
   machine.error = "a launch that is not possible";
   if (!grid || grid % cluster || cluster > kMaxCtas || !threads || threads % kWarpLanes ||
       threads > kMaxWarps * kWarpLanes || shared_bytes + misalignment > kSharedBytes)
@@ -280,10 +278,10 @@ HOPPER_EXPORT int hopper_launch(Body kernel, uint32_t grid, uint32_t threads, ui
   return failed ? -1 : 0;
 }
 
-HOPPER_EXPORT const char* hopper_error() { return machine.error.c_str(); }
-HOPPER_EXPORT uint64_t hopper_stmatrix_conflicts() { return machine.stmatrix_conflicts; }
+const char* hopper_error() { return machine.error.c_str(); }
+uint64_t hopper_stmatrix_conflicts() { return machine.stmatrix_conflicts; }
 
-HOPPER_EXPORT void hopper_configure(uint64_t seed, int32_t schedule, int32_t timing, int32_t strict_mbarriers) {
+void hopper_configure(uint64_t seed, int32_t schedule, int32_t timing, int32_t strict_mbarriers) {
   machine.seed = seed;
   machine.random.seed(seed);
   machine.schedule = Schedule(schedule);
@@ -292,6 +290,8 @@ HOPPER_EXPORT void hopper_configure(uint64_t seed, int32_t schedule, int32_t tim
 }
 
 // What kernels may read and write; none: everything.
-HOPPER_EXPORT void hopper_allow(uint64_t address, uint64_t bytes) { machine.global.push_back({address, address + bytes}); }
-HOPPER_EXPORT void hopper_forget() { machine.global.clear(); }
-HOPPER_EXPORT int hopper_is_restricted() { return !machine.global.empty(); }
+void hopper_allow(uint64_t address, uint64_t bytes) { machine.global.push_back({address, address + bytes}); }
+void hopper_forget() { machine.global.clear(); }
+int hopper_is_restricted() { return !machine.global.empty(); }
+
+}  // extern "C"

@@ -7,7 +7,6 @@ import ctypes
 import itertools
 import random
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from siglip_kernels.backends import cuda
 from siglip_kernels.backends.base import Problem
 from tests.hopper import emulator
 from tests.hopper.emulator import Settings
-from tests.hopper.problems import Kind, mismatch, random_shape, random_task, tensors_of
+from tests.hopper.problems import Kind, Outcome, mismatch, random_shape, random_task, tensors_of
 from tests.hopper.ptx import translate
 
 FOLDER = build.CSRC / "cuda" / "sm90"
@@ -95,8 +94,12 @@ def from_ptx(
     return _load(emulator.compile_library("sm90_ptx", texts, compile_flags, [emulator.HERE]))
 
 
-def random_block(library: ctypes.CDLL, seed: int, kinds: list[Kind]) -> tuple[str, str | None]:
-    """Run a random block on 1 to 7 multiprocessors. Returns what it was, and what is wrong with the result."""
+def random_blocks(library: ctypes.CDLL, seeds: range, kinds: list[Kind]) -> Iterator[Outcome]:
+    """Run random blocks, each on 1 to 7 multiprocessors."""
+    return (_random_block(library, seed, kinds) for seed in seeds)
+
+
+def _random_block(library: ctypes.CDLL, seed: int, kinds: list[Kind]) -> Outcome:
     choose = random.Random(seed)
     kind, shape, multiprocessors = choose.choice(kinds), random_shape(choose), choose.randint(1, 7)
     task, kernel = random_task(choose, kind, *shape), cuda.CudaBlockKernel()
@@ -157,29 +160,19 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _nvcc(texts: Texts, *flags: str) -> str:
     """The PTX of the kernels of one dtype."""
-    nvcc = shutil.which("nvcc")
-    assert nvcc is not None
+    nvcc, _ = build._compiler(targets.TARGETS["cuda"])
     with tempfile.TemporaryDirectory() as folder:
         for name, text in texts.items():
             (Path(folder) / name).write_text(text)
-        command = [
-            nvcc,
-            "-std=c++17",
-            "-O3",
-            "-arch=compute_90a",
-            "--ptx",
-            *flags,
-            "instantiations.cu",
-            "-o",
-            "out.ptx",
-        ]
+        options = ("-std=c++17", "-O3", "-arch=compute_90a", "--ptx", *flags)
+        command = [*nvcc, *options, "instantiations.cu", "-o", "out.ptx"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return (Path(folder) / "out.ptx").read_text()
 
 
 def _kernels(ptx: str, only: str) -> str:
-    """C++ of the kernels in ``ptx``, each under its own name, and of a null pointer for each that is left out."""
+    """C++ of the kernels in ``ptx``, each under its own name; one that is left out is a trap."""
     header, *entries = re.split(r"(?=\.visible \.entry )", ptx)
     names = [re.search(r"\.entry (\w+)", entry)[1] for entry in entries]
     code = translate(header + "".join(entry for name, entry in zip(names, entries, strict=True) if only in name))

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.building import HOST_CXX
 from tests.hopper import emulator
 from tests.hopper.emulator import LaunchError, Program
 from tests.hopper.ptx import translate
+from tests.hopper.ptx_modules import HEADER, launch
 
-pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
-
-HEADER = ".version 8.7\n.target sm_90a\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n"
-CTAS, THREADS = 2, 512
-Value = Any  # int, float or bool, by the kind
-
-
-def launch(program: Program, name: str, *arrays: np.ndarray, **options: Any) -> None:
-    """Run a kernel whose parameters are the addresses of the arrays."""
-    emulator.forget()
-    emulator.allow(*arrays)
-    try:
-        program.launch(name, args=[ctypes.c_uint64(array.ctypes.data) for array in arrays], **options)
-    finally:
-        emulator.forget()
-
+pytestmark = pytest.mark.skipif(HOST_CXX is None, reason="no C++ compiler")
 
 CONTROL_FLOW = """
 .visible .entry collatz(.param .u64 in, .param .u64 out)

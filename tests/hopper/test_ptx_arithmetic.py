@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 import operator
@@ -15,26 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from tests.hopper import emulator, ptx_instructions
+from tests.building import HOST_CXX
+from tests.hopper import ptx_instructions
 from tests.hopper.emulator import Program
 from tests.hopper.ptx import translate
+from tests.hopper.ptx_modules import HEADER, launch
 
-pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(HOST_CXX is None, reason="no C++ compiler")
 
-HEADER = ".version 8.7\n.target sm_90a\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n"
 CTAS, THREADS = 2, 512
 Value = Any  # int, float or bool, by the kind
-
-
-def launch(program: Program, name: str, *arrays: np.ndarray, **options: Any) -> None:
-    """Run a kernel whose parameters are the addresses of the arrays."""
-    emulator.forget()
-    emulator.allow(*arrays)
-    try:
-        program.launch(name, args=[ctypes.c_uint64(array.ctypes.data) for array in arrays], **options)
-    finally:
-        emulator.forget()
-
 
 # Values of PTX's types in Python, where floats are exact.
 FLOATS = {"f32": (24, -126, 127), "f16": (11, -14, 15), "bf16": (8, -126, 127)}  # precision, exponents

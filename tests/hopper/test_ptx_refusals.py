@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.hopper import emulator, ptx, ptx_instructions
-from tests.hopper.emulator import Program
+from tests.building import HOST_CXX
+from tests.hopper import ptx, ptx_instructions
 from tests.hopper.ptx import PtxError, translate
+from tests.hopper.ptx_modules import HEADER
 
-pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
-
-HEADER = ".version 8.7\n.target sm_90a\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n"
-CTAS, THREADS = 2, 512
-Value = Any  # int, float or bool, by the kind
-
-
-def launch(program: Program, name: str, *arrays: np.ndarray, **options: Any) -> None:
-    """Run a kernel whose parameters are the addresses of the arrays."""
-    emulator.forget()
-    emulator.allow(*arrays)
-    try:
-        program.launch(name, args=[ctypes.c_uint64(array.ctypes.data) for array in arrays], **options)
-    finally:
-        emulator.forget()
-
+pytestmark = pytest.mark.skipif(HOST_CXX is None, reason="no C++ compiler")
 
 DECLARATIONS = ".reg .pred %p<4>; .reg .b16 %rs<4>; .reg .b32 %r<8>; .reg .f32 %f<132>; .reg .b64 %rd<4>;"
 TENSOR = "cp.async.bulk.tensor.2d"

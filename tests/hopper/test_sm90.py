@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import ctypes
-import shutil
 from functools import partial
 
 import pytest
 import torch
 
-from siglip_kernels import backends, sigmoid_loss
+from siglip_kernels import backends, build, sigmoid_loss, targets
 from siglip_kernels.testing import check
+from tests.building import HOST_CXX
 from tests.hopper import emulator, mutations, sm90
 from tests.hopper.emulator import Settings
 from tests.hopper.mutations import Mutation
-from tests.hopper.problems import Kind
+from tests.hopper.problems import first_failure
 
-pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(HOST_CXX is None, reason="no C++ compiler")
 
-PROBLEMS, PROBLEMS_FROM_PTX, PROBLEMS_OF_A_MUTATION = 200, 30, 60
+PROBLEMS, PROBLEMS_FROM_PTX, PROBLEMS_OF_A_MUTATION = range(200), range(30), range(60)
 
 
 @pytest.fixture(scope="module")
 def nvcc() -> None:
-    if shutil.which("nvcc") is None:
+    if not build.has_compiler(targets.TARGETS["cuda"]):
         pytest.skip("no nvcc")
-
-
-def first_failure(library: ctypes.CDLL, problems: int, kinds: list[Kind]) -> str | None:
-    for seed in range(problems):
-        what, wrong = sm90.random_block(library, seed, kinds)
-        if wrong is not None:
-            return f"{what}: {wrong}"
-    return None
 
 
 @pytest.mark.parametrize("configuration", sm90.CONFIGURATIONS)
 def test_from_source(configuration: str) -> None:
     library = sm90.from_source(defines=sm90.CONFIGURATIONS[configuration])
-    assert first_failure(library, PROBLEMS, sm90.kinds_of(configuration)) is None
+    assert first_failure(sm90.random_blocks(library, PROBLEMS, sm90.kinds_of(configuration))) is None
     assert emulator.runtime().hopper_stmatrix_conflicts() == 0
 
 
@@ -54,13 +45,13 @@ def test_the_loss_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_from_ptx(nvcc: None) -> None:
-    assert first_failure(sm90.from_ptx(), PROBLEMS_FROM_PTX, sm90.KINDS) is None
+    assert first_failure(sm90.random_blocks(sm90.from_ptx(), PROBLEMS_FROM_PTX, sm90.KINDS)) is None
 
 
 @pytest.mark.parametrize("configuration", list(sm90.CONFIGURATIONS)[1:])
 def test_configurations_from_ptx(configuration: str, nvcc: None) -> None:
     library = sm90.from_ptx(defines=sm90.CONFIGURATIONS[configuration], only_bfloat16=True, only=sm90.PLAIN)
-    assert first_failure(library, PROBLEMS_FROM_PTX, sm90.PLAIN_KINDS) is None
+    assert first_failure(sm90.random_blocks(library, PROBLEMS_FROM_PTX, sm90.PLAIN_KINDS)) is None
 
 
 @pytest.mark.parametrize(
@@ -74,10 +65,10 @@ def test_configurations_from_ptx(configuration: str, nvcc: None) -> None:
 )
 def test_mutations_of_the_source(mutation: Mutation, configuration: str) -> None:
     library = sm90.from_source(mutation, sm90.CONFIGURATIONS[configuration], only_bfloat16=True)
-    assert first_failure(library, PROBLEMS_OF_A_MUTATION, sm90.MUTATED_KINDS) is not None
+    assert first_failure(sm90.random_blocks(library, PROBLEMS_OF_A_MUTATION, sm90.MUTATED_KINDS)) is not None
 
 
 @pytest.mark.parametrize("mutation", mutations.PTX, ids=str)
 def test_mutations_of_the_ptx(mutation: Mutation, nvcc: None) -> None:
     library = sm90.from_ptx(mutation, only_bfloat16=True, only=sm90.PLAIN)
-    assert first_failure(library, PROBLEMS_OF_A_MUTATION, sm90.PLAIN_KINDS) is not None
+    assert first_failure(sm90.random_blocks(library, PROBLEMS_OF_A_MUTATION, sm90.PLAIN_KINDS)) is not None

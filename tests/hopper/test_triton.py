@@ -14,11 +14,12 @@ import torch
 
 from bench.static.triton_report import describe
 from siglip_kernels.backends.triton.configs import Variant
-from tests.hopper import emulator, mutations, triton_kernel
+from tests.building import HOST_CXX
+from tests.hopper import mutations, triton_kernel
 from tests.hopper.mutations import PtxMutation
 
 pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(HOST_CXX is None, reason="no C++ compiler")
 
 PROBLEMS, PROBLEMS_OF_A_MUTATION = range(3), range(12)
 BARRIER = r"bar\.sync\s+0;"
@@ -43,19 +44,19 @@ def worker() -> Iterator[Executor]:
 
 @pytest.mark.parametrize("variant", triton_kernel.shipped(), ids=describe)
 def test_shipped_kernels(variant: Variant, worker: Executor) -> None:
-    assert worker.submit(triton_kernel.first_failure, variant, PROBLEMS).result() is None
+    assert worker.submit(triton_kernel.first_failure_of, variant, PROBLEMS).result() is None
 
 
 @pytest.mark.parametrize("mutation", mutations.TRITON, ids=str)
 def test_mutations(mutation: PtxMutation, worker: Executor) -> None:
-    assert worker.submit(triton_kernel.first_failure, MUTATED, PROBLEMS_OF_A_MUTATION, mutation).result() is not None
+    assert worker.submit(triton_kernel.first_failure_of, MUTATED, PROBLEMS_OF_A_MUTATION, mutation).result() is not None
 
 
 def test_every_barrier_but_the_redundant_is_needed(worker: Executor) -> None:
     count = len(re.findall(BARRIER, worker.submit(triton_kernel.ptx_of, MUTATED).result()))
     assert count == 25
     failures = [
-        worker.submit(triton_kernel.first_failure, MUTATED, PROBLEMS_OF_A_MUTATION, PtxMutation(BARRIER, "", index))
+        worker.submit(triton_kernel.first_failure_of, MUTATED, PROBLEMS_OF_A_MUTATION, PtxMutation(BARRIER, "", index))
         for index in range(count)
     ]
     needless = [index for index, failure in enumerate(failures) if failure.result() is None]

@@ -12,7 +12,7 @@ from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.configs import Variant
 from tests.hopper import emulator
 from tests.hopper.emulator import Settings
-from tests.hopper.problems import Kind, mismatch, random_shape, random_task, tensors_of
+from tests.hopper.problems import Kind, Outcome, first_failure, mismatch, random_shape, random_task, tensors_of
 from tests.hopper.triton_driver import compile_for, emulated_driver
 
 Mutate = Callable[[str], str]  # changes PTX
@@ -28,8 +28,8 @@ def unchanged(ptx: str) -> str:
     return ptx
 
 
-def random_blocks(variant: Variant, seeds: range, mutate: Mutate = unchanged) -> Iterator[tuple[str, str | None]]:
-    """Run the variant on random blocks. Yields what each was, and what is wrong with the result."""
+def random_blocks(variant: Variant, seeds: range, mutate: Mutate = unchanged) -> Iterator[Outcome]:
+    """Run the variant on random blocks."""
     from siglip_kernels.backends.triton import launch
 
     with emulated_driver() as driver:
@@ -54,12 +54,8 @@ def random_blocks(variant: Variant, seeds: range, mutate: Mutate = unchanged) ->
             yield f"{describe(variant)}: seed {seed}, {shape}, {settings}", wrong
 
 
-def first_failure(variant: Variant, seeds: range, mutate: Mutate = unchanged) -> str | None:
-    """What is wrong with the first block for which something is."""
-    for what, wrong in random_blocks(variant, seeds, mutate):
-        if wrong is not None:
-            return f"{what}: {wrong}"
-    return None
+def first_failure_of(variant: Variant, seeds: range, mutate: Mutate = unchanged) -> str | None:
+    return first_failure(random_blocks(variant, seeds, mutate))
 
 
 def ptx_of(variant: Variant) -> str:

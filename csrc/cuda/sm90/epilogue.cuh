@@ -34,7 +34,7 @@ enum class Output { kDz, kFloat32Dz, kSums, kLoss };
 enum class Pairs { kOffset, kGeneral, kStats };
 
 // Columns of the accumulator elements that the epilogue takes at once, on 16 rows of a warp: a box of TMA's.
-constexpr int kSliceColumns = 64, kSlicePairs = kSliceColumns / 2;
+constexpr int kSliceColumns = kStoreBoxColumns, kSlicePairs = kSliceColumns / 2;
 // Out of bounds, and for pairs that are left out: softplus and sigmoid are 0 there.
 constexpr float kNothing = -1e4f;
 

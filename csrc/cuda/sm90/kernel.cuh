@@ -90,8 +90,8 @@ __device__ __forceinline__ void mma_mainloop(SharedStorage& shared, int consumer
   if constexpr (kPingPong) mbarrier_wait(&shared.ordered_barrier[consumer], ordered_barrier_phase(consumer, iteration));
   for (int k_tile = 0; k_tile < k_tiles; ++k_tile, state.advance()) {
     consumer_wait(shared, state);
-    const uint64_t x_desc = make_smem_desc(shared.x[state.stage]) + x_offset;
-    const uint64_t y_desc = make_smem_desc(shared.y[state.stage]);
+    const uint64_t x_desc = make_smem_desc(smem_addr(shared.x[state.stage])) + x_offset;
+    const uint64_t y_desc = make_smem_desc(smem_addr(shared.y[state.stage]));
     wgmma_fence();
     SIGLIP_UNROLL
     for (int k = 0; k < kBlockK; k += 16) {

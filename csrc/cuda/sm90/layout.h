@@ -1,6 +1,8 @@
-// Layouts of a tile's elements: the WGMMA accumulator in registers, and dz in swizzled shared memory. Compiles for the
-// host too.
+// Layouts of a tile's elements: operands and dz in swizzled shared memory, the WGMMA accumulator in registers. Compiles
+// for the host too.
 #pragma once
+
+#include <cstdint>
 
 #include "host_device.h"
 
@@ -18,5 +20,14 @@ SIGLIP_HOST_DEVICE int swizzled_offset(int lane, int chunk) {
   const int row = lane % 16;
   return row * kStoreBoxColumns * 2 + (((chunk + lane / 16) ^ row % 8) * 16);
 }
+
+// Matrix descriptor of a K-major operand in TMA's 128-byte swizzle: rows of 128 bytes, eight of them 1024 bytes.
+SIGLIP_HOST_DEVICE uint64_t make_smem_desc(uint32_t smem_address) {
+  constexpr uint64_t kSwizzle128B = uint64_t(1) << 62, kStrideByteOffset = uint64_t(1024 >> 4) << 32;
+  constexpr uint64_t kLeadingByteOffset = uint64_t(1) << 16;  // ignored in a swizzled layout
+  return kSwizzle128B | kStrideByteOffset | kLeadingByteOffset | ((smem_address & 0x3ffff) >> 4);
+}
+// Descriptors hold addresses in units of 16 bytes.
+SIGLIP_HOST_DEVICE constexpr uint64_t desc_offset(int bytes) { return bytes >> 4; }
 
 }  // namespace siglip::sm90

@@ -141,15 +141,6 @@ __device__ __forceinline__ void wgmma_fence_accumulator(float (&acc)[kCount]) {
   for (float& value : acc) asm volatile("" : "+f"(value)::"memory");
 }
 
-// Matrix descriptor of a K-major operand in TMA's 128-byte swizzle: rows of 128 bytes, eight of them 1024 bytes.
-__device__ __forceinline__ uint64_t make_smem_desc(const void* operand) {
-  constexpr uint64_t kSwizzle128B = uint64_t(1) << 62, kStrideByteOffset = uint64_t(1024 >> 4) << 32;
-  constexpr uint64_t kLeadingByteOffset = uint64_t(1) << 16;  // ignored in a swizzled layout
-  return kSwizzle128B | kStrideByteOffset | kLeadingByteOffset | ((smem_addr(operand) & 0x3ffff) >> 4);
-}
-// Descriptors hold addresses in units of 16 bytes.
-__device__ constexpr uint64_t desc_offset(int bytes) { return bytes >> 4; }
-
 #define SIGLIP_ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SIGLIP_ACC16(d, i) SIGLIP_ACC4(d, i), SIGLIP_ACC4(d, i + 4), SIGLIP_ACC4(d, i + 8), SIGLIP_ACC4(d, i + 12)
 #define SIGLIP_ACC64(d, i) SIGLIP_ACC16(d, i), SIGLIP_ACC16(d, i + 16), SIGLIP_ACC16(d, i + 32), SIGLIP_ACC16(d, i + 48)

@@ -11,13 +11,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from siglip_kernels.backends.base import BlockTask
+from siglip_kernels.backends.base import BlockTask, reduce_partials
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.configs import Config, Variant
 from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel
 from siglip_kernels.gemm import pad_to_alignment
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.stats import SIZE, reduce_stats
+from siglip_kernels.stats import SIZE
 
 
 def launch_block(arch: str, task: BlockTask, config: Config | None = None) -> None:
@@ -30,11 +30,7 @@ def launch_block(arch: str, task: BlockTask, config: Config | None = None) -> No
 
     with torch.cuda.device(task.x.device) if task.x.is_cuda else contextlib.nullcontext():
         _sigmoid_block_kernel[(programs,)](**_arguments(variant, task, partials, stats_partials))
-    sums, written = task.sums, 1 if task.loss_only else 3
-    torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
-    if task.stats is not None and stats_partials is not None:
-        dtype = task.stats.dtype
-        task.stats.copy_(reduce_stats([stats_partials.T.to(dtype)], task.stats.device, dtype))
+    reduce_partials(task, partials, stats_partials)
 
 
 def variant_of(arch: str, task: BlockTask, config: Config | None = None) -> Variant:

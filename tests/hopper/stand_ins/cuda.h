@@ -72,7 +72,6 @@ inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSucc
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* devices) { return *devices = 1, cudaSuccess; }
-extern "C" const char* hopper_error();
 inline const char* cudaGetErrorString(cudaError_t) { return hopper_error(); }
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry_point, int, int,
                                                     cudaDriverEntryPointQueryResult*) {

@@ -11,8 +11,6 @@ using siglip::sm90::BlockParams;
 asm(".bss\n.balign 1024\n.skip 272\n.globl _ZN6siglip4sm904smemE\n_ZN6siglip4sm904smemE:\n.skip 262144\n.text");
 constexpr uint32_t kMisalignment = 272;
 
-extern "C" int hopper_launch(hopper::Body, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, void* const*);
-
 namespace {
 
 int multiprocessors = 1;

@@ -7,7 +7,7 @@
 
 using hopper::TensorMap;
 
-extern "C" __attribute__((visibility("default"))) int cuTensorMapEncodeTiled(
+extern "C" int cuTensorMapEncodeTiled(
     void* tensor_map, int data_type, uint32_t rank, void* address, const uint64_t* shape, const uint64_t* strides,
     const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle, int, int fill) {
   constexpr int kInvalid = 1, kFloat16 = 6, kBfloat16 = 9;
@@ -44,12 +44,9 @@ constexpr int kLaunchFailed = 719;
 
 }  // namespace
 
-extern "C" int hopper_launch(hopper::Body, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, void* const*);
-extern "C" const char* hopper_error();
+extern "C" {
 
-#define HOPPER_DRIVER extern "C" __attribute__((visibility("default"))) int
-
-HOPPER_DRIVER cuLaunchKernelEx(const LaunchConfig* config, void* function, void** arguments, void**) {
+int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** arguments, void**) {
   uint32_t cluster = 1;
   for (uint32_t i = 0; i < config->num_attributes; ++i)
     if (config->attributes[i].id == kClusterDimension) cluster = config->attributes[i].value[0];
@@ -58,15 +55,15 @@ HOPPER_DRIVER cuLaunchKernelEx(const LaunchConfig* config, void* function, void*
              ? kLaunchFailed
              : 0;
 }
-HOPPER_DRIVER cuGetErrorString(int, const char** text) { return *text = hopper_error(), 0; }
+int cuGetErrorString(int, const char** text) { return *text = hopper_error(), 0; }
 // Below 13.2 Triton changes a bit of the tensor maps of small tensors, in the layout of the real driver.
-HOPPER_DRIVER cuDriverGetVersion(int* version) { return *version = 13020, 0; }
-HOPPER_DRIVER cuCtxGetCurrent(void** context) { return *context = context, 0; }
-HOPPER_DRIVER cuPointerGetAttribute(uint64_t* data, int, uint64_t pointer) { return *data = pointer, 0; }
+int cuDriverGetVersion(int* version) { return *version = 13020, 0; }
+int cuCtxGetCurrent(void** context) { return *context = context, 0; }
+int cuPointerGetAttribute(uint64_t* data, int, uint64_t pointer) { return *data = pointer, 0; }
 
 // Linked, and not called.
 #define HOPPER_UNUSED(name) \
-  HOPPER_DRIVER name() { return kLaunchFailed; }
+  int name() { return kLaunchFailed; }
 HOPPER_UNUSED(cuCtxGetLimit)
 HOPPER_UNUSED(cuCtxSetCurrent)
 HOPPER_UNUSED(cuCtxSetLimit)
@@ -79,3 +76,4 @@ HOPPER_UNUSED(cuFuncSetCacheConfig)
 HOPPER_UNUSED(cuModuleGetFunction)
 HOPPER_UNUSED(cuModuleLoadData)
 HOPPER_UNUSED(cuOccupancyMaxActiveClusters)
+}

@@ -75,11 +75,6 @@ void wgmma_wait_group() {
 template <int kCount>
 void wgmma_fence_accumulator(float (&)[kCount]) {}
 
-inline uint64_t make_smem_desc(const void* operand) {
-  return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | (smem_addr(operand) & 0x3ffff) >> 4;
-}
-constexpr uint64_t desc_offset(int bytes) { return bytes >> 4; }
-
 template <int kCount>
 struct EveryIndex {
   uint16_t values[kCount];
