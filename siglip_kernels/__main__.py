@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 import siglip_kernels
 from siglip_kernels import backends, build, console, targets, testing
 from siglip_kernels.backends.base import Problem
+from siglip_kernels.backends.verification import describe_device, recorded
 from siglip_kernels.loss import Backend, sigmoid_loss
 from siglip_kernels.memory import doctor
 
@@ -26,14 +26,6 @@ QUICK_SHAPES = ((1, 129, 33), (127, 129, 100), (600, 1100, 64))
 def devices() -> list[torch.device]:
     """The kinds of device on this machine, the CPU last."""
     return [torch.device(name) for name in ("cuda", "cpu") if name == "cpu" or torch.cuda.is_available()]
-
-
-def describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-    instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} {instructions}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
 def sample_problems(device: torch.device) -> dict[torch.dtype, Problem]:
@@ -57,7 +49,7 @@ def info() -> int:
     """Print versions, devices and backends, with every reason against an unavailable one."""
     print(f"siglip_kernels {siglip_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     for device in devices():
-        print(f"\n{device}: {describe(device)}")
+        print(f"\n{device}: {describe_device(device)}")
         for backend in backends.NAMES[1:]:
             reasons = why_not(backend, device)
             pending = backend in targets.TARGETS and not build.is_built(targets.TARGETS[backend])
@@ -65,6 +57,8 @@ def info() -> int:
             available = "available" + (", not built yet: it will be on first use" if pending else "")
             available += f", {unproven}: only backend={backend!r} reaches it" if unproven else ""
             print(f"  {backend:<7} {available if not reasons else 'unavailable: ' + '; '.join(reasons)}")
+        for kernel in recorded(device):
+            print(f"  verified here: {kernel}")
     return 0
 
 
@@ -95,7 +89,7 @@ def check(only: str | None, only_device: torch.device | None, quick: bool) -> in
             samples = sample_problems(device)
             reasons = {dtype: backends.why_not_prepared(backend, call) for dtype, call in samples.items()}
             possible = [dtype for dtype in samples if not reasons[dtype]]
-            title = f"{backend} on {device} ({describe(device)})"
+            title = f"{backend} on {device} ({describe_device(device)})"
             if not possible:
                 print(f"{title}: not run: {'; '.join(fewest_reasons(reasons.values()))}")
                 continue

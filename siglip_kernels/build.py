@@ -103,7 +103,7 @@ def forget_failure(target: Target) -> None:
 
 def remove_leftovers() -> None:
     """Remove what killed builds left behind."""
-    for root in _cache_roots([]):
+    for root in cache.roots([]):
         cache.remove_leftovers(root, TIMEOUT)
 
 
@@ -319,22 +319,8 @@ def _candidate_folders(target: Target, compiler_key: str, refusals: list[str], m
     except OSError as error:
         raise BuildError(f"a source of {target.name!r} cannot be read: {error}") from error
     name = f"{target.name}-{_digest(*parts)}-{compiler_key}"
-    return (root / name for root in _cache_roots(refusals, make))
+    return (root / name for root in cache.roots(refusals, make))
 
 
 def _digest(*parts: bytes) -> str:
     return cache.digest(b"".join(hashlib.sha256(part).digest() for part in parts))
-
-
-def _cache_roots(refusals: list[str], make: bool = False) -> Iterator[Path]:
-    """The user's folder, then one below the temporary folder that only this user can write to; ``make`` creates it."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # The XDG standard says to ignore a relative path. Without a home the path still begins with ~, and is relative.
-    if os.path.isabs(base):
-        yield Path(base, "siglip_kernels")
-    else:
-        refusals.append(f"{base} is no absolute path")
-    try:
-        yield cache.temporary_root("siglip_kernels", make)
-    except OSError as error:
-        refusals.append(str(error))

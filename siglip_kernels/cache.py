@@ -19,6 +19,20 @@ from pathlib import Path
 PRIVATE_PREFIX = "build-"
 
 
+def roots(refusals: list[str], make: bool = False) -> Iterator[Path]:
+    """The user's folder, then one below the temporary folder that only this user can write to; ``make`` creates it."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # The XDG standard says to ignore a relative path. Without a home the path still begins with ~, and is relative.
+    if os.path.isabs(base):
+        yield Path(base, "siglip_kernels")
+    else:
+        refusals.append(f"{base} is no absolute path")
+    try:
+        yield temporary_root("siglip_kernels", make)
+    except OSError as error:
+        refusals.append(str(error))
+
+
 def intact(folder: Path, name: str) -> list[Path]:
     """The files ``name.<digest>.so`` that match their digest, the newest first."""
     found = []
@@ -107,6 +121,14 @@ def folder_lock(folder: Path, wait: bool = True) -> Iterator[bool | None]:
                 fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
         os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all. OSError if that is not possible."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with private_folder(path.parent) as private:
+        (private / path.name).write_text(text, encoding="utf-8")
+        os.replace(private / path.name, path)
 
 
 def digest(data: bytes) -> str:

@@ -11,6 +11,11 @@ def accumulates_in_float32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
+def allows_tf32() -> bool:
+    """Whether the user lets float32 matrices be multiplied with TF32 operands."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def gemm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
     """``out = a @ b``, or ``out += a @ b``: a [m, k] and b [k, n] of one dtype; out [m, n] of that dtype or float32."""
     if a.dtype is not out.dtype and accumulates_in_float32(out.device):

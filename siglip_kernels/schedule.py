@@ -85,6 +85,7 @@ class BlockLoop:
         self.bias = x.new_zeros((), dtype=self.dtype) if request.bias is None else _scalar(request.bias, self.dtype)
         self.dz_scale: Tensor | None = None
         self.dx = self.new_rows(problem.M if needs_grad.x else 0)
+        self.may_replace = request.backend == "auto"
         self.accumulate_dx = False  # whether dx holds something to add to
         self.sums: list[Tensor] = []  # [4] for each call of ``add``; the last element is unused
         self.stats: list[Tensor] = []  # [blocks, 8] for each call of ``add``, with return_stats
@@ -133,6 +134,7 @@ class BlockLoop:
                 dz_scale=self.dz_scale,
                 workspace=self.workspace,
                 loss_only=loss_only,
+                may_replace=self.may_replace,
                 stats=None if stats is None else stats[index],
                 dx=_rows(self.dx, r) if needs_dx else None,
                 accumulate_dx=self.accumulate_dx or c.start > 0,

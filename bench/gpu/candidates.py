@@ -13,8 +13,9 @@ from bench.gpu.precompile import LossCall, variants_of_calls
 from bench.harness.timing import MIB
 from bench.microbenchmark.problems import Problem
 from siglip_kernels import backends
-from siglip_kernels.backends.base import DZ_BYTES, BlockKernel
+from siglip_kernels.backends.base import BlockKernel
 from siglip_kernels.backends.cuda import CudaBlockKernel
+from siglip_kernels.backends.gpu import DZ_BYTES
 from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.backends.triton.configs import Config, Variant
 from siglip_kernels.targets import SM90_CONFIGURATIONS

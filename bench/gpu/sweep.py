@@ -217,7 +217,7 @@ def _trial(
         candidate.pairs_kind,
         problem.D,
         candidate.name,
-        candidate.cuda or triton_report.tile_name(rows[0].variant.config),
+        candidate.cuda or str(rows[0].variant.config),
         f"{R:,} × {C:,}",
         registers=max((f.registers for f in figures), default=None),
         spills=max((f.spills for f in figures), default=None),

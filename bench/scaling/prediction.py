@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.harness.timing import MIB
 from bench.microbenchmark import report
 from bench.scaling.model import Cluster, Workload, completion_times
-from siglip_kernels.backends.base import DZ_BYTES
+from siglip_kernels.backends.gpu import DZ_BYTES
 
 HIDDEN_BELOW = 0.05  # exposed communication below this share of the time counts as hidden
 

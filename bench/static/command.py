@@ -62,6 +62,4 @@ def report_triton(options: argparse.Namespace) -> int:
 
 def _as_json(row: triton_report.Row) -> str:
     resources = asdict(row.resources) if row.resources else None
-    return json.dumps(
-        {"variant": triton_report.describe(row.variant), "resources": resources, "problems": row.problems}
-    )
+    return json.dumps({"variant": str(row.variant), "resources": resources, "problems": row.problems})

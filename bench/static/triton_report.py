@@ -9,15 +9,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 from bench.static.compilation import compile_variant, parallel_map
 from bench.static.disassembly import nvidia_tool, sass_opcodes
 from siglip_kernels.backends.triton import configs
 
 # Tensor-core instructions.
 TENSOR_CORE = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": r"v_mfma"}
-ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 HEADER = f"{'variant':76} {'regs':>5} {'spills':>6} {'stack':>6} {'shared':>7} {'tensor':>6} {'instr':>6}"
 
 # Problems of a row that say nothing about the kernel.
@@ -69,30 +66,6 @@ def inspect_variants(
     """Compile the variants in parallel; a row for each, in order. ``seconds``: for all of them."""
     for variant, row in zip(variants, parallel_map(_inspect, variants, processes, seconds), strict=True):
         yield row or Row(variant, None, [TIMED_OUT])
-
-
-def describe(variant: configs.Variant) -> str:
-    """A name that differs for any two shipped variants."""
-    flags = {
-        "weights": variant.has_weights,
-        "masses": variant.masses == "weights",
-        "soft": variant.masses == "soft_targets",
-        "stats": variant.stats,
-        "loss-only": variant.loss_only,
-        "no-dz": not variant.write_dz,
-    }
-    words = [
-        f"{variant.arch:6} {ELEMENTS[variant.dtype]} {tile_name(variant.config):17}",
-        "tma" if variant.use_tma else "ptr",
-        f"{variant.precision:6}",
-        variant.labels,
-        *(name for name, is_set in flags.items() if is_set),
-    ]
-    return " ".join(words)
-
-
-def tile_name(config: configs.Config) -> str:
-    return f"{config.block_m}x{config.block_n}x{config.block_d} {config.num_warps}w {config.num_stages}s"
 
 
 def _inspect(variant: configs.Variant) -> Row:
@@ -155,4 +128,4 @@ def format_row(row: Row) -> str:
     figures = list(asdict(row.resources).values()) if row.resources else ["-"] * 6
     widths = (5, 6, 6, 7, 6, 6)
     cells = " ".join(f"{figure:>{width}}" for figure, width in zip(figures, widths, strict=True))
-    return f"{describe(row.variant):76} {cells}  {'; '.join(row.problems)}".rstrip()
+    return f"{row.variant!s:76} {cells}  {'; '.join(row.problems)}".rstrip()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +10,8 @@ from torch import Tensor
 
 from siglip_kernels import gemm
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.stats import reduce_stats
 
 ENOUGH_PAIRS = 1024
-# Size of a block's dz on a GPU: 256 MiB. Blocks are then large enough for full waves of tiles.
-DZ_BYTES = 256 * 2**20
-# Block sizes are multiples of the largest tile.
-TILE = 128
 
 
 class Problem(NamedTuple):
@@ -53,6 +47,7 @@ class BlockTask(NamedTuple):
     dz_scale: Tensor | None  # [] a power of two that keeps float16 from underflow; None: 1. Sums never contain it
     workspace: Any  # from BlockKernel.workspace
     loss_only: bool = False  # no gradient is needed at all: only sums[0] will be read
+    may_replace: bool = False  # another kernel may do the block if this one is found faulty; else that is an error
     stats: Tensor | None = None  # [8] the dtype of sums, out, in the layout of stats.py
     dx: Tensor | None = None  # [r, D] accumulator dtype, rows contiguous, out: dz @ y, added with accumulate_dx
     accumulate_dx: bool = False
@@ -104,35 +99,3 @@ class BlockKernel(abc.ABC):
             gemm.gemm_(task.dx, task.dz, task.y, accumulate=task.accumulate_dx)
         if task.dy is not None:
             gemm.gemm_(task.dy, task.dz.T, task.x, accumulate=task.accumulate_dy)
-
-
-def reduce_partials(task: BlockTask, partials: Tensor, stats_partials: Tensor | None) -> None:
-    """Write ``task.sums`` and ``task.stats`` from a GPU kernel's parts, in a fixed order.
-
-    ``partials`` is [3, parts] float32, of which with ``loss_only`` just the first row is written; ``stats_partials`` is
-    [8, parts] float32, None without stats.
-    """
-    sums, written = task.sums, 1 if task.loss_only else 3
-    torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
-    if task.stats is not None and stats_partials is not None:
-        dtype = task.stats.dtype
-        task.stats.copy_(reduce_stats([stats_partials.T.to(dtype)], task.stats.device, dtype))
-
-
-def even_block_shape(problem: Problem, pairs: int) -> tuple[int, int]:
-    """(R, C) of at most ``pairs`` pairs, in multiples of TILE, for a device that needs large blocks.
-
-    Each side is cut evenly. If both are cut, a block has about twice as many texts as images.
-    """
-    R = _even_cut(problem.M, math.isqrt(pairs // 2))
-    C = _even_cut(problem.N, pairs // R)
-    if problem.N <= C:
-        R = _even_cut(problem.M, pairs // C)
-    return R, C
-
-
-def _even_cut(length: int, limit: int) -> int:
-    """The size of a block when ``length`` is cut evenly, on multiples of TILE, into blocks of at most ``limit``."""
-    tiles, most = -(-length // TILE), max(1, limit // TILE)
-    blocks = max(1, -(-tiles // most))
-    return TILE * max(1, -(-tiles // blocks))

@@ -8,14 +8,15 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import Structure, c_char_p, c_int32, c_int64, c_void_p
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from siglip_kernels import build, targets
-from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_block_shape, reduce_partials
+from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.cpu_native import address
+from siglip_kernels.backends.gpu import GpuBlockKernel, reduce_partials
 from siglip_kernels.gemm import pad_to_alignment
 from siglip_kernels.stats import SIZE
 
@@ -57,11 +58,10 @@ class BlockParams(Structure):
     )
 
 
-class CudaBlockKernel(BlockKernel):
+class CudaBlockKernel(GpuBlockKernel):
     """TMA and WGMMA. The epilogue of one warpgroup overlaps with the products of the other."""
 
     name = "cuda"
-    pads_to_alignment = True
     unproven = "not yet proven on a GPU"
 
     def __init__(self, configuration: str = SHIPPED) -> None:
@@ -88,19 +88,25 @@ class CudaBlockKernel(BlockKernel):
         reason = _why_not_run(self.configuration)
         return [] if reason is None else [reason]
 
-    def operand_dtype(self, problem: Problem) -> torch.dtype:
-        return problem.dtype if problem.rounds_out else torch.float32
-
-    def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return even_block_shape(problem, DZ_BYTES // self.operand_dtype(problem).itemsize)
-
     def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
         # A cluster has nothing to share in the small problems that need dz in float32.
         library = _library(self.configuration if problem.rounds_out else SHIPPED)
         partials = torch.empty(3 * library.siglip_sm90_partials(R, C), dtype=torch.float32, device=problem.device)
         return Workspace(partials, problem.dtype, library)
 
-    def block(self, task: BlockTask) -> None:
+    def variant(self, task: BlockTask) -> Variant:
+        pairs, dz = task.pairs, task.dz
+        output = "loss" if task.loss_only else "sums" if dz is None else str(dz.dtype).removeprefix("torch.")
+        return Variant(
+            self.configuration,
+            task.workspace.dtype,
+            output,
+            ids="ignored" if pairs.ignore_ids else "given" if pairs.has_ids else "none",
+            weights=pairs.multi_positive or ("given" if pairs.has_weights else "none"),
+            stats=task.stats is not None,
+        )
+
+    def launch(self, variant: Any, task: BlockTask) -> None:
         workspace: Workspace = task.workspace
         library = workspace.library
         width = library.siglip_sm90_partials(len(task.x), len(task.y))
@@ -116,6 +122,17 @@ class CudaBlockKernel(BlockKernel):
         if error:
             raise RuntimeError(f"backend='cuda' failed to launch: {library.siglip_sm90_error(error).decode()}")
         reduce_partials(task, partials, stats)
+
+
+class Variant(NamedTuple):
+    """What decides which code of the kernel runs."""
+
+    configuration: str
+    dtype: torch.dtype  # of the features
+    output: str  # the dtype of dz; else "sums" or "loss"
+    ids: str
+    weights: str
+    stats: bool
 
 
 class Workspace(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from bench.static import cuda_report
 from bench.static.cuda_report import Kernel
 from siglip_kernels import __main__, backends, build, sigmoid_loss, sigmoid_loss_and_grads, targets
-from siglip_kernels.backends import base, cuda
+from siglip_kernels.backends import cuda, gpu
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.cuda import CudaBlockKernel
 from siglip_kernels.testing import check, make_inputs
@@ -179,8 +179,8 @@ def test_only_its_name_reaches_it(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_blocks_fill_the_device() -> None:
     R, C = CudaBlockKernel().block_shape(ON_GPU._replace(M=65_536, N=65_536))
-    assert R % base.TILE == C % base.TILE == 0
-    assert R * C * 2 <= base.DZ_BYTES
+    assert R % gpu.TILE == C % gpu.TILE == 0
+    assert R * C * 2 <= gpu.DZ_BYTES
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from siglip_kernels.backends import base
+from siglip_kernels.backends import gpu
 from siglip_kernels.backends import triton as backend
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.triton import TritonBlockKernel, configs
@@ -67,7 +67,7 @@ def test_configurations_are_ones_that_the_kernel_can_run(key: tuple[str, int], c
     blocks = config.block_m, config.block_n, config.block_d
     assert all(block & (block - 1) == 0 and block >= 16 for block in blocks)
     # block_shape cuts on multiples of TILE; a quarter of the columns holds the 8 running products of a row.
-    assert base.TILE % config.block_m == base.TILE % config.block_n == 0
+    assert gpu.TILE % config.block_m == gpu.TILE % config.block_n == 0
     assert config.block_n // 4 >= 8
     # Rows of a TMA box: at least 16 bytes, for the operands and for a quarter of dz.
     assert min(config.block_d, config.block_n // 4) * key[1] >= 16
@@ -117,24 +117,24 @@ def test_shipped_covers_every_configuration_once() -> None:
 @pytest.mark.parametrize("N", [1, 128, 129, 8192, 20_000, 32_768, 65_537, 1_000_000])
 def test_blocks_are_bounded_and_cut_evenly(M: int, N: int, dtype: torch.dtype) -> None:
     R, C = TritonBlockKernel().block_shape(make_problem(M, N, 768, dtype))
-    assert R % base.TILE == C % base.TILE == 0
+    assert R % gpu.TILE == C % gpu.TILE == 0
     # One tile a side is the least there is; beyond that rounding goes down.
-    assert R * C * dtype.itemsize <= base.DZ_BYTES
+    assert R * C * dtype.itemsize <= gpu.DZ_BYTES
     for length, block in ((M, R), (N, C)):
         blocks = -(-length // block)
         # No smaller multiple of TILE gives as few blocks: the last is less than a tile a block short of the others.
-        assert block == base.TILE or -(-length // (block - base.TILE)) > blocks
+        assert block == gpu.TILE or -(-length // (block - gpu.TILE)) > blocks
 
 
 @pytest.mark.parametrize("dtype", backend.DTYPES)
 def test_blocks_fill_the_workspace_where_the_problem_does(dtype: torch.dtype) -> None:
     R, C = TritonBlockKernel().block_shape(make_problem(1_000_000, 1_000_000, 768, dtype))
-    assert R * C * dtype.itemsize > 0.8 * base.DZ_BYTES
+    assert R * C * dtype.itemsize > 0.8 * gpu.DZ_BYTES
     assert 1.5 < C / R < 2.5
     # Few texts: the images may use what they leave.
     R, C = TritonBlockKernel().block_shape(make_problem(1_000_000, 512, 768, dtype))
     assert C == 512
-    assert R * C * dtype.itemsize > 0.8 * base.DZ_BYTES
+    assert R * C * dtype.itemsize > 0.8 * gpu.DZ_BYTES
     # A problem that fits is one block.
     R, C = TritonBlockKernel().block_shape(make_problem(4096, 4096, 768, dtype))
     assert (R, C) == (4096, 4096)

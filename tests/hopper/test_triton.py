@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.static.triton_report import describe
 from siglip_kernels.backends.triton.configs import Variant
 from tests.building import HOST_CXX
 from tests.hopper import mutations, triton_kernel
@@ -42,7 +41,7 @@ def worker() -> Iterator[Executor]:
             yield executor
 
 
-@pytest.mark.parametrize("variant", triton_kernel.shipped(), ids=describe)
+@pytest.mark.parametrize("variant", triton_kernel.shipped(), ids=str)
 def test_shipped_kernels(variant: Variant, worker: Executor) -> None:
     assert worker.submit(triton_kernel.first_failure_of, variant, PROBLEMS).result() is None
 

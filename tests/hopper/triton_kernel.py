@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.static.triton_report import describe
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.configs import Variant
 from tests.hopper import emulator
@@ -45,13 +44,13 @@ def random_blocks(variant: Variant, seeds: range, mutate: Mutate = unchanged) ->
             settings = Settings.of_seed(seed, strict_mbarriers=False)  # Triton publishes them by bar.sync alone
             emulator.configure(settings)
             try:
-                launch.launch_block("sm_90", task, variant.config)
+                launch.launch_block(variant, task)
                 wrong = mismatch(task)
             except RuntimeError as error:
                 wrong = str(error)
             finally:
                 emulator.forget()
-            yield f"{describe(variant)}: seed {seed}, {shape}, {settings}", wrong
+            yield f"{variant}: seed {seed}, {shape}, {settings}", wrong
 
 
 def first_failure_of(variant: Variant, seeds: range, mutate: Mutate = unchanged) -> str | None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from siglip_kernels.backends.base import DZ_BYTES, BlockKernel, BlockTask, Problem, even_block_shape
+from siglip_kernels.backends.base import BlockTask, Problem
+from siglip_kernels.backends.gpu import DZ_BYTES, GpuBlockKernel, even_block_shape
 from siglip_kernels.backends.triton import configs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class TritonBlockKernel(BlockKernel):
+class TritonBlockKernel(GpuBlockKernel):
     """One launch per block. Only dz and three sums per tile reach memory, never the logits."""
 
     name = "triton"
-    pads_to_alignment = True
 
     def __init__(
         self,
@@ -52,9 +53,6 @@ class TritonBlockKernel(BlockKernel):
         reason = _why_not_launch()
         return [] if reason is None else [reason]
 
-    def operand_dtype(self, problem: Problem) -> torch.dtype:
-        return problem.dtype if problem.rounds_out else torch.float32
-
     def block_shape(self, problem: Problem) -> tuple[int, int]:
         return self.blocks or even_block_shape(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
 
@@ -62,10 +60,15 @@ class TritonBlockKernel(BlockKernel):
         """[3 · tiles] float32: the sums of every tile, for the smallest tiles that a ragged block may take."""
         return torch.empty(3 * configs.max_tiles(R, C, self.config), dtype=torch.float32, device=problem.device)
 
-    def block(self, task: BlockTask) -> None:
+    def variant(self, task: BlockTask) -> configs.Variant:
+        from siglip_kernels.backends.triton.launch import variant_of
+
+        return variant_of(architecture(task.x.device), task, self.config)
+
+    def launch(self, variant: Any, task: BlockTask) -> None:
         from siglip_kernels.backends.triton.launch import launch_block
 
-        launch_block(architecture(task.x.device), task, self.config)
+        launch_block(variant, task)
 
 
 def architecture(device: torch.device) -> str:

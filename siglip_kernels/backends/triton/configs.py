@@ -20,6 +20,9 @@ class Config:
     num_stages: int
     group_m: int = 8
 
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_d} {self.num_warps}w {self.num_stages}s"
+
 
 # LARGE: tiles for problems that fill the device. SMALL: smaller tiles, which spread a small problem over more of it.
 # The keys are the architecture family and the bytes per element.
@@ -49,6 +52,7 @@ GENERAL_BLOCK_N = 64
 MIN_LARGE_TILES = 128
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TMA = ("sm_90", "sm_100")
+ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # How the kernel finds the positives: the values of its LABELS_… constants.
 LABELS = {"none": 0, "offset": 1, "ids": 2, "ignore": 3}
 # How the kernel uses the mass of a positive pair. Masses come only with ids and weights.
@@ -105,6 +109,25 @@ class Variant:
     write_dz: bool = True
     masses: str = "none"  # one of MASSES
     stats: bool = False
+
+    def __str__(self) -> str:
+        """A description that differs for any two shipped variants."""
+        flags = {
+            "weights": self.has_weights,
+            "masses": self.masses == "weights",
+            "soft": self.masses == "soft_targets",
+            "stats": self.stats,
+            "loss-only": self.loss_only,
+            "no-dz": not self.write_dz,
+        }
+        words = [
+            f"{self.arch:6} {ELEMENTS[self.dtype]} {self.config!s:17}",
+            "tma" if self.use_tma else "ptr",
+            f"{self.precision:6}",
+            self.labels,
+            *(name for name, is_set in flags.items() if is_set),
+        ]
+        return " ".join(words)
 
 
 def is_general(labels: str, masses: str, stats: bool) -> bool:

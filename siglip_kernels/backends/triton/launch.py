@@ -11,19 +11,19 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from siglip_kernels.backends.base import BlockTask, reduce_partials
+from siglip_kernels.backends.base import BlockTask
+from siglip_kernels.backends.gpu import reduce_partials
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.configs import Config, Variant
 from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel
-from siglip_kernels.gemm import pad_to_alignment
+from siglip_kernels.gemm import allows_tf32, pad_to_alignment
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.stats import SIZE
 
 
-def launch_block(arch: str, task: BlockTask, config: Config | None = None) -> None:
-    """Launch the kernel on one block; ``config``: instead of the shipped one."""
+def launch_block(variant: Variant, task: BlockTask) -> None:
+    """Launch the kernel on one block, which needs ``variant``."""
     task = task._replace(x=pad_to_alignment(task.x), y=pad_to_alignment(task.y))
-    variant = variant_of(arch, task, config)
     programs = triton.cdiv(len(task.x), variant.config.block_m) * triton.cdiv(len(task.y), variant.config.block_n)
     partials = task.workspace[: 3 * programs].view(3, programs)
     stats_partials = None if task.stats is None else partials.new_empty(SIZE, programs)
@@ -48,7 +48,7 @@ def variant_of(arch: str, task: BlockTask, config: Config | None = None) -> Vari
         task.x.dtype,
         config,
         use_tma=configs.family(arch) in configs.TMA,
-        precision=configs.precision(arch, task.x.dtype, _tf32_allowed()),
+        precision=configs.precision(arch, task.x.dtype, allows_tf32()),
         labels=labels,
         has_weights=pairs.has_weights,
         loss_only=task.loss_only,
@@ -163,7 +163,3 @@ def _labels(pairs: PairSpec, M: int, N: int) -> str:
 
 def _operand(t: Tensor, use_tma: bool, rows: int, cols: int) -> Tensor | TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols]) if use_tma else t
-
-
-def _tf32_allowed() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -11,13 +11,14 @@ from bench.gpu import candidates
 from bench.gpu.candidates import DIAGONAL, IDS, SHIPPED, Candidate, registered_as_triton
 from bench.static import compilation
 from siglip_kernels import backends, sigmoid_loss
+from siglip_kernels.backends import verification
 from siglip_kernels.backends.base import Problem as BackendProblem
 from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.backends.triton.configs import Config
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.targets import SM90_CONFIGURATIONS
 from siglip_kernels.testing import make_inputs
-from tests.bench.gpu.faulty import needs_interpreter
+from tests.bench.gpu.faulty import launch_only, needs_interpreter
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = Config(32, 32, 16, num_warps=4, num_stages=2)
@@ -75,6 +76,7 @@ def test_the_configuration_is_the_one_that_is_launched(use: str, monkeypatch: py
     from siglip_kernels.backends.triton import launch
 
     launched = []
+    monkeypatch.setattr(verification, "errors_of_launch", launch_only)
     kernel = launch._sigmoid_block_kernel
     monkeypatch.setattr(
         launch, "_sigmoid_block_kernel", {(n,): lambda *a, **how: launched.append(how) for n in range(99)}

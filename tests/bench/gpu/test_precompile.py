@@ -21,8 +21,10 @@ from bench.microbenchmark.problems import FORWARD, FROZEN, Problem
 from bench.microbenchmark.results import Results
 from bench.static import compilation, triton_report
 from siglip_kernels import backends, sigmoid_loss, testing
+from siglip_kernels.backends import verification
 from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.backends.triton.configs import Variant
+from tests.bench.gpu.faulty import launch_only
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -159,6 +161,7 @@ def compile_only() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
+    verification.errors_of_launch = launch_only
     driver.set_active(compilation.CompileOnlyDriver(GPUTarget("cuda", 90, 32)))
     TritonBlockKernel.why_not = lambda self, problem: []  # type: ignore[method-assign]
     for kernel in backends.BACKENDS.values():

@@ -1,0 +1,133 @@
+"""A GPU kernel's block against the same block by the eager kernel, on the same device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.backends.base import BlockTask, Problem
+from siglip_kernels.backends.eager import EagerBlockKernel
+from siglip_kernels.gemm import allows_tf32
+from siglip_kernels.stats import SIZE, reduce_stats
+from siglip_kernels.testing import limits
+
+PAIRS_AT_ONCE = 2**22  # that the eager kernel works on: 16 MiB for each of its buffers
+# An element of dz is not compared below this part of the largest possible one: float16, or the device, may make it 0.
+NEGLIGIBLE = 2.0**-36
+
+
+def run_eager(task: BlockTask, inspect: Callable[[slice, Tensor], None] | None = None) -> None:
+    """The block by the eager kernel, some rows at a time.
+
+    ``inspect`` is called with each part's rows and its dz [rows, c] in float32, which the task's dz then does not get.
+    """
+    kernel, (r, c) = EagerBlockKernel(), (len(task.x), len(task.y))
+    height = max(1, min(r, PAIRS_AT_ONCE // c))
+    workspace = kernel.workspace(Problem(r, c, task.x.shape[1], task.x.dtype, task.x.device), height, c)
+    buffer = None if inspect is None else task.x.new_empty((height, c), dtype=torch.float32)
+    sums, stats = [], []
+    for begin in range(0, r, height):
+        rows = slice(begin, min(begin + height, r))
+        dz = buffer[: rows.stop - begin] if buffer is not None else None if task.dz is None else task.dz[rows]
+        sums.append(torch.zeros_like(task.sums))
+        if task.stats is not None:
+            stats.append(task.stats.new_empty(1, SIZE))
+        kernel.block(
+            task._replace(
+                x=task.x[rows],
+                pairs=task.pairs.block(rows, slice(0, c)),
+                sums=sums[-1],
+                dz=dz,
+                workspace=workspace,
+                stats=stats[-1][0] if stats else None,
+            )
+        )
+        if inspect is not None and dz is not None:
+            inspect(rows, dz)
+    torch.sum(torch.stack(sums), dim=0, out=task.sums)
+    if task.stats is not None:
+        task.stats.copy_(reduce_stats(stats, task.stats.device, task.stats.dtype))
+
+
+def errors_of_launch(launch: Callable[[BlockTask], None], task: BlockTask) -> dict[str, float]:
+    """Launch on outputs full of NaN. The error of each output, as a multiple of what is allowed.
+
+    Empty if that cannot be told: the inputs overflow, or memory is short.
+    """
+    for output in (task.sums, task.dz, task.stats):
+        if output is not None:
+            output.fill_(torch.nan)
+    launch(task)
+    try:
+        with torch.no_grad():
+            return _errors(task)
+    except torch.OutOfMemoryError:
+        return {}
+
+
+def _errors(task: BlockTask) -> dict[str, float]:
+    x, y, pairs, dz = task.x, task.y, task.pairs, task.dz
+    dz_scale = 1.0 if task.dz_scale is None else task.dz_scale
+    limit, count = limits(x.dtype, "hot"), len(x) * len(y)
+    is_half = dz is not None and dz.dtype in (torch.float16, torch.bfloat16)
+    rounding = torch.finfo(dz.dtype).eps if dz is not None and is_half else 2.0**-18  # of dz; twice that of half
+    # Σ|products| of a logit at most, and the error of a sum of D of them in float32, in any order and in both kernels.
+    u = _largest_norm(x) * _largest_norm(y)
+    z = task.scale.abs() * u + task.bias.abs()
+    is_tf32 = x.dtype is torch.float32 and allows_tf32()
+    z_error = z * (2.0**-8 if is_tf32 else (32 + x.shape[1] / 8) * 2.0**-23)
+    weight = torch.ones_like(z)
+    if pairs.image_weights is not None and pairs.text_weights is not None:
+        weight = pairs.image_weights.amax() * pairs.text_weights.amax()
+    negligible = NEGLIGIBLE * weight * dz_scale + (2.0**-24 if dz is not None and dz.dtype is torch.float16 else 1e-30)
+
+    worst, total = torch.zeros_like(z), torch.zeros((), dtype=task.sums.dtype, device=x.device)  # error; Σ|terms of dz|
+
+    def inspect(rows: slice, expected: Tensor) -> None:
+        nonlocal worst, total
+        size = expected.abs()
+        if pairs.multi_positive == "soft_targets":  # a difference of terms up to the weight
+            size += pairs.block(rows, slice(0, len(y))).positive_mask(*size.shape) * weight * dz_scale
+        total = total + (size.sum(dtype=total.dtype) / dz_scale)
+        if dz is not None:
+            allowed = torch.addcmul(negligible, size, rounding + z_error)
+            worst = torch.maximum(worst, torch.sub(dz[rows], expected).abs_().div_(allowed).amax())
+
+    stats = None if task.stats is None else torch.empty_like(task.stats)
+    reference = task._replace(sums=torch.empty_like(task.sums), stats=stats, loss_only=False)
+    run_eager(reference, inspect)
+    of_terms = total * z_error + NEGLIGIBLE * weight * count
+    loss, dzu, dz_sum, *_ = (task.sums - reference.sums).abs()
+    errors = {
+        "loss": loss / (limit.loss * reference.sums[0] + of_terms),
+        "Σ dz·u": dzu / ((limit.scalars * total + of_terms) * u),
+        "Σ dz": dz_sum / (limit.scalars * total + of_terms),
+        "dz": worst,
+    }
+    if task.loss_only:
+        errors = {"loss": errors["loss"]}
+    if task.stats is not None and stats is not None:
+        of_logits = z_error + 2.0**-18 * z
+        allowed = torch.stack([count * of_logits] * 2 + [torch.full_like(z, 0.5)] * 2 + [of_logits] * 4)
+        difference = torch.where(task.stats == stats, 0.0, (task.stats - stats).abs())
+        errors["stats"] = (difference / allowed).amax()
+    *measured, z_largest, total_size = _read(torch.stack([t.double() for t in (*errors.values(), z, total)]))
+    return dict(zip(errors, measured, strict=True)) if z_largest + total_size < float("inf") else {}
+
+
+def _read(values: Tensor) -> list[float]:
+    """The values on the host, which waits for them even where a user forbids such waits."""
+    if not values.is_cuda:
+        return values.tolist()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        return values.tolist()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _largest_norm(features: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).amax()

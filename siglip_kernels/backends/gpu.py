@@ -1,0 +1,78 @@
+"""What the GPUs' block kernels share: the size of their blocks, the proof at a first run, the sums of their parts."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.backends import verification
+from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
+from siglip_kernels.stats import reduce_stats
+
+# Size of a block's dz: 256 MiB. Blocks are then large enough for full waves of tiles.
+DZ_BYTES = 256 * 2**20
+# Block sizes are multiples of the largest tile.
+TILE = 128
+
+
+class GpuBlockKernel(BlockKernel):
+    """A kernel in several variants, each of which is compiled by itself and proves itself on the user's device."""
+
+    pads_to_alignment = True
+
+    @abc.abstractmethod
+    def variant(self, task: BlockTask) -> Hashable:
+        """The compilation that a block needs. ``str`` describes it."""
+
+    @abc.abstractmethod
+    def launch(self, variant: Hashable, task: BlockTask) -> None:
+        """``block``, with the variant that the block needs."""
+
+    def block(self, task: BlockTask) -> None:
+        variant = self.variant(task)
+        if (variant, task.x.device) in verification.proven:
+            self.launch(variant, task)
+        else:
+            verification.launch_unproven(self.name, variant, task, self.launch)
+
+    def operand_dtype(self, problem: Problem) -> torch.dtype:
+        return problem.dtype if problem.rounds_out else torch.float32
+
+    def block_shape(self, problem: Problem) -> tuple[int, int]:
+        return even_block_shape(problem, DZ_BYTES // self.operand_dtype(problem).itemsize)
+
+
+def reduce_partials(task: BlockTask, partials: Tensor, stats_partials: Tensor | None) -> None:
+    """Write ``task.sums`` and ``task.stats`` from a kernel's parts, in a fixed order.
+
+    ``partials`` is [3, parts] float32, of which with ``loss_only`` just the first row is written; ``stats_partials`` is
+    [8, parts] float32, None without stats.
+    """
+    sums, written = task.sums, 1 if task.loss_only else 3
+    torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
+    if task.stats is not None and stats_partials is not None:
+        dtype = task.stats.dtype
+        task.stats.copy_(reduce_stats([stats_partials.T.to(dtype)], task.stats.device, dtype))
+
+
+def even_block_shape(problem: Problem, pairs: int) -> tuple[int, int]:
+    """(R, C) of at most ``pairs`` pairs, in multiples of TILE, for a device that needs large blocks.
+
+    Each side is cut evenly. If both are cut, a block has about twice as many texts as images.
+    """
+    R = _even_cut(problem.M, math.isqrt(pairs // 2))
+    C = _even_cut(problem.N, pairs // R)
+    if problem.N <= C:
+        R = _even_cut(problem.M, pairs // C)
+    return R, C
+
+
+def _even_cut(length: int, limit: int) -> int:
+    """The size of a block when ``length`` is cut evenly, on multiples of TILE, into blocks of at most ``limit``."""
+    tiles, most = -(-length // TILE), max(1, limit // TILE)
+    blocks = max(1, -(-tiles // most))
+    return TILE * max(1, -(-tiles // blocks))
