@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -54,7 +55,7 @@ def run_eager(task: BlockTask, inspect: Callable[[slice, Tensor], None] | None =
 def errors_of_launch(launch: Callable[[BlockTask], None], task: BlockTask) -> dict[str, float]:
     """Launch on outputs full of NaN. The error of each output, as a multiple of what is allowed.
 
-    Empty if that cannot be told: the inputs overflow, or memory is short.
+    Empty if that cannot be told: the inputs overflow, all features or weights are 0, or memory is short.
     """
     for output in (task.sums, task.dz, task.stats):
         if output is not None:
@@ -113,8 +114,8 @@ def _errors(task: BlockTask) -> dict[str, float]:
         allowed = torch.stack([count * of_logits] * 2 + [torch.full_like(z, 0.5)] * 2 + [of_logits] * 4)
         difference = torch.where(task.stats == stats, 0.0, (task.stats - stats).abs())
         errors["stats"] = (difference / allowed).amax()
-    *measured, z_largest, total_size = _read(torch.stack([t.double() for t in (*errors.values(), z, total)]))
-    return dict(zip(errors, measured, strict=True)) if z_largest + total_size < float("inf") else {}
+    *measured, least, largest = _read(torch.stack([t.double() for t in (*errors.values(), u * total, z + total)]))
+    return dict(zip(errors, measured, strict=True)) if least > 0 and largest < math.inf else {}
 
 
 def _read(values: Tensor) -> list[float]:

@@ -3,8 +3,8 @@
 No test of ours has seen that device, its driver, its compiler. So the first block that a variant computes is computed
 by the eager kernel too, in parts. If the two agree, that is recorded on disk, and the variant is not compared again, by
 any process, until kernels, versions or device change. If they don't, or the variant cannot be compiled or launched,
-backend="auto" warns and leaves such blocks to the eager kernel; a backend by name raises KernelError. Inputs that are
-not finite and a lack of memory prove nothing, and under graph capture nothing can be compared: the next call tries.
+backend="auto" warns and leaves such blocks to the eager kernel; a backend by name raises KernelError. Inputs that
+overflow or are all 0 prove nothing, nor does a lack of memory or a call under graph capture: the next call tries.
 """
 
 from __future__ import annotations

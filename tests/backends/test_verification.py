@@ -281,6 +281,18 @@ def test_under_capture_nothing_is_compared(use: Use, monkeypatch: pytest.MonkeyP
         sigmoid_loss_and_grads(*inputs)
 
 
+@pytest.mark.parametrize("name", ["image_features", "text_features", "image_weights"])
+def test_zeros_prove_nothing(name: str, use: Use) -> None:
+    use(HostKernel())
+    inputs = make_inputs(*SHAPE, torch.float32)._asdict() | {"image_weights": torch.ones(300)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sigmoid_loss_and_grads(**(inputs | {name: torch.zeros_like(inputs[name])}))
+        assert not verification.proven
+        sigmoid_loss_and_grads(**inputs)
+    assert verification.proven
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 def test_inputs_that_overflow_prove_nothing(value: float, use: Use) -> None:
     use(HostKernel())
