@@ -16,7 +16,7 @@ from siglip_kernels import backends
 from siglip_kernels.backends.base import BlockKernel
 from siglip_kernels.backends.cuda import CudaBlockKernel
 from siglip_kernels.backends.gpu import DZ_BYTES
-from siglip_kernels.backends.triton import TritonBlockKernel, configs
+from siglip_kernels.backends.triton import TritonBlockKernel
 from siglip_kernels.backends.triton.configs import Config, Variant
 from siglip_kernels.targets import SM90_CONFIGURATIONS
 from siglip_kernels.testing import PAIRS
@@ -82,18 +82,22 @@ def make_plan(device: torch.device) -> SweepPlan:
 
 def make_candidates(shipped: Config, plan: SweepPlan) -> list[Candidate]:
     """All candidates that need no new kernel code, the shipped one first; ``shipped``: its large tile."""
-    wide = replace(shipped, block_m=128, block_n=256, num_warps=8, num_stages=3)
+    # With fewer lanes the running products of 256 columns would overflow.
+    wide = replace(shipped, block_m=128, block_n=256, num_warps=8, num_stages=3, lanes=max(2, shipped.lanes))
     tiles = {
         "4 warps": replace(shipped, num_warps=4),
+        "8 warps": replace(shipped, num_warps=8),
         "128 × 256, 8 warps, 3 stages": wide,
         "128 × 256, 8 warps, 4 stages": replace(wide, num_stages=4),
         "256 × 128, 8 warps, 3 stages": replace(wide, block_m=256, block_n=128),
+        "4 stores of dz": replace(shipped, dz_stores=4),
         "2 stages": replace(shipped, num_stages=2),
         "4 stages": replace(shipped, num_stages=4),
         "128 features, 2 stages": replace(shipped, block_d=128, num_stages=2),
         "16 rows of tiles together": replace(shipped, group_m=16),
     }
-    narrow = configs.narrowed(shipped)
+    columns = min(shipped.block_n, shipped.max_columns[0])  # with ids
+    narrow = shipped if columns <= 64 else replace(shipped, max_columns=(64, *shipped.max_columns[1:]))
     candidates = [Candidate(SHIPPED)]
     candidates += [Candidate(name, config=config) for name, config in tiles.items()]
     candidates += [Candidate(f"blocks of {R:,} × {C:,}", blocks=(R, C)) for R, C in plan.block_shapes]

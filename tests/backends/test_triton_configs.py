@@ -14,6 +14,8 @@ from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.backends.triton.configs import Config
 
 CONFIGS = [(key, config) for table in (configs.LARGE, configs.SMALL) for key, config in table.items()]
+# Labels, masses and stats, as configs.fitted takes them.
+USES = list(dict.fromkeys((v.labels, v.masses, v.stats) for v in configs.shipped()))
 CPU = torch.device("cpu")
 
 
@@ -53,10 +55,10 @@ def test_large_tiles_only_where_there_are_enough(arch: str, dtype: torch.dtype) 
     assert configs.choose(arch, *enough, 64, dtype) == large
     assert configs.choose(arch, enough[0] - large.block_m, enough[1], 64, dtype) == small
     # With what needs more registers: fewer columns, so more tiles.
-    general = configs.choose(arch, *enough, 64, dtype, general=True)
-    assert general == configs.narrowed(large)
+    general = configs.choose(arch, *enough, 64, dtype, "ignore")
+    assert general == configs.fitted(large, "ignore", "none", False)
     assert general.block_n == min(large.block_n, 64)
-    assert configs.choose(arch, 1, 1, 1, dtype, general=True) == configs.narrowed(small)
+    assert configs.choose(arch, 1, 1, 1, dtype, "ignore") == configs.fitted(small, "ignore", "none", False)
     # A ragged tile counts as one.
     assert configs.choose(arch, enough[0] - 1, enough[1] - 1, 64, dtype) == large
     assert configs.choose(arch, 1, 1, 1, dtype) == small
@@ -66,9 +68,14 @@ def test_large_tiles_only_where_there_are_enough(arch: str, dtype: torch.dtype) 
 def test_configurations_are_ones_that_the_kernel_can_run(key: tuple[str, int], config: Config) -> None:
     blocks = config.block_m, config.block_n, config.block_d
     assert all(block & (block - 1) == 0 and block >= 16 for block in blocks)
-    # block_shape cuts on multiples of TILE; a quarter of the columns holds the 8 running products of a row.
+    # block_shape cuts on multiples of TILE; a quarter of the columns holds a row's sums.
     assert gpu.TILE % config.block_m == gpu.TILE % config.block_n == 0
-    assert config.block_n // 4 >= 8
+    assert config.dz_stores in (2, 4)
+    for columns in (config.block_n, *config.max_columns[1:]):
+        quarter = min(config.block_n, columns) // 4
+        assert quarter >= max(8, config.lanes)
+        # A running product of factors up to 2 stays below 2^128.
+        assert 4 * quarter // min(2 * config.lanes, quarter) <= 64
     # Rows of a TMA box: at least 16 bytes, for the operands and for a quarter of dz.
     assert min(config.block_d, config.block_n // 4) * key[1] >= 16
 
@@ -83,7 +90,7 @@ def test_the_stages_fit_in_shared_memory(key: tuple[str, int], config: Config) -
 
 @pytest.mark.parametrize(("M", "N"), [*itertools.product([1, 63, 64, 65, 128, 129, 1000, 4096], repeat=2)])
 def test_max_tiles_bounds_every_configuration(M: int, N: int) -> None:
-    every = [config for _, config in CONFIGS] + [configs.narrowed(config) for _, config in CONFIGS]
+    every = [configs.fitted(config, *use) for _, config in CONFIGS for use in USES]
     tiles = [-(-M // config.block_m) * -(-N // config.block_n) for config in every]
     assert configs.max_tiles(M, N) == max(tiles)
 
@@ -99,11 +106,9 @@ def test_precision() -> None:
 def test_shipped_covers_every_configuration_once() -> None:
     variants = list(configs.shipped())
     assert len(variants) == len(set(variants))
-    general = [v for v in variants if configs.is_general(v.labels, v.masses, v.stats)]
-    plain = [v for v in variants if v not in general]
-    for chosen, change in ((plain, lambda config: config), (general, configs.narrowed)):
-        taken = {(v.arch, v.dtype.itemsize, v.config) for v in chosen}
-        assert taken == {(*key, change(config)) for key, config in CONFIGS}
+    for use in USES:
+        taken = {(v.arch, v.dtype.itemsize, v.config) for v in variants if (v.labels, v.masses, v.stats) == use}
+        assert taken == {(*key, configs.fitted(config, *use)) for key, config in CONFIGS}
     assert {v.arch for v in variants if v.use_tma} == set(configs.TMA)
     for dtype in backend.DTYPES:
         assert {v.labels for v in variants if v.dtype is dtype} == set(configs.LABELS)

@@ -170,9 +170,9 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return request.param
 
 
-@pytest.fixture(params=["sm_90", "sm_80"])
+@pytest.fixture(params=list(configs.SHARED_MEMORY))
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """By TMA, and by pointers, with the tiles of a part that has none."""
+    """By TMA and by pointers, with the tiles, lanes and stores of each family."""
     monkeypatch.setattr(backend, "architecture", lambda device: request.param)
     return request.param
 
@@ -216,7 +216,7 @@ def test_regimes(regime: tuple[float, float], kind: str, dtype: torch.dtype) -> 
     assert_right(block, inputs, pairs, dz_scale=dz_scale, limit=HOT_LIMIT if regime[0] > 500 else 0.0)
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("tiles", "path")
 def test_products_hold_where_every_factor_is_two() -> None:
     inputs, pairs = make_inputs((130, 260, 8), torch.float32, (0.0, 0.0)), PairSpec(None)
     block = run_block(inputs, pairs)

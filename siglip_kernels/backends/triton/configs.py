@@ -19,35 +19,42 @@ class Config:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    # Columns in which a row's sums are kept: in as many lanes and warps a tensor core's accumulator spreads it. Fewer
+    # make sums move between threads, more take registers.
+    lanes: int = 4
+    dz_stores: int = 2  # of a tile, 2 or 4
+    # For a kernel that keeps more in registers: columns at most with ids, with pairs that are left out or have masses,
+    # with stats; and the warps of the last two.
+    max_columns: tuple[int, int, int] = (256, 64, 64)
+    general_warps: int = 8
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n}x{self.block_d} {self.num_warps}w {self.num_stages}s"
 
 
 # LARGE: tiles for problems that fill the device. SMALL: smaller tiles, which spread a small problem over more of it.
-# The keys are the architecture family and the bytes per element.
+# The keys are the architecture family and the bytes per element. On sm_100 the accumulator has 128 rows, one for each
+# thread of 4 warps: with 8 warps, or 64 rows, it moves through shared memory.
 LARGE = {
-    ("sm_80", 2): Config(128, 64, 64, num_warps=8, num_stages=3),
-    ("sm_80", 4): Config(64, 64, 32, num_warps=8, num_stages=3),
+    ("sm_80", 2): Config(128, 64, 64, num_warps=8, num_stages=3, lanes=8, max_columns=(256, 64, 32)),
+    ("sm_80", 4): Config(64, 64, 32, num_warps=8, num_stages=3, lanes=8),
     ("sm_90", 2): Config(128, 128, 64, num_warps=8, num_stages=3),
     ("sm_90", 4): Config(128, 64, 32, num_warps=8, num_stages=3),
-    ("sm_100", 2): Config(128, 128, 64, num_warps=8, num_stages=3),
-    ("sm_100", 4): Config(128, 64, 32, num_warps=8, num_stages=3),
-    ("gfx942", 2): Config(128, 128, 64, num_warps=8, num_stages=2),
-    ("gfx942", 4): Config(128, 128, 32, num_warps=8, num_stages=2),
+    ("sm_100", 2): Config(128, 128, 64, 4, num_stages=3, lanes=1, max_columns=(64, 64, 32), general_warps=4),
+    ("sm_100", 4): Config(128, 64, 32, 4, num_stages=3, lanes=1, max_columns=(64, 64, 32), general_warps=4),
+    ("gfx942", 2): Config(128, 128, 64, num_warps=8, num_stages=2, lanes=16, dz_stores=4),
+    ("gfx942", 4): Config(128, 128, 32, num_warps=8, num_stages=2, lanes=16, dz_stores=4),
 }
 SMALL = {
-    ("sm_80", 2): Config(64, 64, 64, num_warps=4, num_stages=3),
-    ("sm_80", 4): Config(64, 32, 32, num_warps=4, num_stages=3),
+    ("sm_80", 2): Config(64, 64, 64, num_warps=4, num_stages=3, lanes=8, max_columns=(256, 32, 32)),
+    ("sm_80", 4): Config(64, 32, 32, num_warps=4, num_stages=3, lanes=8),
     ("sm_90", 2): Config(64, 64, 64, num_warps=4, num_stages=3),
     ("sm_90", 4): Config(64, 64, 32, num_warps=4, num_stages=3),
-    ("sm_100", 2): Config(64, 64, 64, num_warps=4, num_stages=3),
-    ("sm_100", 4): Config(64, 64, 32, num_warps=4, num_stages=2),
-    ("gfx942", 2): Config(64, 64, 64, num_warps=4, num_stages=2),
-    ("gfx942", 4): Config(64, 64, 32, num_warps=4, num_stages=2),
+    ("sm_100", 2): Config(128, 32, 64, num_warps=4, num_stages=3, lanes=1, general_warps=4),
+    ("sm_100", 4): Config(128, 32, 32, num_warps=4, num_stages=2, lanes=1, general_warps=4),
+    ("gfx942", 2): Config(64, 64, 64, num_warps=4, num_stages=2, lanes=16, dz_stores=4),
+    ("gfx942", 4): Config(64, 64, 32, num_warps=4, num_stages=2, lanes=16, dz_stores=4),
 }
-# Columns of a tile if pairs are left out, have masses or are counted: 128 columns then spill on all but sm_80.
-GENERAL_BLOCK_N = 64
 # Large tiles are used from this number of tiles on: about one for each multiprocessor of the parts above.
 MIN_LARGE_TILES = 128
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -68,23 +75,36 @@ def family(arch: str) -> str:
     return "sm_90" if number == 90 else "sm_100" if 100 <= number < 120 else "sm_80"
 
 
-def choose(arch: str, M: int, N: int, D: int, dtype: torch.dtype, general: bool = False) -> Config:
-    """The configuration for [M, D] images and [N, D] texts of ``dtype``; ``general``: from is_general."""
+def choose(
+    arch: str,
+    M: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    labels: str = "offset",
+    masses: str = "none",
+    stats: bool = False,
+) -> Config:
+    """The configuration for [M, D] images and [N, D] texts of ``dtype``, with the uses of a :class:`Variant`."""
     key = family(arch), dtype.itemsize
-    large, small = (narrowed(table[key]) if general else table[key] for table in (LARGE, SMALL))
+    large, small = (fitted(table[key], labels, masses, stats) for table in (LARGE, SMALL))
     tiles = -(-M // large.block_m) * -(-N // large.block_n)
     return large if tiles >= MIN_LARGE_TILES else small
 
 
-def narrowed(config: Config) -> Config:
-    """The configuration for a kernel that keeps more in registers: fewer columns, more threads."""
-    return replace(config, block_n=min(config.block_n, GENERAL_BLOCK_N), num_warps=8)
+def fitted(config: Config, labels: str, masses: str, stats: bool) -> Config:
+    """The configuration with fewer columns, or other warps, where these uses keep more in registers."""
+    with_ids, with_general, with_stats = config.max_columns
+    if not (labels == "ignore" or masses != "none" or stats):
+        return replace(config, block_n=min(config.block_n, with_ids)) if labels == "ids" else config
+    columns = min(config.block_n, with_stats if stats else with_general)
+    return replace(config, block_n=columns, num_warps=config.general_warps)
 
 
 def max_tiles(M: int, N: int, config: Config | None = None) -> int:
     """An upper bound on the tiles of [M, N] pairs, with ``config`` or with any shipped configuration."""
-    every = (*LARGE.values(), *SMALL.values()) if config is None else (narrowed(config),)
-    return max(-(-M // c.block_m) * -(-N // c.block_n) for c in every)
+    every = (*LARGE.values(), *SMALL.values()) if config is None else (config,)
+    return max(-(-M // c.block_m) * -(-N // min(c.block_n, *c.max_columns)) for c in every)
 
 
 def precision(arch: str, dtype: torch.dtype, allow_tf32: bool) -> str:
@@ -130,11 +150,6 @@ class Variant:
         return " ".join(words)
 
 
-def is_general(labels: str, masses: str, stats: bool) -> bool:
-    """Whether pairs are left out, have masses or are counted."""
-    return labels == "ignore" or masses != "none" or stats
-
-
 # What a launch can ask for. USES shape the kernel's code most; ALL_USES are all there are.
 USES: tuple[dict[str, Any], ...] = (
     {"labels": "none"},
@@ -176,5 +191,4 @@ def shipped(every: bool = False) -> Iterator[Variant]:
                 for precise in dict.fromkeys(precision(arch, dtype, tf32) for tf32 in (False, True)):
                     for use in ALL_USES if every else USES:
                         plain = Variant(arch, dtype, config, arch in TMA, precise, **use)
-                        general = is_general(plain.labels, plain.masses, plain.stats)
-                        yield replace(plain, config=narrowed(config)) if general else plain
+                        yield replace(plain, config=fitted(config, plain.labels, plain.masses, plain.stats))

@@ -14,10 +14,6 @@ LABELS_OFFSET = tl.constexpr(1)
 LABELS_IDS = tl.constexpr(2)
 LABELS_IGNORE = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
-# A row's running product Π(1 + e) is kept in this many columns: each multiplies at most BLOCK_N / 8 factors up to 2.
-PRODUCT_COLUMNS = tl.constexpr(8)
-# A row's sums are kept in this many columns until the end of the tile: one per thread of a tensor-core layout.
-LANES = tl.constexpr(4)
 
 
 @triton.jit(do_not_specialize=["M", "N", "positive_offset"])
@@ -54,10 +50,17 @@ def _sigmoid_block_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
+    LANES: tl.constexpr,
+    DZ_STORES: tl.constexpr,
 ):
+    # A row's running product Π(1 + e) is kept in this many columns. Each multiplies up to 64 factors up to 2.
+    PRODUCT_COLUMNS: tl.constexpr = min(2 * LANES, BLOCK_N // 4)
     pid = tl.program_id(0)
     pid_m, pid_n = _swizzle(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m = pid_m * BLOCK_M
+    # Before the products, which hide the latency.
+    scale = tl.load(scale_ptr)
+    bias = tl.load(bias_ptr)
     if USE_TMA:
         acc = _inner_products_tma(x, y, D, start_m, pid_n * BLOCK_N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
     else:
@@ -65,8 +68,6 @@ def _sigmoid_block_kernel(
         rows_y = _wrapped_rows(y, pid_n * BLOCK_N, stride_yn, N, BLOCK_N)
         acc = _inner_products(rows_x, rows_y, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
 
-    scale = tl.load(scale_ptr)
-    bias = tl.load(bias_ptr)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     sum_loss = tl.zeros((BLOCK_M, LANES), tl.float32)
@@ -80,13 +81,17 @@ def _sigmoid_block_kernel(
     if image_masses_ptr is not None:
         image_masses = tl.load(image_masses_ptr + offs_m, mask=mask_m, other=0.0)
     if stats_ptr is not None:
-        positives, negatives = _init_stats(BLOCK_M), _init_stats(BLOCK_M)
+        positives, negatives = _init_stats(BLOCK_M, LANES), _init_stats(BLOCK_M, LANES)
 
     QUARTER: tl.constexpr = BLOCK_N // 4
+    if WRITE_DZ:
+        DZ_DTYPE: tl.constexpr = dz.dtype if USE_TMA else dz.dtype.element_ty
     quarters = _split_quarters(acc, BLOCK_M, BLOCK_N)
     for quarter in tl.static_range(4):
         u = quarters[quarter]
         start_n = pid_n * BLOCK_N + quarter * QUARTER
+        if WRITE_DZ:
+            rounded = tl.zeros((BLOCK_M, QUARTER), DZ_DTYPE)
         # Nothing to do beyond the last text. The branch also keeps the quarters apart in the machine code.
         if start_n < N:
             offs_n = start_n + tl.arange(0, QUARTER)
@@ -130,12 +135,12 @@ def _sigmoid_block_kernel(
                         softplus = mass * tl.maximum(a, 0.0) + (1.0 - mass) * opposite + _log1p(e)
                     else:
                         softplus = softplus * mass
-                sum_loss += _lane_sums(softplus * text_weights[None, :], BLOCK_M, QUARTER)
+                sum_loss += _lane_sums(softplus * text_weights[None, :], BLOCK_M, QUARTER, LANES)
             else:
                 # Σ log1p(e) = log1p(p), where p accumulates Π(1 + e) - 1 without forming 1 + e.
-                p = _column_products(e, BLOCK_M, QUARTER)
+                p = _column_products(e, BLOCK_M, QUARTER, PRODUCT_COLUMNS)
                 product = product + p + product * p
-                sum_loss += _lane_sums(tl.maximum(a, 0.0), BLOCK_M, QUARTER)
+                sum_loss += _lane_sums(tl.maximum(a, 0.0), BLOCK_M, QUARTER, LANES)
 
             if stats_ptr is not None:
                 z = u * scale + bias
@@ -145,13 +150,13 @@ def _sigmoid_block_kernel(
                 if LABELS == LABELS_IGNORE:
                     valid = valid & ((sign < 0) | (image_ids[:, None] != text_ids[None, :]))
                 if LABELS >= LABELS_IDS:
-                    positives = _update_stats(positives, z, valid & (sign < 0), BLOCK_M, QUARTER)
+                    positives = _update_stats(positives, z, valid & (sign < 0), BLOCK_M, QUARTER, LANES)
                     valid = valid & (sign > 0)
                 if LABELS == LABELS_OFFSET:
                     diagonal = (offs_m + positive_offset)[:, None] == offs_n[None, :]
-                    positives = _update_stats(positives, z, valid & diagonal, BLOCK_M, QUARTER)
+                    positives = _update_stats(positives, z, valid & diagonal, BLOCK_M, QUARTER, LANES)
                     valid = valid & ~diagonal
-                negatives = _update_stats(negatives, z, valid, BLOCK_M, QUARTER)
+                negatives = _update_stats(negatives, z, valid, BLOCK_M, QUARTER, LANES)
 
             if not LOSS_ONLY:
                 # σ(|a|) = 1 / (1 + e) and σ(-|a|) = e / (1 + e). rsqrt squared is the shortest reciprocal.
@@ -168,23 +173,26 @@ def _sigmoid_block_kernel(
                         g = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -g, g)
                 if LABELS >= LABELS_IDS:
                     g = g * sign
-                sum_dzu += _lane_sums(g * u, BLOCK_M, QUARTER)
-                sum_dz += _lane_sums(g, BLOCK_M, QUARTER)
+                sum_dzu += _lane_sums(g * u, BLOCK_M, QUARTER, LANES)
+                sum_dz += _lane_sums(g, BLOCK_M, QUARTER, LANES)
                 if WRITE_DZ:
                     if dz_scale_ptr is not None:
                         g = g * tl.load(dz_scale_ptr)
-                    if USE_TMA:
-                        # TMA writes the last 16 bytes of a row whole, beyond N into the padding.
-                        dz.store([start_m, start_n], g.to(dz.dtype))
-                    else:
-                        rows = dz + offs_m.to(tl.int64) * stride_dzm
-                        mask = mask_m[:, None] & mask_n[None, :]
-                        tl.store(rows[:, None] + offs_n[None, :], g.to(dz.dtype.element_ty), mask=mask)
+                    rounded = g.to(DZ_DTYPE)
+                    if DZ_STORES == 4:
+                        _store_dz(dz, rounded, start_m, start_n, M, N, stride_dzm, USE_TMA, BLOCK_M, QUARTER)
+
+        if WRITE_DZ and DZ_STORES == 2:
+            if quarter % 2 == 0:
+                left = rounded
+            elif start_n - QUARTER < N:
+                both = _join_halves(left, rounded, BLOCK_M, 2 * QUARTER)
+                _store_dz(dz, both, start_m, start_n - QUARTER, M, N, stride_dzm, USE_TMA, BLOCK_M, 2 * QUARTER)
 
     if HAS_WEIGHTS:
         sum_loss = sum_loss * image_weights[:, None]
     else:
-        sum_loss += _lane_sums(_log1p(product), BLOCK_M, PRODUCT_COLUMNS)
+        sum_loss += _lane_sums(_log1p(product), BLOCK_M, PRODUCT_COLUMNS, LANES)
     programs = tl.num_programs(0)
     tl.store(partials_ptr + pid, tl.sum(sum_loss))
     if not LOSS_ONLY:
@@ -255,7 +263,7 @@ def _log1p(p):
 
 
 @triton.jit
-def _init_stats(ROWS: tl.constexpr):
+def _init_stats(ROWS: tl.constexpr, LANES: tl.constexpr):
     """Σ z, number, least z and least -z of no pairs, [ROWS, LANES] each."""
     zeros = tl.zeros((ROWS, LANES), tl.float32)
     inf = tl.full((ROWS, LANES), float("inf"), tl.float32)
@@ -263,14 +271,14 @@ def _init_stats(ROWS: tl.constexpr):
 
 
 @triton.jit
-def _update_stats(stats, z, chosen, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _update_stats(stats, z, chosen, ROWS: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr):
     """``stats``, first from _init_stats, after adding the ``chosen`` elements of z [ROWS, COLS]."""
     total, count, least, least_negated = stats
     inf = float("inf")
-    total += _lane_sums(tl.where(chosen, z, 0.0), ROWS, COLS)
-    count += _lane_sums(tl.where(chosen, 1.0, 0.0), ROWS, COLS)
-    least = tl.minimum(least, _lane_minima(tl.where(chosen, z, inf), ROWS, COLS))
-    least_negated = tl.minimum(least_negated, _lane_minima(tl.where(chosen, -z, inf), ROWS, COLS))
+    total += _lane_sums(tl.where(chosen, z, 0.0), ROWS, COLS, LANES)
+    count += _lane_sums(tl.where(chosen, 1.0, 0.0), ROWS, COLS, LANES)
+    least = tl.minimum(least, _lane_minima(tl.where(chosen, z, inf), ROWS, COLS, LANES))
+    least_negated = tl.minimum(least_negated, _lane_minima(tl.where(chosen, -z, inf), ROWS, COLS, LANES))
     return total, count, least, least_negated
 
 
@@ -291,6 +299,34 @@ def _split_halves(t, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def _store_dz(
+    dz,
+    values,
+    start_m,
+    start_n,
+    M,
+    N,
+    stride,
+    USE_TMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    if USE_TMA:
+        # TMA writes the last 16 bytes of a row whole, beyond N into the padding.
+        dz.store([start_m, start_n], values)
+    else:
+        offs_m, offs_n = start_m + tl.arange(0, ROWS), start_n + tl.arange(0, COLS)
+        rows = dz + offs_m.to(tl.int64) * stride
+        tl.store(rows[:, None] + offs_n[None, :], values, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def _join_halves(left, right, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, COLS]: the inverse of _split_halves."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (ROWS, COLS))
+
+
+@triton.jit
 def _split_quarters(t, ROWS: tl.constexpr, COLS: tl.constexpr):
     left, right = _split_halves(t, ROWS, COLS)
     left0, left1 = _split_halves(left, ROWS, COLS // 2)
@@ -299,33 +335,37 @@ def _split_quarters(t, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _column_products(p, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _column_products(p, ROWS: tl.constexpr, COLS: tl.constexpr, PRODUCT_COLUMNS: tl.constexpr):
     """[ROWS, PRODUCT_COLUMNS]: Π(1 + p) - 1 over the columns that are merged into one."""
     # Without the else Triton would also compile what follows a true condition.
     if COLS == PRODUCT_COLUMNS:
         return p
     else:
         left, right = _split_halves(p, ROWS, COLS)
-        return _column_products(left + right + left * right, ROWS, COLS // 2)
+        return _column_products(left + right + left * right, ROWS, COLS // 2, PRODUCT_COLUMNS)
 
 
 @triton.jit
-def _lane_sums(t, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _lane_sums(t, ROWS: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr):
     """[ROWS, LANES]: sums over the columns that one thread holds, so that no data moves."""
-    if COLS == 2 * LANES:
+    if COLS == LANES:
+        return t
+    elif COLS == 2 * LANES:
         left, right = tl.split(tl.reshape(t, (ROWS, LANES, 2)))
         return left + right
     else:
         left, right = _split_halves(t, ROWS, COLS)
-        return _lane_sums(left + right, ROWS, COLS // 2)
+        return _lane_sums(left + right, ROWS, COLS // 2, LANES)
 
 
 @triton.jit
-def _lane_minima(t, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _lane_minima(t, ROWS: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr):
     """[ROWS, LANES]: minima over the same columns as _lane_sums."""
-    if COLS == 2 * LANES:
+    if COLS == LANES:
+        return t
+    elif COLS == 2 * LANES:
         left, right = tl.split(tl.reshape(t, (ROWS, LANES, 2)))
         return tl.minimum(left, right)
     else:
         left, right = _split_halves(t, ROWS, COLS)
-        return _lane_minima(tl.minimum(left, right), ROWS, COLS // 2)
+        return _lane_minima(tl.minimum(left, right), ROWS, COLS // 2, LANES)

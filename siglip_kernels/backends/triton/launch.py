@@ -34,15 +34,14 @@ def launch_block(variant: Variant, task: BlockTask) -> None:
 
 
 def variant_of(arch: str, task: BlockTask, config: Config | None = None) -> Variant:
-    """The compilation that a block needs; ``config``: instead of the shipped one, narrowed if the block needs it."""
+    """The compilation that a block needs; ``config``: instead of the shipped one, fitted to the block's use."""
     (M, D), N = task.x.shape, task.y.shape[0]
     pairs, stats = task.pairs, task.stats is not None
     labels, masses = _labels(pairs, M, N), pairs.multi_positive or "none"
-    general = configs.is_general(labels, masses, stats)
     if config is None:
-        config = configs.choose(arch, M, N, D, task.x.dtype, general)
-    elif general:
-        config = configs.narrowed(config)
+        config = configs.choose(arch, M, N, D, task.x.dtype, labels, masses, stats)
+    else:
+        config = configs.fitted(config, labels, masses, stats)
     return Variant(
         arch,
         task.x.dtype,
@@ -92,7 +91,7 @@ def _arguments(
     return {
         "x": _operand(task.x, use_tma, config.block_m, config.block_d),
         "y": _operand(task.y, use_tma, config.block_n, config.block_d),
-        "dz": None if dz is None else _operand(dz, use_tma, config.block_m, config.block_n // 4),
+        "dz": None if dz is None else _operand(dz, use_tma, config.block_m, config.block_n // config.dz_stores),
         "partials_ptr": partials,
         "scale_ptr": task.scale,
         "bias_ptr": task.bias,
@@ -130,8 +129,11 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "BLOCK_N": config.block_n,
         "BLOCK_D": config.block_d,
         "GROUP_M": config.group_m,
+        "LANES": config.lanes,
+        "DZ_STORES": config.dz_stores,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
     }
 
 

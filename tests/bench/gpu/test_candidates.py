@@ -39,10 +39,13 @@ def test_the_candidates(arch: str, device: torch.device) -> None:
         blocks = config.block_m, config.block_n, config.block_d
         assert all(block & (block - 1) == 0 and 16 <= block <= 256 for block in blocks)
         assert config.block_n // 4 >= 8
+        assert config.block_n // (2 * config.lanes) <= 64
     if device == CUDA and arch == "sm_90":
         assert {(p.B, p.D, p.dtype) for p in plan.problems} == {(32_768, D, torch.bfloat16) for D in (768, 1152)}
         assert Config(128, 256, 64, num_warps=8, num_stages=3) in [c.config for c in every]
-        assert Config(128, 64, 64, num_warps=8, num_stages=3) in [c.config for c in every if c.pairs_kind == IDS]
+        narrow = replace(shipped, max_columns=(64, 64, 64))
+        assert narrow in [c.config for c in every if c.pairs_kind == IDS]
+        assert replace(shipped, dz_stores=4) in [c.config for c in every]
         assert replace(shipped, num_warps=4) in [c.config for c in every]
         assert (11_008, 11_008) in [c.blocks for c in every]
         assert len({c.dz_bytes for c in every}) > 3
