@@ -5,10 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from siglip_kernels.host_read import is_capturing, read
 
-def accumulates_in_float32(device: torch.device) -> bool:
-    """Whether the device's library multiplies half-precision matrices into a float32 result. ROCm's was not tried."""
-    return device.type == "cuda" and torch.version.hip is None
+_found: dict[tuple[torch.dtype, torch.device], bool] = {}
+
+
+def accumulates_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device's library multiplies half-precision matrices into a float32 result with float32 sums.
+
+    It is tried once on each device: old devices and some builds for ROCm refuse, and so does torch for float16 while
+    the user allows float16 sums.
+    """
+    if device.type != "cuda":
+        return False
+    if dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        return False
+    if (dtype, device) not in _found:
+        if is_capturing(device):
+            return torch.version.hip is None
+        _found[dtype, device] = _multiplies_into_float32(dtype, device)
+    return _found[dtype, device]
+
+
+def _multiplies_into_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    a, b = (torch.ones(16, 16, dtype=dtype, device=device) for _ in range(2))
+    a[:, 0] = 2048.0  # Σ is 2063, and twice that 4126: neither is a number of half precision
+    out = torch.empty(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return set(read(out.flatten())) == {4126.0}
 
 
 def allows_tf32() -> bool:
@@ -18,7 +46,7 @@ def allows_tf32() -> bool:
 
 def gemm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
     """``out = a @ b``, or ``out += a @ b``: a [m, k] and b [k, n] of one dtype; out [m, n] of that dtype or float32."""
-    if a.dtype is not out.dtype and accumulates_in_float32(out.device):
+    if a.dtype is not out.dtype and accumulates_in_float32(a.dtype, out.device):
         if accumulate:
             torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
         else:

@@ -11,6 +11,7 @@ from torch import Tensor
 from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.gemm import allows_tf32
+from siglip_kernels.host_read import read
 from siglip_kernels.stats import SIZE, reduce_stats
 from siglip_kernels.testing import limits
 
@@ -114,20 +115,8 @@ def _errors(task: BlockTask) -> dict[str, float]:
         allowed = torch.stack([count * of_logits] * 2 + [torch.full_like(z, 0.5)] * 2 + [of_logits] * 4)
         difference = torch.where(task.stats == stats, 0.0, (task.stats - stats).abs())
         errors["stats"] = (difference / allowed).amax()
-    *measured, least, largest = _read(torch.stack([t.double() for t in (*errors.values(), u * total, z + total)]))
+    *measured, least, largest = read(torch.stack([t.double() for t in (*errors.values(), u * total, z + total)]))
     return dict(zip(errors, measured, strict=True)) if least > 0 and largest < math.inf else {}
-
-
-def _read(values: Tensor) -> list[float]:
-    """The values on the host, which waits for them even where a user forbids such waits."""
-    if not values.is_cuda:
-        return values.tolist()
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("default")
-    try:
-        return values.tolist()
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _largest_norm(features: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class EagerBlockKernel(BlockKernel):
     def operand_dtype(self, problem: Problem) -> torch.dtype:
         half = problem.dtype in (torch.float16, torch.bfloat16)
         # Without GEMMs that accumulate in float32, half-precision operands would round the logits: widen them.
-        keep = accumulates_in_float32(problem.device) and problem.rounds_out
+        keep = half and problem.rounds_out and accumulates_in_float32(problem.dtype, problem.device)
         return torch.float32 if half and not keep else problem.dtype
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:

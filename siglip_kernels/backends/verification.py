@@ -23,6 +23,7 @@ import torch
 from siglip_kernels import build, cache
 from siglip_kernels.backends.base import BlockTask
 from siglip_kernels.backends.comparison import errors_of_launch, run_eager
+from siglip_kernels.host_read import is_capturing
 
 RECORDED_DEVICES = ("cuda",)  # not the CPU, where only tests run these kernels
 
@@ -44,7 +45,7 @@ def launch_unproven(
     if key not in _faults:
         if _is_recorded(backend, variant, device):
             proven.add(key)
-        if key in proven or _is_capturing(device):
+        if key in proven or is_capturing(device):
             launch(variant, task)
             return
         try:
@@ -89,10 +90,6 @@ def environment(device: torch.device) -> str:
         found["Triton"] = importlib.metadata.version("triton")
     versions = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     return f"{describe_device(device)}; {versions}; kernels {_kernels_digest()}"
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

@@ -274,7 +274,7 @@ def test_under_capture_nothing_is_compared(use: Use, monkeypatch: pytest.MonkeyP
     use(faulty(HostKernel, wrong_sign))
     inputs = make_inputs(*SHAPE, torch.bfloat16)
     with monkeypatch.context() as capture:
-        capture.setattr(verification, "_is_capturing", lambda device: True)
+        capture.setattr(verification, "is_capturing", lambda device: True)
         capture.setattr(verification, "errors_of_launch", None)
         sigmoid_loss_and_grads(*inputs)
     with pytest.warns(RuntimeWarning, match=FAULTY):  # the first call outside
