@@ -45,7 +45,18 @@ def scaled_out_of_place(accumulator: Tensor, factor: Tensor, dtype: torch.dtype,
     return (accumulator * factor).to(dtype)
 
 
-def reshaped(value: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """A copy of the scalar in ``dtype`` and ``shape``, so that no gradient is a view of another."""
+def scaled_scalars(scalars: Tensor, factor: Tensor, is_plain: bool) -> tuple[Tensor, ...]:
+    """``factor`` times dscale, dbias and grad_scale of ``scalars`` [4]: no gradient is a view of another.
+
+    ``is_plain``: both are plain tensors, for which one kernel suffices.
+    """
+    if is_plain:
+        return tuple(torch._foreach_mul(scalars.unbind()[1:], factor))
+    _, dscale, dbias, grad_scale = (scalars * factor).unbind()
+    return dscale.clone(), dbias.clone(), grad_scale
+
+
+def copied(value: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """A copy of the scalar in ``dtype`` and ``shape``."""
     copy = value.clone() if value.dtype is dtype else value.to(dtype)
     return copy.reshape(shape) if shape else copy

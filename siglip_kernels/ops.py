@@ -22,7 +22,7 @@ from torch import Tensor
 from siglip_kernels import backends, dispatch, schedule
 from siglip_kernels.distributed import schedule as distributed_schedule
 from siglip_kernels.distributed.handshake import propagate_errors
-from siglip_kernels.gradients import LossAndGrads, reshaped, scaled, scaled_out_of_place
+from siglip_kernels.gradients import LossAndGrads, copied, scaled, scaled_out_of_place, scaled_scalars
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.request import NO_GRAD, TENSOR_NAMES, ExchangeSpec, NeedsGrad, Request
 from siglip_kernels.schedule import Result
@@ -227,20 +227,20 @@ class _SigmoidLoss(torch.autograd.Function):
         scalars, dx, dy, argument, *tensors = ctx.saved_tensors
         if argument is not None:
             grad = torch.ops.siglip_kernels.first_derivative(grad, argument)
-        _, dscale, dbias, dx_scale = (scalars * grad).unbind()
+        in_place = ctx.compute is _compute and dispatch.has_no_mode() and dispatch.are_ordinary((grad,))
+        dscale, dbias, dx_scale = scaled_scalars(scalars, grad, in_place)
         dy_scale = dx_scale
         if tensors:
             dispatch.refuse_transforms()
             dy = ctx.compute(ctx.request.with_tensors(tensors), NO_GRAD._replace(y=True), grad).dy
             dy_scale = torch.ones_like(dx_scale)  # dy contains each rank's own upstream gradient
-        in_place = ctx.compute is _compute and dispatch.has_no_mode() and dispatch.are_ordinary((grad,))
         scale, overwrite = scaled if in_place else scaled_out_of_place, in_place and _is_last_backward(dx)
         needs_grad = ctx.needs_grad
         return (
             scale(dx, dx_scale, ctx.dtype, overwrite) if needs_grad.x else None,
             scale(dy, dy_scale, ctx.dtype, overwrite) if needs_grad.y else None,
-            reshaped(dscale, *ctx.scale) if needs_grad.scale else None,
-            reshaped(dbias, *ctx.bias) if needs_grad.bias else None,
+            dscale.to(ctx.scale[0]).reshape(ctx.scale[1]) if needs_grad.scale else None,
+            dbias.to(ctx.bias[0]).reshape(ctx.bias[1]) if needs_grad.bias else None,
             None,
             None,
             None,
@@ -280,8 +280,8 @@ def loss_and_grads(request: Request, x_dtype: torch.dtype, y_dtype: torch.dtype)
         loss=loss,
         dx=rounded(dx, grad_scale, x_dtype, direct),
         dy=rounded(dy, grad_scale, y_dtype, direct),
-        dscale=reshaped(dscale, *_like(scale)),
-        dbias=None if bias is None else reshaped(dbias, *_like(bias)),
+        dscale=copied(dscale, *_like(scale)),
+        dbias=None if bias is None else copied(dbias, *_like(bias)),
         stats=stats if request.return_stats else None,
     )
 

@@ -90,7 +90,7 @@ def make_candidates(shipped: Config, plan: SweepPlan) -> list[Candidate]:
         "128 × 256, 8 warps, 3 stages": wide,
         "128 × 256, 8 warps, 4 stages": replace(wide, num_stages=4),
         "256 × 128, 8 warps, 3 stages": replace(wide, block_m=256, block_n=128),
-        "4 stores of dz": replace(shipped, dz_stores=4),
+        "4 stores of dz": replace(shipped, dz_stores=(4, 4)),
         "2 stages": replace(shipped, num_stages=2),
         "4 stages": replace(shipped, num_stages=4),
         "128 features, 2 stages": replace(shipped, block_d=128, num_stages=2),

@@ -15,7 +15,8 @@ from siglip_kernels.backends.triton import configs
 
 # Tensor-core instructions.
 TENSOR_CORE = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTC\w*MMA", "gfx942": r"v_mfma"}
-HEADER = f"{'variant':76} {'regs':>5} {'spills':>6} {'stack':>6} {'shared':>7} {'tensor':>6} {'instr':>6}"
+COLUMNS = {"regs": 5, "spills": 6, "stack": 6, "shared": 7, "tensor": 6, "instr": 6, "conv": 6, "bar": 4}  # and widths
+HEADER = f"{'variant':76} " + " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 
 # Problems of a row that say nothing about the kernel.
 NO_FIGURES, TIMED_OUT = "no figures", "not compiled in time"
@@ -31,6 +32,8 @@ class Resources:
     shared: int  # bytes
     tensor_core: int  # instructions
     instructions: int  # of all kinds
+    conversions: int  # of matrices from one layout to another, most of them through shared memory
+    barriers: int
 
 
 class Row(NamedTuple):
@@ -84,6 +87,10 @@ def _is_amd(variant: configs.Variant) -> bool:
     return variant.arch.startswith("gfx")
 
 
+def _conversions(compiled: Any) -> int:
+    return len(re.findall(r"ttg\.convert_layout .*: tensor<\d+x\d+", compiled.asm["ttgir"]))
+
+
 def _nvidia_resources(compiled: Any, variant: configs.Variant) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -97,6 +104,8 @@ def _nvidia_resources(compiled: Any, variant: configs.Variant) -> Resources:
         shared=compiled.metadata.shared,
         tensor_core=_matches(TENSOR_CORE[configs.family(variant.arch)], opcodes),
         instructions=len(opcodes),
+        conversions=_conversions(compiled),
+        barriers=_matches("BAR", opcodes),
     )
 
 
@@ -110,6 +119,8 @@ def _amd_resources(compiled: Any, variant: configs.Variant) -> Resources:
         shared=compiled.metadata.shared,
         tensor_core=_matches(TENSOR_CORE[configs.family(variant.arch)], opcodes),
         instructions=len(opcodes),
+        conversions=_conversions(compiled),
+        barriers=_matches("s_barrier", opcodes),
     )
 
 
@@ -125,7 +136,6 @@ def _matches(pattern: str, opcodes: list[str]) -> int:
 
 
 def format_row(row: Row) -> str:
-    figures = list(asdict(row.resources).values()) if row.resources else ["-"] * 6
-    widths = (5, 6, 6, 7, 6, 6)
-    cells = " ".join(f"{figure:>{width}}" for figure, width in zip(figures, widths, strict=True))
+    figures = list(asdict(row.resources).values()) if row.resources else ["-"] * len(COLUMNS)
+    cells = " ".join(f"{figure:>{width}}" for figure, width in zip(figures, COLUMNS.values(), strict=True))
     return f"{row.variant!s:76} {cells}  {'; '.join(row.problems)}".rstrip()

@@ -22,7 +22,7 @@ class Config:
     # Columns in which a row's sums are kept: in as many lanes and warps a tensor core's accumulator spreads it. Fewer
     # make sums move between threads, more take registers.
     lanes: int = 4
-    dz_stores: int = 2  # of a tile, 2 or 4
+    dz_stores: tuple[int, int] = (2, 2)  # of a tile, 2 or 4: without and with stats
     # For a kernel that keeps more in registers: columns at most with ids, with pairs that are left out or have masses,
     # with stats; and the warps of the last two.
     max_columns: tuple[int, int, int] = (256, 64, 64)
@@ -36,24 +36,24 @@ class Config:
 # The keys are the architecture family and the bytes per element. On sm_100 the accumulator has 128 rows, one for each
 # thread of 4 warps: with 8 warps, or 64 rows, it moves through shared memory.
 LARGE = {
-    ("sm_80", 2): Config(128, 64, 64, num_warps=8, num_stages=3, lanes=8, max_columns=(256, 64, 32)),
+    ("sm_80", 2): Config(128, 64, 64, num_warps=8, num_stages=3, lanes=8, dz_stores=(2, 4)),
     ("sm_80", 4): Config(64, 64, 32, num_warps=8, num_stages=3, lanes=8),
     ("sm_90", 2): Config(128, 128, 64, num_warps=8, num_stages=3),
     ("sm_90", 4): Config(128, 64, 32, num_warps=8, num_stages=3),
     ("sm_100", 2): Config(128, 128, 64, 4, num_stages=3, lanes=1, max_columns=(64, 64, 32), general_warps=4),
     ("sm_100", 4): Config(128, 64, 32, 4, num_stages=3, lanes=1, max_columns=(64, 64, 32), general_warps=4),
-    ("gfx942", 2): Config(128, 128, 64, num_warps=8, num_stages=2, lanes=16, dz_stores=4),
-    ("gfx942", 4): Config(128, 128, 32, num_warps=8, num_stages=2, lanes=16, dz_stores=4),
+    ("gfx942", 2): Config(128, 128, 64, num_warps=8, num_stages=2, lanes=16, dz_stores=(4, 4)),
+    ("gfx942", 4): Config(128, 128, 32, num_warps=8, num_stages=2, lanes=16, dz_stores=(4, 4)),
 }
 SMALL = {
     ("sm_80", 2): Config(64, 64, 64, num_warps=4, num_stages=3, lanes=8, max_columns=(256, 32, 32)),
     ("sm_80", 4): Config(64, 32, 32, num_warps=4, num_stages=3, lanes=8),
-    ("sm_90", 2): Config(64, 64, 64, num_warps=4, num_stages=3),
+    ("sm_90", 2): Config(64, 64, 64, num_warps=4, num_stages=3, general_warps=4),
     ("sm_90", 4): Config(64, 64, 32, num_warps=4, num_stages=3),
     ("sm_100", 2): Config(128, 32, 64, num_warps=4, num_stages=3, lanes=1, general_warps=4),
     ("sm_100", 4): Config(128, 32, 32, num_warps=4, num_stages=2, lanes=1, general_warps=4),
-    ("gfx942", 2): Config(64, 64, 64, num_warps=4, num_stages=2, lanes=16, dz_stores=4),
-    ("gfx942", 4): Config(64, 64, 32, num_warps=4, num_stages=2, lanes=16, dz_stores=4),
+    ("gfx942", 2): Config(64, 64, 64, num_warps=4, num_stages=2, lanes=16, dz_stores=(4, 4)),
+    ("gfx942", 4): Config(64, 64, 32, num_warps=4, num_stages=2, lanes=16, dz_stores=(4, 4)),
 }
 # Large tiles are used from this number of tiles on: about one for each multiprocessor of the parts above.
 MIN_LARGE_TILES = 128

@@ -88,10 +88,11 @@ def _arguments(
     """All arguments of the kernel, and its launch parameters."""
     config, use_tma, pairs, dz = variant.config, variant.use_tma, task.pairs, task.dz
     (M, D), N = task.x.shape, task.y.shape[0]
+    dz_columns = config.block_n // config.dz_stores[variant.stats]
     return {
         "x": _operand(task.x, use_tma, config.block_m, config.block_d),
         "y": _operand(task.y, use_tma, config.block_n, config.block_d),
-        "dz": None if dz is None else _operand(dz, use_tma, config.block_m, config.block_n // config.dz_stores),
+        "dz": None if dz is None else _operand(dz, use_tma, config.block_m, dz_columns),
         "partials_ptr": partials,
         "scale_ptr": task.scale,
         "bias_ptr": task.bias,
@@ -130,7 +131,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "BLOCK_D": config.block_d,
         "GROUP_M": config.group_m,
         "LANES": config.lanes,
-        "DZ_STORES": config.dz_stores,
+        "DZ_STORES": config.dz_stores[variant.stats],
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,

@@ -45,7 +45,7 @@ def test_the_candidates(arch: str, device: torch.device) -> None:
         assert Config(128, 256, 64, num_warps=8, num_stages=3) in [c.config for c in every]
         narrow = replace(shipped, max_columns=(64, 64, 64))
         assert narrow in [c.config for c in every if c.pairs_kind == IDS]
-        assert replace(shipped, dz_stores=4) in [c.config for c in every]
+        assert replace(shipped, dz_stores=(4, 4)) in [c.config for c in every]
         assert replace(shipped, num_warps=4) in [c.config for c in every]
         assert (11_008, 11_008) in [c.blocks for c in every]
         assert len({c.dz_bytes for c in every}) > 3
