@@ -3,7 +3,8 @@
 Measured by cross-compiling (no GPU): an epilogue over the whole tile at once spills on every part (1188 spill
 instructions on sm_90 at 128x128 with 4 warps). In quarters of the columns few values are alive, if a branch separates
 the quarters. Without the branch the scheduler interleaves them: 156 registers on sm_90 at 128x128 with 8 warps. With it
-there are 124, so that two programs share a multiprocessor. No spill under Triton 3.6 and 3.7.
+there are 125, so that two programs share a multiprocessor. dz waits for its second quarter, so that it is stored in
+halves: a store is waited for. No spill under Triton 3.6 and 3.7.
 """
 
 import triton

@@ -27,7 +27,8 @@ from tests.bench.gpu.faulty import OutOfResource, needs_interpreter
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = candidates.SweepPlan((Problem(32, 8, torch.float16),), (33, 40, 8), 1, ((16, 32),), (0.0625,), (), 0.0)
 SMALL = Config(32, 32, 16, num_warps=4, num_stages=2)
-SOUND = Resources(registers=100, spills=0, stack=0, shared=2048, tensor_core=4, instructions=1000)
+FIGURES = {"registers": 100, "stack": 0, "shared": 2048, "tensor_core": 4, "instructions": 1000, "conversions": 0}
+SOUND = Resources(**FIGURES, spills=0, barriers=21)
 
 
 class Wrong(TritonBlockKernel):
