@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -164,10 +165,12 @@ def default_dz_scale(dtype: torch.dtype) -> float | None:
 
 
 @pytest.fixture(params=["large", "small"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every problem on the tiles of one table."""
     monkeypatch.setattr(configs, "MIN_LARGE_TILES", 1 if request.param == "large" else math.inf)
-    return request.param
+    launch._variant.cache_clear()
+    yield request.param
+    launch._variant.cache_clear()
 
 
 @pytest.fixture(params=list(configs.SHARED_MEMORY))

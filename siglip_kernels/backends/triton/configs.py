@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,6 +102,7 @@ def fitted(config: Config, labels: str, masses: str, stats: bool) -> Config:
     return replace(config, block_n=columns, num_warps=config.general_warps)
 
 
+@functools.lru_cache(maxsize=4096)
 def max_tiles(M: int, N: int, config: Config | None = None) -> int:
     """An upper bound on the tiles of [M, N] pairs, with ``config`` or with any shipped configuration."""
     every = (*LARGE.values(), *SMALL.values()) if config is None else (config,)

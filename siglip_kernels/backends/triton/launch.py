@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -24,7 +24,7 @@ from siglip_kernels.stats import SIZE
 def launch_block(variant: Variant, task: BlockTask) -> None:
     """Launch the kernel on one block, which needs ``variant``."""
     task = task._replace(x=pad_to_alignment(task.x), y=pad_to_alignment(task.y))
-    programs = triton.cdiv(len(task.x), variant.config.block_m) * triton.cdiv(len(task.y), variant.config.block_n)
+    programs = -(-len(task.x) // variant.config.block_m) * -(-len(task.y) // variant.config.block_n)
     partials = task.workspace[: 3 * programs].view(3, programs)
     stats_partials = None if task.stats is None else partials.new_empty(SIZE, programs)
 
@@ -35,23 +35,44 @@ def launch_block(variant: Variant, task: BlockTask) -> None:
 
 def variant_of(arch: str, task: BlockTask, config: Config | None = None) -> Variant:
     """The compilation that a block needs; ``config``: instead of the shipped one, fitted to the block's use."""
-    (M, D), N = task.x.shape, task.y.shape[0]
-    pairs, stats = task.pairs, task.stats is not None
+    (M, D), N, dtype = task.x.shape, task.y.shape[0], task.x.dtype
+    pairs = task.pairs
+    allow_tf32 = dtype is torch.float32 and allows_tf32()
     labels, masses = _labels(pairs, M, N), pairs.multi_positive or "none"
+    uses = labels, pairs.has_weights, task.loss_only, task.dz is not None, masses, task.stats is not None
+    return _variant(arch, config, M, N, D, dtype, allow_tf32, *uses)
+
+
+@functools.lru_cache(maxsize=4096)
+def _variant(
+    arch: str,
+    config: Config | None,
+    M: int,
+    N: int,
+    D: int,
+    dtype: torch.dtype,
+    allow_tf32: bool,
+    labels: str,
+    has_weights: bool,
+    loss_only: bool,
+    write_dz: bool,
+    masses: str,
+    stats: bool,
+) -> Variant:
     if config is None:
-        config = configs.choose(arch, M, N, D, task.x.dtype, labels, masses, stats)
+        config = configs.choose(arch, M, N, D, dtype, labels, masses, stats)
     else:
         config = configs.fitted(config, labels, masses, stats)
     return Variant(
         arch,
-        task.x.dtype,
+        dtype,
         config,
         use_tma=configs.family(arch) in configs.TMA,
-        precision=configs.precision(arch, task.x.dtype, allows_tf32()),
+        precision=configs.precision(arch, dtype, allow_tf32),
         labels=labels,
-        has_weights=pairs.has_weights,
-        loss_only=task.loss_only,
-        write_dz=task.dz is not None,
+        has_weights=has_weights,
+        loss_only=loss_only,
+        write_dz=write_dz,
         masses=masses,
         stats=stats,
     )
