@@ -18,10 +18,11 @@ def test_peak_memory_is_read_right(mib: int) -> None:
         torch.ones(mib * 2**20 // 4)
 
     step()
-    peak = timing.peak_bytes(step, CPU)
-    if peak is None:
+    # The least of three: other threads of a test process may grow it meanwhile.
+    peaks = [peak for peak in (timing.peak_bytes(step, CPU) for _ in range(3)) if peak is not None]
+    if not peaks:
         pytest.skip("peak memory cannot be read on this system")
-    assert peak / 2**20 == pytest.approx(mib, rel=0.05, abs=1)
+    assert min(peaks) / 2**20 == pytest.approx(mib, rel=0.05, abs=1)
 
 
 def test_rounds_are_interleaved() -> None:
