@@ -23,6 +23,7 @@ from siglip_kernels import backends, dispatch, schedule
 from siglip_kernels.distributed import schedule as distributed_schedule
 from siglip_kernels.distributed.handshake import propagate_errors
 from siglip_kernels.gradients import LossAndGrads, copied, scaled, scaled_out_of_place, scaled_scalars
+from siglip_kernels.host_read import is_capturing
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.request import NO_GRAD, TENSOR_NAMES, ExchangeSpec, NeedsGrad, Request
 from siglip_kernels.schedule import Result
@@ -385,7 +386,7 @@ def _is_last_backward(saved: Tensor) -> bool:
     is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     if is_kept is None or is_kept():
         return False
-    return not (saved.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_capturing(saved.device)
 
 
 def _like(t: Tensor) -> tuple[torch.dtype, torch.Size]:

@@ -12,6 +12,7 @@ from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.gemm import allows_tf32
 from siglip_kernels.host_read import read
+from siglip_kernels.pairs import PairSpec
 from siglip_kernels.stats import SIZE, reduce_stats
 from siglip_kernels.testing import limits
 
@@ -20,10 +21,10 @@ PAIRS_AT_ONCE = 2**22  # that the eager kernel works on: 16 MiB for each of its 
 NEGLIGIBLE = 2.0**-36
 
 
-def run_eager(task: BlockTask, inspect: Callable[[slice, Tensor], None] | None = None) -> None:
+def run_eager(task: BlockTask, inspect: Callable[[slice, PairSpec, Tensor], None] | None = None) -> None:
     """The block by the eager kernel, some rows at a time.
 
-    ``inspect`` is called with each part's rows and its dz [rows, c] in float32, which the task's dz then does not get.
+    ``inspect`` gets each part's rows, pairs and dz [rows, c] in float32; the task's dz then is not written.
     """
     kernel, (r, c) = EagerBlockKernel(), (len(task.x), len(task.y))
     height = max(1, min(r, PAIRS_AT_ONCE // c))
@@ -33,13 +34,14 @@ def run_eager(task: BlockTask, inspect: Callable[[slice, Tensor], None] | None =
     for begin in range(0, r, height):
         rows = slice(begin, min(begin + height, r))
         dz = buffer[: rows.stop - begin] if buffer is not None else None if task.dz is None else task.dz[rows]
+        pairs = task.pairs.block(rows, slice(0, c))
         sums.append(torch.zeros_like(task.sums))
         if task.stats is not None:
             stats.append(task.stats.new_empty(1, SIZE))
         kernel.block(
             task._replace(
                 x=task.x[rows],
-                pairs=task.pairs.block(rows, slice(0, c)),
+                pairs=pairs,
                 sums=sums[-1],
                 dz=dz,
                 workspace=workspace,
@@ -47,7 +49,7 @@ def run_eager(task: BlockTask, inspect: Callable[[slice, Tensor], None] | None =
             )
         )
         if inspect is not None and dz is not None:
-            inspect(rows, dz)
+            inspect(rows, pairs, dz)
     torch.sum(torch.stack(sums), dim=0, out=task.sums)
     if task.stats is not None:
         task.stats.copy_(reduce_stats(stats, task.stats.device, task.stats.dtype))
@@ -87,11 +89,11 @@ def _errors(task: BlockTask) -> dict[str, float]:
 
     worst, total = torch.zeros_like(z), torch.zeros((), dtype=task.sums.dtype, device=x.device)  # error; Σ|terms of dz|
 
-    def inspect(rows: slice, expected: Tensor) -> None:
+    def inspect(rows: slice, part: PairSpec, expected: Tensor) -> None:
         nonlocal worst, total
         size = expected.abs()
         if pairs.multi_positive == "soft_targets":  # a difference of terms up to the weight
-            size += pairs.block(rows, slice(0, len(y))).positive_mask(*size.shape) * weight * dz_scale
+            size += part.positive_mask(*size.shape) * weight * dz_scale
         total = total + (size.sum(dtype=total.dtype) / dz_scale)
         if dz is not None:
             allowed = torch.addcmul(negligible, size, rounding + z_error)

@@ -33,8 +33,8 @@ class EagerBlockKernel(BlockKernel):
     def operand_dtype(self, problem: Problem) -> torch.dtype:
         half = problem.dtype in (torch.float16, torch.bfloat16)
         # Without GEMMs that accumulate in float32, half-precision operands would round the logits: widen them.
-        keep = half and problem.rounds_out and accumulates_in_float32(problem.dtype, problem.device)
-        return torch.float32 if half and not keep else problem.dtype
+        keep = not half or (problem.rounds_out and accumulates_in_float32(problem.dtype, problem.device))
+        return problem.dtype if keep else torch.float32
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
         # CPU: 16 MiB in total, which suits the caches; speed is flat from (512, 512) on (see bench/NOTES.md).

@@ -23,6 +23,7 @@ class GpuBlockKernel(BlockKernel):
     """A kernel in several variants, each of which is compiled by itself and proves itself on the user's device."""
 
     pads_to_alignment = True
+    dz_bytes = DZ_BYTES
 
     @abc.abstractmethod
     def variant(self, task: BlockTask) -> Hashable:
@@ -43,7 +44,7 @@ class GpuBlockKernel(BlockKernel):
         return problem.dtype if problem.rounds_out else torch.float32
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return even_block_shape(problem, DZ_BYTES // self.operand_dtype(problem).itemsize)
+        return even_block_shape(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
 
 
 def reduce_partials(task: BlockTask, partials: Tensor, stats_partials: Tensor | None) -> None:

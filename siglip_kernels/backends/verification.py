@@ -48,30 +48,37 @@ def launch_unproven(
         if key in proven or is_capturing(device):
             launch(variant, task)
             return
-        try:
-            errors = errors_of_launch(functools.partial(launch, variant), task)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # from Triton, a compiler, the driver
-            _faults[key] = f"cannot run here: {(str(error) or type(error).__name__).splitlines()[0]}"
-        else:
-            wrong = [f"{name} {error:.3g}" for name, error in errors.items() if not error <= 1]
-            if not wrong:
-                if errors:
-                    proven.add(key)
-                    _record(backend, variant, device)
-                return
-            _faults[key] = f"disagrees with plain torch, in multiples of what is allowed: {', '.join(wrong)}"
+        fault = _find_fault(functools.partial(launch, variant), task)
+        if fault == "":
+            proven.add(key)
+            _record(backend, variant, device)
+        if not fault:
+            return
+        _faults[key] = f"{fault}. Kernel: {variant}. {environment(device)}"
         if task.may_replace:
             warnings.warn(
-                f"siglip_kernels: {backend} {_faults[key]}. Kernel: {variant}. {environment(device)}. From now on "
-                "plain torch does the blocks that need it: right, but slower. Please report this to the authors",
+                f"siglip_kernels: {backend} {_faults[key]}. From now on plain torch does the blocks that need it: "
+                "right, but slower. Please report this to the authors",
                 RuntimeWarning,
                 stacklevel=2,
             )
     if not task.may_replace:
-        raise KernelError(f"backend={backend!r} {_faults[key]}. Kernel: {variant}. {environment(device)}")
+        raise KernelError(f"backend={backend!r} {_faults[key]}")
     run_eager(task)
+
+
+def _find_fault(launch: Callable[[BlockTask], None], task: BlockTask) -> str | None:
+    """What is wrong with the first run of ``launch``; empty if nothing is, None if that cannot be told."""
+    try:
+        errors = errors_of_launch(launch, task)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # from Triton, a compiler, the driver
+        return f"cannot run here: {(str(error) or type(error).__name__).splitlines()[0]}"
+    if not errors:
+        return None
+    wrong = [f"{name} {error:.3g}" for name, error in errors.items() if not error <= 1]
+    return f"disagrees with plain torch, in multiples of what is allowed: {', '.join(wrong)}" if wrong else ""
 
 
 def describe_device(device: torch.device) -> str:

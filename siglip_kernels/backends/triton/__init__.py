@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.backends.base import BlockTask, Problem
-from siglip_kernels.backends.gpu import DZ_BYTES, GpuBlockKernel, even_block_shape
+from siglip_kernels.backends.gpu import DZ_BYTES, GpuBlockKernel
 from siglip_kernels.backends.triton import configs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,7 +54,7 @@ class TritonBlockKernel(GpuBlockKernel):
         return [] if reason is None else [reason]
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return self.blocks or even_block_shape(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
+        return self.blocks or super().block_shape(problem)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
         """[3 · tiles] float32: the sums of every tile, for the smallest tiles that a ragged block may take."""
