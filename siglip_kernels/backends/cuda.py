@@ -64,8 +64,9 @@ class CudaBlockKernel(GpuBlockKernel):
     name = "cuda"
     unproven = "not yet proven on a GPU"
 
-    def __init__(self, configuration: str = SHIPPED) -> None:
-        """``configuration``: of targets.SM90_CONFIGURATIONS."""
+    def __init__(self, configuration: str = SHIPPED, **blocks: Any) -> None:
+        """``configuration``: of targets.SM90_CONFIGURATIONS; ``blocks``: of GpuBlockKernel."""
+        super().__init__(**blocks)
         self.configuration = configuration
 
     def why_not(self, problem: Problem) -> list[str]:

@@ -23,7 +23,10 @@ class GpuBlockKernel(BlockKernel):
     """A kernel in several variants, each of which is compiled by itself and proves itself on the user's device."""
 
     pads_to_alignment = True
-    dz_bytes = DZ_BYTES
+
+    def __init__(self, dz_bytes: int = DZ_BYTES, blocks: tuple[int, int] | None = None) -> None:
+        """``blocks``: (R, C), instead of even blocks within ``dz_bytes``."""
+        self.dz_bytes, self.blocks = dz_bytes, blocks
 
     @abc.abstractmethod
     def variant(self, task: BlockTask) -> Hashable:
@@ -44,7 +47,7 @@ class GpuBlockKernel(BlockKernel):
         return problem.dtype if problem.rounds_out else torch.float32
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return even_block_shape(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
+        return self.blocks or even_block_shape(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
 
 
 def reduce_partials(task: BlockTask, partials: Tensor, stats_partials: Tensor | None) -> None:

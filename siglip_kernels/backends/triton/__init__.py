@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.backends.base import BlockTask, Problem
-from siglip_kernels.backends.gpu import DZ_BYTES, GpuBlockKernel
+from siglip_kernels.backends.gpu import GpuBlockKernel
 from siglip_kernels.backends.triton import configs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -21,14 +21,10 @@ class TritonBlockKernel(GpuBlockKernel):
 
     name = "triton"
 
-    def __init__(
-        self,
-        dz_bytes: int = DZ_BYTES,
-        *,
-        config: configs.Config | None = None,  # for every tile, instead of the shipped ones
-        blocks: tuple[int, int] | None = None,  # (R, C), instead of even blocks within dz_bytes
-    ) -> None:
-        self.dz_bytes, self.config, self.blocks = dz_bytes, config, blocks
+    def __init__(self, config: configs.Config | None = None, **blocks: Any) -> None:
+        """``config``: for every tile, instead of the shipped ones; ``blocks``: of GpuBlockKernel."""
+        super().__init__(**blocks)
+        self.config = config
 
     def is_automatic(self, problem: Problem) -> bool:
         return problem.device.type != "cpu"  # the interpreter is for tests
@@ -52,9 +48,6 @@ class TritonBlockKernel(GpuBlockKernel):
     def prepare(self) -> list[str]:
         reason = _why_not_launch()
         return [] if reason is None else [reason]
-
-    def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return self.blocks or super().block_shape(problem)
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
         """[3 · tiles] float32: the sums of every tile, for the smallest tiles that a ragged block may take."""

@@ -39,5 +39,5 @@ def test_workspace_curve_takes_the_bound() -> None:
     assert [bound.dz_mib for bound in bounds] == [0.0625, 1.0]
     assert all(bound.ms > 0 for bound in bounds)
     call = backends.base.Problem(512, 512, 16, torch.float32, CPU)
-    assert TritonBlockKernel(2**16).block_shape(call) == (128, 128)
+    assert TritonBlockKernel(dz_bytes=2**16).block_shape(call) == (128, 128)
     assert TritonBlockKernel(2**20).block_shape(call) == (512, 512)
