@@ -126,7 +126,7 @@ MACHINE: list[Row] = [
     ("fence.mbarrier_init.release.cluster", "", "fence_mbarrier_init()"),
     ("mbarrier.init.<cta>.b64", "[shared], u32", "mbarrier_init({0}, {1})"),
     ("mbarrier.inval.<cta>.b64", "[shared]", "mbarrier_inval({0})"),
-    ("mbarrier.arrive.<cta|release.cluster.shared::cluster>.b64", "_, [shared]", "mbarrier_arrive({1})"),
+    ("mbarrier.arrive.<cta|shared::cluster>.b64", "_, [shared]", "mbarrier_arrive({1})"),
     ("mbarrier.arrive.expect_tx.<cta>.b64", "_, [shared], u32", "mbarrier_arrive_expect_tx({1}, {2})"),
     ("mbarrier.try_wait.parity.<cta>.b64", "=pred, [shared], u32", "mbarrier_try_wait_parity({0}, {1})"),
     (

@@ -22,7 +22,7 @@ MACHINE = {
     "mbarrier.inval.shared::cta.b64 [%r1 + 8];": "mbarrier_inval(r1 + 8)",
     "fence.mbarrier_init.release.cluster;": "fence_mbarrier_init()",
     "mbarrier.arrive.shared::cta.b64 _, [%r1];": "mbarrier_arrive(r1)",
-    "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r1];": "mbarrier_arrive(r1)",
+    "mbarrier.arrive.shared::cluster.b64 _, [%r1];": "mbarrier_arrive(r1)",
     "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], %r2;": "mbarrier_arrive_expect_tx(r1, r2)",
     "mbarrier.arrive.expect_tx.shared.b64 _, [smem+16], 32768;": "mbarrier_arrive_expect_tx(smem + 16, 32768)",
     "mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r1], %r2;": "p1 = mbarrier_try_wait_parity(r1, r2)",

@@ -54,15 +54,51 @@ class Epilogue {
         lane_(threadIdx.x % 32),
         pairs_(params, lane_) {}
 
-  // acc: the warp's inner products, 16 rows from `row` on and kSliceColumns from `column` on. dz_smem: shared memory
-  // address of these rows in the box that TMA stores.
+  // Before the chunks of a consumer's part of a tile, whose first image and text are (row, column).
+  __device__ void start_tile(int row, int column) {
+    const int diagonal = row + params_.offset - column;
+    is_plain_ = row + kConsumerRows <= params_.rows && column + kBlockN <= params_.cols &&
+                (diagonal <= -kConsumerRows || diagonal >= kBlockN);
+  }
+
+  // u: the warp's inner products, 16 rows from `row` on and kChunkColumns from `column` on. dz_smem: shared memory
+  // address of these rows in the box that TMA stores. Short code for most chunks of most trainings; false if it is not
+  // one of them, and nothing is done.
+  __device__ bool run_plain_chunk(const float (&u)[kChunkPairs], int column, uint32_t dz_smem) {
+    float a[kChunkPairs], dz[kChunkPairs];
+    compute_logits(u, a);
+    if (!is_plain_ || !__all_sync(~0u, all_low(a))) return false;
+    accumulate_pairs<true, kLossOnly>(a, dz, sums_);
+    if constexpr (!kLossOnly) add_dz(u, dz);
+    if constexpr (kOutput == Output::kDz) store_dz(dz, dz_smem, column);
+    return true;
+  }
+
+  // The same for any chunk.
+  __device__ void run_chunk(const float (&u)[kChunkPairs], int row, int column, uint32_t dz_smem) {
+    if constexpr (kPairs != Pairs::kOffset) hide(column);
+    float a[kChunkPairs], dz[kChunkPairs];
+    const uint32_t positive = find_positives(row, column);
+    // The branch also keeps the chunks apart: else registers would hold the ids and weights of several.
+    if (kPairs == Pairs::kOffset || __any_sync(~0u, pairs_.counted != 0)) {
+      compute_logits(u, a);
+      run_pairs(u, a, row, column, positive, dz);
+    } else {
+      SIGLIP_UNROLL
+      for (float& value : dz) value = 0;
+    }
+    if constexpr (kOutput == Output::kDz) store_dz(dz, dz_smem, column);
+    if constexpr (kOutput == Output::kFloat32Dz) store_float32_dz(dz, row, column);
+  }
+
+  // Of a part of kSliceColumns, in chunks.
   __device__ void run(const float (&acc)[kSlicePairs], int row, int column, uint32_t dz_smem) {
-    if constexpr (kPairs != Pairs::kOffset) pairs_.load_rows(row);
+    pairs_.load_rows(row);
     // Unrolled, because registers cannot be indexed at run time.
     SIGLIP_UNROLL
     for (int c = 0; c < kSliceColumns / kChunkColumns; ++c)
       run_chunk(reinterpret_cast<const float(&)[kChunkPairs]>(acc[c * kChunkPairs]), row, column + c * kChunkColumns,
-                dz_smem, c * kChunkColumns);
+                dz_smem);
   }
 
   // To be called once for at most kMaxFactors pairs of a thread.
@@ -106,27 +142,14 @@ class Epilogue {
   __device__ int row_of(int i) const { return accumulator_row(lane_, i); }
   __device__ int column_of(int i) const { return accumulator_column(lane_, i); }
 
-  __device__ void run_chunk(const float (&u)[kChunkPairs], int row, int column, uint32_t dz_smem, int box_column) {
-    if constexpr (kPairs != Pairs::kOffset) hide(column);
-    float dz[kChunkPairs];
-    const uint32_t positive = find_positives(row, column);
-    // The branch also keeps the chunks apart: else registers would hold the ids and weights of several.
-    if (kPairs == Pairs::kOffset || __any_sync(~0u, pairs_.counted != 0)) {
-      run_pairs(u, row, column, positive, dz);
-    } else {
-      SIGLIP_UNROLL
-      for (float& value : dz) value = 0;
-    }
-    if constexpr (kOutput == Output::kDz) store_dz(dz, dz_smem, box_column);
-    if constexpr (kOutput == Output::kFloat32Dz) store_float32_dz(dz, row, column);
-  }
-
-  // Adds a chunk to the sums, and computes its dz.
-  __device__ void run_pairs(const float (&u)[kChunkPairs], int row, int column, uint32_t positive,
-                            float (&dz)[kChunkPairs]) {
-    float a[kChunkPairs];
+  __device__ void compute_logits(const float (&u)[kChunkPairs], float (&a)[kChunkPairs]) const {
     SIGLIP_UNROLL
     for (int i = 0; i < kChunkPairs; ++i) a[i] = fmaf(u[i], scale_, bias_);
+  }
+
+  // Adds a chunk, with the logits a, to the sums, and computes its dz.
+  __device__ void run_pairs(const float (&u)[kChunkPairs], float (&a)[kChunkPairs], int row, int column,
+                            uint32_t positive, float (&dz)[kChunkPairs]) {
     const bool any_positive = __any_sync(~0u, positive != 0);
     if constexpr (kPairs == Pairs::kStats) {
       const uint32_t weighted = pairs_.weighted();
@@ -140,13 +163,15 @@ class Epilogue {
 
     if (kPairs != Pairs::kOffset && params_.image_weights)
       accumulate_weighted_pairs(a, dz);
-    else if (kPairs == Pairs::kOffset && __all_sync(~0u, all_below_threshold(a)))
-      accumulate_pairs<true, kLossOnly>(a, dz, sums_);
     else
       accumulate_pairs<false, kLossOnly>(a, dz, sums_);
     if constexpr (kLossOnly) return;
 
     if (any_positive) negate_positives(dz, positive);
+    add_dz(u, dz);
+  }
+
+  __device__ void add_dz(const float (&u)[kChunkPairs], const float (&dz)[kChunkPairs]) {
     SIGLIP_UNROLL
     for (int i = 0; i < kChunkPairs; ++i) {
       sums_.dz_u = fmaf(dz[i], u[i], sums_.dz_u);
@@ -193,16 +218,19 @@ class Epilogue {
     }
   }
 
-  __device__ void store_dz(const float (&dz)[kChunkPairs], uint32_t dz_smem, int box_column) const {
+  __device__ void store_dz(const float (&dz)[kChunkPairs], uint32_t dz_smem, int column) const {
+    const int box_column = column % kStoreBoxColumns;
     SIGLIP_UNROLL
     for (int i = 0; i < kChunkPairs; i += 8) {
       uint32_t packed[4];
       SIGLIP_UNROLL
       for (int p = 0; p < 4; ++p)
-        packed[p] = Element::pack(dz[i + 2 * p] * dz_scale_, dz[i + 2 * p + 1] * dz_scale_);
+        packed[p] = Element::pack(scaled(dz[i + 2 * p]), scaled(dz[i + 2 * p + 1]));
       stmatrix_x4(dz_smem + swizzled_offset(lane_, box_column / 8 + i / 4), packed[0], packed[1], packed[2], packed[3]);
     }
   }
+  // Only float16 has a scale: bfloat16 has the exponents of float32.
+  __device__ float scaled(float dz) const { return Element::kIsBfloat16 ? dz : dz * dz_scale_; }
   __device__ void store_float32_dz(const float (&dz)[kChunkPairs], int row, int column) const {
     hide(row);
     hide(column);
@@ -221,6 +249,7 @@ class Epilogue {
   const BlockParams& params_;
   const float scale_, bias_, dz_scale_;
   const int lane_;
+  bool is_plain_ = false;  // the tile has no positive, and all of its pairs
   GeneralPairs pairs_;
   Sums sums_;
   LogitStats stats_;

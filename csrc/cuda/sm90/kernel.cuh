@@ -120,15 +120,38 @@ __device__ __forceinline__ void run_epilogue(Epilogue<Element, kPairs, kOutput>&
                                              uint16_t (&dz)[kBlockN / kStoreBoxColumns][kConsumerRows * kStoreBoxColumns]) {
   constexpr int kSlicesPerWgmma = kNumSlices / kNumWgmmas;
   const int warp = threadIdx.x % kWarpgroupThreads / 32;
-  const auto run_slice = [&](const float (&acc)[kSlicePairs], int slice) {
-    const int r = slice / kSlicesPerWgmma * 64 + warp * 16, c = slice % kSlicesPerWgmma * kSliceColumns;
-    epilogue.run(acc, row + r, column + c, smem_addr(dz[c / kStoreBoxColumns]) + r * kStoreBoxColumns * 2);
+  const auto slice_row = [&](int slice) { return slice / kSlicesPerWgmma * 64 + warp * 16; };
+  const auto slice_column = [](int slice) { return slice % kSlicesPerWgmma * kSliceColumns; };
+  const auto dz_smem = [&](int slice) {
+    return smem_addr(dz[slice_column(slice) / kStoreBoxColumns]) + slice_row(slice) * kStoreBoxColumns * 2;
   };
   if constexpr (kPairs == Pairs::kOffset) {
+    using Chunk = const float(&)[Epilogue<Element, kPairs, kOutput>::kChunkPairs];
+    constexpr int kChunkColumns = Epilogue<Element, kPairs, kOutput>::kChunkColumns;
+    constexpr int kChunks = kSliceColumns / kChunkColumns;  // of a slice
+    epilogue.start_tile(row, column);
+    uint32_t others = 0;  // chunks that are not plain
     SIGLIP_UNROLL
-    for (int slice = 0; slice < kNumSlices; ++slice) {
-      run_slice(slices[slice], slice);
-      if (slice % 2) epilogue.flush();
+    for (int chunk = 0; chunk < kNumSlices * kChunks; ++chunk) {
+      const int slice = chunk / kChunks, c = chunk % kChunks;
+      const auto& u = reinterpret_cast<Chunk>(slices[slice][c * kChunkColumns / 2]);
+      if (!epilogue.run_plain_chunk(u, c * kChunkColumns, dz_smem(slice))) others |= 1u << chunk;
+      if (c == kChunks - 1) epilogue.flush();
+    }
+    // Their code is long: it is there once, where no plain chunk has to jump over it.
+    SIGLIP_NO_UNROLL
+    for (; others; others &= others - 1) {
+      const int chunk = __ffs(others) - 1, slice = chunk / kChunks;
+      float u[kChunkColumns / 2];
+      SIGLIP_UNROLL
+      for (int k = 0; k < kNumSlices * kChunks; ++k)
+        if (k == chunk) {
+          SIGLIP_UNROLL
+          for (int i = 0; i < kChunkColumns / 2; ++i) u[i] = slices[k / kChunks][k % kChunks * kChunkColumns / 2 + i];
+        }
+      epilogue.run_chunk(u, row + slice_row(slice), column + slice_column(slice) + chunk % kChunks * kChunkColumns,
+                         dz_smem(slice));
+      epilogue.flush();
     }
   } else {
     // The code is long: it is there once, and the slices come to it.
@@ -136,7 +159,7 @@ __device__ __forceinline__ void run_epilogue(Epilogue<Element, kPairs, kOutput>&
     for (int slice = 0; slice < kNumSlices; ++slice) {
       hide(row);
       hide(column);
-      run_slice(slices[0], slice);
+      epilogue.run(slices[0], row + slice_row(slice), column + slice_column(slice), dz_smem(slice));
       SIGLIP_UNROLL
       for (int s = 1; s < kNumSlices; ++s)
         SIGLIP_UNROLL
@@ -217,7 +240,9 @@ __global__ void SIGLIP_CLUSTER_DIMS __launch_bounds__(kNumThreads, 1)
     if (threadIdx.x == 0) producer_loop(shared, params, x_map, y_map);
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
-    consumer_loop<Element, kPairs, kOutput>(shared, params, dz_map, threadIdx.x / kWarpgroupThreads - 1);
+    // From lane 0, so that the compiler knows it to be the same in the warp.
+    const int warpgroup = __shfl_sync(~0u, int(threadIdx.x) / kWarpgroupThreads, 0);
+    consumer_loop<Element, kPairs, kOutput>(shared, params, dz_map, warpgroup - 1);
   }
   // The others of the cluster may still arrive at this CTA's barriers.
   if constexpr (kClusterSize > 1) cluster_sync();

@@ -30,13 +30,14 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uin
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_addr(barrier)), "r"(bytes)
                : "memory");
 }
-// Arrives at the same barrier of the cluster's CTA `rank`.
+// Arrives at the same barrier of the cluster's CTA `rank`. Without .release.cluster, which waits for all of the thread's
+// writes to reach the GPU's memory: what it frees has only been read, by MMAs that have ended.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}\n" ::"r"(smem_addr(barrier)),
       "r"(rank)
       : "memory");

@@ -1,6 +1,7 @@
 // The sigmoid loss of one thread's logits. Compiles for the host too, where it is tested against float64.
 //
-// With a = -s·z and e = exp(-|a|):  softplus(a) = max(a, 0) + log1p(e),  σ(a) = (a < 0 ? e : 1) / (1 + e).
+// With a = -s·z:  softplus(a) = log1p(e),  σ(a) = e / (1 + e) with e = exp(a), as long as a is low. For any a, with
+// e = exp(-|a|):  softplus(a) = max(a, 0) + log1p(e),  σ(a) = (a < 0 ? e : 1) / (1 + e).
 // Many pairs share one log1p: p = Π(1 + e) - 1 is accumulated as p ← p + e + p·e. Folding log2(e) into scale and bias
 // would save a multiplication, but every pair would get the same rounding error: at z = -10 it shifts σ by 5e-7.
 #pragma once
@@ -33,10 +34,9 @@ SIGLIP_HOST_DEVICE float rcp_approx(float x) {
 }
 
 constexpr float kLog2E = 1.4426950408889634f;
-// If every a is below this, e < 0.0184: the series e·(1 - e + e² - e³) gives σ to 1.2e-7, and max(a, 0) is 0.
-constexpr float kSeriesThreshold = -4.0f;
-// Factors 1 + e <= 2 in one product, which must not overflow.
-constexpr int kMaxFactors = 64;
+// Factors 1 + e in one product, which must not overflow: 13.2^32 < 2^120 if every a is low, at most this.
+constexpr int kMaxFactors = 32;
+constexpr float kLow = 2.5f;
 
 // A thread's partial sums.
 struct Sums {
@@ -49,27 +49,25 @@ struct Sums {
   }
 };
 
-// Whether every a is below kSeriesThreshold; false if one is NaN.
+// Whether every a is low, or NaN, which either form passes on.
 template <int kCount>
-SIGLIP_HOST_DEVICE bool all_below_threshold(const float (&a)[kCount]) {
-  bool below = true;
-  for (int i = 0; i < kCount; ++i) below &= a[i] < kSeriesThreshold;
-  return below;
+SIGLIP_HOST_DEVICE bool all_low(const float (&a)[kCount]) {
+  static_assert(kCount % 4 == 0, "four chains of maxima, for they wait for each other");
+  float largest[4] = {a[0], a[1], a[2], a[3]};
+  SIGLIP_UNROLL
+  for (int i = 4; i < kCount; ++i) largest[i % 4] = fmaxf(largest[i % 4], a[i]);
+  return !(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])) > kLow);
 }
 
-// Computes σ(a) of kCount pairs and adds their losses to `sums`. kSeries requires all_below_threshold(a).
-template <bool kSeries, bool kLossOnly, int kCount>
+// Computes σ(a) of kCount pairs and adds their losses to `sums`. kAllLow requires all_low(a).
+template <bool kAllLow, bool kLossOnly, int kCount>
 SIGLIP_HOST_DEVICE void accumulate_pairs(const float (&a)[kCount], float (&sigmoid)[kCount], Sums& sums) {
   SIGLIP_UNROLL
   for (int i = 0; i < kCount; ++i) {
-    const float e = exp2_approx((kSeries ? a[i] : -fabsf(a[i])) * kLog2E);
+    const float e = exp2_approx((kAllLow ? a[i] : -fabsf(a[i])) * kLog2E);
     sums.product = fmaf(sums.product, e, e) + sums.product;
-    if (!kSeries) sums.loss += fmaxf(a[i], 0);
-    if (kLossOnly) continue;
-    if (kSeries)
-      sigmoid[i] = e * fmaf(-e, fmaf(-e, 1 - e, 1), 1);
-    else
-      sigmoid[i] = (a[i] < 0 ? e : 1) * rcp_approx(1 + e);
+    if (!kAllLow) sums.loss += fmaxf(a[i], 0);
+    if (!kLossOnly) sigmoid[i] = (kAllLow || a[i] < 0 ? e : 1) * rcp_approx(1 + e);
   }
 }
 
