@@ -53,9 +53,7 @@ def info() -> int:
         for backend in backends.NAMES[1:]:
             reasons = why_not(backend, device)
             pending = backend in targets.TARGETS and not build.is_built(targets.TARGETS[backend])
-            unproven = backends.BACKENDS[backend].unproven
             available = "available" + (", not built yet: it will be on first use" if pending else "")
-            available += f", {unproven}: only backend={backend!r} reaches it" if unproven else ""
             print(f"  {backend:<7} {available if not reasons else 'unavailable: ' + '; '.join(reasons)}")
         for kernel in recorded(device):
             print(f"  verified here: {kernel}")

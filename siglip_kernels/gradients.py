@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from siglip_kernels.backends import triton
+
 
 class LossAndGrads(NamedTuple):
     loss: Tensor  # [] float32 or float64
@@ -29,6 +31,8 @@ def scaled(accumulator: Tensor, factor: Tensor, dtype: torch.dtype, overwrite: b
         # Nobody else holds a detached tensor, so autograd takes it as .grad. It would copy any other.
         return accumulator.mul_(factor).detach() if overwrite else accumulator * factor
     out = accumulator.new_empty(accumulator.shape, dtype=dtype)
+    if out.is_cuda and triton.scale_and_round(accumulator, factor, out):
+        return out
     # On the CPU rounding does need a temporary, so it works a chunk at a time.
     rows = max(1, CPU_CHUNK // max(1, out.shape[1]) if out.device.type == "cpu" else len(out))
     in_place = overwrite and out.device.type == "cpu"  # needs no temporary

@@ -45,7 +45,8 @@ def problem_of(request: Request, needs_grad: NeedsGrad) -> Problem:
     """What is needed to choose and to size a block kernel."""
     x = request.x
     M, D = x.shape
-    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz)
+    by_offset = not (request.pairs.has_ids or request.pairs.has_weights or request.return_stats)
+    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, by_offset)
 
 
 def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> Result:

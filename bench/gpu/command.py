@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--contenders",
         nargs="+",
         metavar="NAME",
-        help='e.g. ours eager; what is not proven yet, in full: "ours (cuda)"',
+        help='e.g. ours eager; one that "auto" would not choose, in full: "ours (eager)"',
     )
     options = parser.parse_args(arguments)
     session = start(parser, options, options.contenders)

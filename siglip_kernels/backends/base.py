@@ -23,6 +23,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype  # of the features
     device: torch.device
     needs_dz: bool = True  # some feature gradient is needed
+    by_offset: bool = True  # the offset alone says what is positive, no pair has a weight, no statistics are asked for
 
     @property
     def rounds_out(self) -> bool:
@@ -60,11 +61,10 @@ class BlockKernel(abc.ABC):
 
     name: str
     pads_to_alignment: bool = False  # gemm.pad_to_alignment copies features that are not aligned
-    unproven: str = ""  # what it has not proven yet, if anything: then only its name selects it
 
     def is_automatic(self, problem: Problem) -> bool:
         """Whether backend="auto" may take this kernel, if it can run the problem."""
-        return not self.unproven
+        return True
 
     @abc.abstractmethod
     def why_not(self, problem: Problem) -> list[str]:

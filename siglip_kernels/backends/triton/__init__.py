@@ -14,6 +14,7 @@ from siglip_kernels.backends.gpu import GpuBlockKernel
 from siglip_kernels.backends.triton import configs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_SCALED = 2**22  # elements; for fewer a launch by Triton takes the host longer than it saves the device
 
 
 class TritonBlockKernel(GpuBlockKernel):
@@ -73,6 +74,15 @@ def architecture(device: torch.device) -> str:
 def _architecture(index: int | None) -> str:
     properties = torch.cuda.get_device_properties(index)
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+def scale_and_round(accumulator: Tensor, factor: Tensor, out: Tensor) -> bool:
+    """``out = factor * accumulator``, rounded, on a GPU; False if it was not done, as for few elements."""
+    if out.numel() < MIN_SCALED or accumulator.dtype is not torch.float32 or not _installed() or _why_not_launch():
+        return False
+    from siglip_kernels.backends.triton import scale
+
+    return scale.scale_and_round(accumulator, factor, out)
 
 
 @functools.cache

@@ -24,10 +24,10 @@ class Config:
     # make sums move between threads, more take registers.
     lanes: int = 4
     dz_stores: tuple[int, int] = (2, 2)  # of a tile, 2 or 4: without and with stats
-    # For a kernel that keeps more in registers: columns at most with ids, with pairs that are left out or have masses,
-    # with stats; and the warps of the last two.
+    # For a kernel that keeps more in registers, with ids, with pairs that are left out or have masses, with stats:
+    # columns at most, and warps (0: num_warps).
     max_columns: tuple[int, int, int] = (256, 64, 64)
-    general_warps: int = 8
+    warps: tuple[int, int, int] = (0, 8, 8)
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n}x{self.block_d} {self.num_warps}w {self.num_stages}s"
@@ -39,20 +39,22 @@ class Config:
 LARGE = {
     ("sm_80", 2): Config(128, 64, 64, num_warps=8, num_stages=3, lanes=8, dz_stores=(2, 4)),
     ("sm_80", 4): Config(64, 64, 32, num_warps=8, num_stages=3, lanes=8),
-    ("sm_90", 2): Config(128, 128, 64, num_warps=8, num_stages=3),
+    ("sm_90", 2): Config(
+        128, 128, 64, num_warps=8, num_stages=3, dz_stores=(4, 4), max_columns=(64, 64, 64), warps=(4, 8, 8)
+    ),
     ("sm_90", 4): Config(128, 64, 32, num_warps=8, num_stages=3),
-    ("sm_100", 2): Config(128, 128, 64, 4, num_stages=3, lanes=1, max_columns=(64, 64, 32), general_warps=4),
-    ("sm_100", 4): Config(128, 64, 32, 4, num_stages=3, lanes=1, max_columns=(64, 64, 32), general_warps=4),
+    ("sm_100", 2): Config(128, 128, 64, 4, num_stages=3, lanes=1, max_columns=(64, 64, 32), warps=(4, 4, 4)),
+    ("sm_100", 4): Config(128, 64, 32, 4, num_stages=3, lanes=1, max_columns=(64, 64, 32), warps=(4, 4, 4)),
     ("gfx942", 2): Config(128, 128, 64, num_warps=8, num_stages=2, lanes=16, dz_stores=(4, 4)),
     ("gfx942", 4): Config(128, 128, 32, num_warps=8, num_stages=2, lanes=16, dz_stores=(4, 4)),
 }
 SMALL = {
     ("sm_80", 2): Config(64, 64, 64, num_warps=4, num_stages=3, lanes=8, max_columns=(256, 32, 32)),
     ("sm_80", 4): Config(64, 32, 32, num_warps=4, num_stages=3, lanes=8),
-    ("sm_90", 2): Config(64, 64, 64, num_warps=4, num_stages=3, general_warps=4),
+    ("sm_90", 2): Config(64, 64, 64, num_warps=4, num_stages=3, warps=(4, 4, 4)),
     ("sm_90", 4): Config(64, 64, 32, num_warps=4, num_stages=3),
-    ("sm_100", 2): Config(128, 32, 64, num_warps=4, num_stages=3, lanes=1, general_warps=4),
-    ("sm_100", 4): Config(128, 32, 32, num_warps=4, num_stages=2, lanes=1, general_warps=4),
+    ("sm_100", 2): Config(128, 32, 64, num_warps=4, num_stages=3, lanes=1, warps=(4, 4, 4)),
+    ("sm_100", 4): Config(128, 32, 32, num_warps=4, num_stages=2, lanes=1, warps=(4, 4, 4)),
     ("gfx942", 2): Config(64, 64, 64, num_warps=4, num_stages=2, lanes=16, dz_stores=(4, 4)),
     ("gfx942", 4): Config(64, 64, 32, num_warps=4, num_stages=2, lanes=16, dz_stores=(4, 4)),
 }
@@ -95,11 +97,16 @@ def choose(
 
 def fitted(config: Config, labels: str, masses: str, stats: bool) -> Config:
     """The configuration with fewer columns, or other warps, where these uses keep more in registers."""
-    with_ids, with_general, with_stats = config.max_columns
-    if not (labels == "ignore" or masses != "none" or stats):
-        return replace(config, block_n=min(config.block_n, with_ids)) if labels == "ids" else config
-    columns = min(config.block_n, with_stats if stats else with_general)
-    return replace(config, block_n=columns, num_warps=config.general_warps)
+    if stats:
+        use = 2
+    elif labels == "ignore" or masses != "none":
+        use = 1
+    elif labels == "ids":
+        use = 0
+    else:
+        return config
+    columns, warps = min(config.block_n, config.max_columns[use]), config.warps[use] or config.num_warps
+    return replace(config, block_n=columns, num_warps=warps)
 
 
 @functools.lru_cache(maxsize=4096)
