@@ -12,12 +12,12 @@ to the float32 accumulators: it is the ``grad_scale`` of the result.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
+from siglip_kernels.backends.base import BlockKernel, BlockTask, LossTask, Problem
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.request import NeedsGrad, Request
 from siglip_kernels.stats import SIZE, reduce_stats
@@ -57,6 +57,8 @@ def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: Nee
         weights = pairs.image_weights, pairs.text_weights
         loop.scale_dz(w.amax().to(loop.dtype) for w in weights if w is not None and w.numel())
     dy = loop.new_rows(problem.N if needs_grad.y else 0)
+    if kernel.writes_result and not pairs.has_weights:
+        loop.counts = denominator_factors(request.reduction, problem.M, problem.N)
     loop.add(y, pairs, dy if needs_grad.y else None)
     images = problem.M if pairs.image_weights is None else total_weight(pairs.image_weights)
     texts = problem.N if pairs.text_weights is None else total_weight(pairs.text_weights)
@@ -87,6 +89,8 @@ class BlockLoop:
         self.dz_scale: Tensor | None = None
         self.dx = self.new_rows(problem.M if needs_grad.x else 0)
         self.may_replace = request.backend == "auto"
+        self.counts: tuple[int, int] | None = None  # the denominator's factors, if the kernel may write the result
+        self.written: LossTask | None = None  # the result that the kernel has written, as the loss was one block
         self.accumulate_dx = False  # whether dx holds something to add to
         self.sums: list[Tensor] = []  # [4] for each call of ``add``; the last element is unused
         self.stats: list[Tensor] = []  # [blocks, 8] for each call of ``add``, with return_stats
@@ -119,6 +123,9 @@ class BlockLoop:
         pairs = pairs.prepared(self.x, y, self.dtype)
         stats = self._new_stats(len(blocks)) if self.return_stats else None
         needs_dx, loss_only = self.needs_grad.x, not (self.problem.needs_dz or self.needs_grad.any)
+        if is_one and self.counts is not None:
+            loss, scalars = (torch.empty(shape, dtype=self.dtype, device=y.device) for shape in ((), (4,)))
+            self.written = LossTask(loss, scalars, *self.counts)
 
         for index, (r, c) in enumerate(blocks):
             if c.start == 0:
@@ -136,6 +143,7 @@ class BlockLoop:
                 workspace=self.workspace,
                 loss_only=loss_only,
                 may_replace=self.may_replace,
+                result=self.written,
                 stats=None if stats is None else stats[index],
                 dx=_rows(self.dx, r) if needs_dx else None,
                 accumulate_dx=self.accumulate_dx or c.start > 0,
@@ -151,10 +159,12 @@ class BlockLoop:
 
     def result(self, denominator: float | Tensor, dy: Tensor) -> Result:
         """The loss and the gradients of all that was added; ``denominator``: of the loss."""
+        stats = reduce_stats(self.stats, self.x.device, self.sum_dtype) if self.return_stats else None
+        if self.written is not None:
+            return Result(self.written.loss, self.written.scalars, self.dx, dy, stats)
         totals = self._totals()
         totals[3] = self.dx_scale()
         scalars = torch.div(totals, denominator, out=self.x.new_empty(4, dtype=self.dtype))
-        stats = reduce_stats(self.stats, self.x.device, self.sum_dtype) if self.return_stats else None
         return Result(torch.select_copy(scalars, 0, 0), scalars, self.dx, dy, stats)
 
     def _block_dz(self, r: int, c: int) -> Tensor | None:
@@ -217,13 +227,19 @@ def _dz_scale(largest_weights: Iterable[Tensor], device: torch.device) -> Tensor
 
 def denominator(reduction: str, images: float | Tensor, texts: float | Tensor) -> float | Tensor:
     """The loss's denominator, from the total weight of each side. 0 if nothing counts; the loss is then NaN."""
+    of_images, of_texts = denominator_factors(reduction, images, texts)
+    return of_images * of_texts
+
+
+def denominator_factors(reduction: str, images: Any, texts: Any) -> tuple[Any, Any]:
+    """The factors of the denominator: a count of images or 1, a count of texts or 1."""
     match reduction:
         case "sum":
-            return 1.0
+            return 1, 1
         case "batchmean":
-            return images
+            return images, 1
         case "mean":
-            return images * texts
+            return images, texts
     raise ValueError(f"reduction {reduction!r}")
 
 

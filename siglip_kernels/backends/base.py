@@ -31,6 +31,21 @@ class Problem(NamedTuple):
         return self.M * self.N >= ENOUGH_PAIRS
 
 
+class LossTask(NamedTuple):
+    """The values of a loss that is one block, and what they need."""
+
+    loss: Tensor  # [] the scale's dtype, out
+    scalars: Tensor  # [4] the same, out: loss, dscale, dbias, grad_scale
+    images: int  # the loss's denominator is images · texts
+    texts: int
+
+    def write(self, sums: Tensor, dx_scale: Tensor) -> None:
+        """From the block's sums and the factor from dz @ y to dx, both without the denominator."""
+        sums[3] = dx_scale
+        torch.div(sums, float(self.images) * self.texts, out=self.scalars)
+        self.loss.copy_(self.scalars[0])
+
+
 class BlockTask(NamedTuple):
     """One block of r images and c texts, and its outputs. A block kernel does not write outputs that are None."""
 
@@ -39,8 +54,8 @@ class BlockTask(NamedTuple):
     scale: Tensor  # [] float32, or float64 for float64 features
     bias: Tensor  # [] the same dtype
     pairs: PairSpec  # of this block, prepared: ids int64, weights and masses in the scale's dtype
-    # Out: the block's sums of w·softplus(-s·z), dz·<x_i, y_j> and dz, in the first 3 elements; float64 (float32 if the
-    # device has no float64). A pair that is left out adds nothing, as if s·z were inf. loss.py says what masses change.
+    # [4], the last is free. Out: the block's sums of w·softplus(-s·z), dz·<x_i, y_j> and dz; float64 (float32 if the
+    # device has none). A pair that is left out adds nothing, as if s·z were inf. loss.py says what masses change.
     sums: Tensor
     # [r, c] operand dtype, out: dz_scale · -s·w·σ(-s·z). Rows start on multiples of 16 elements: TMA writes the last 16
     # bytes of a row whole, up to seven elements beyond c.
@@ -49,17 +64,23 @@ class BlockTask(NamedTuple):
     workspace: Any  # from BlockKernel.workspace
     loss_only: bool = False  # no gradient is needed at all: only sums[0] will be read
     may_replace: bool = False  # another kernel may do the block if this one is found faulty; else that is an error
+    result: LossTask | None = None  # out, for a kernel that writes_result
     stats: Tensor | None = None  # [8] the dtype of sums, out, in the layout of stats.py
     dx: Tensor | None = None  # [r, D] accumulator dtype, rows contiguous, out: dz @ y, added with accumulate_dx
     accumulate_dx: bool = False
     dy: Tensor | None = None  # [c, D] the same: dzᵀ @ x, added with accumulate_dy
     accumulate_dy: bool = False
 
+    def dx_scale(self) -> Tensor:
+        """[] t / dz_scale: the factor from dz @ y to dx, without the denominator."""
+        return self.scale if self.dz_scale is None else self.scale / self.dz_scale
+
 
 class BlockKernel(abc.ABC):
     """Forms dz and the partial sums of one block of the logits; ``schedule.py`` does the rest."""
 
     name: str
+    writes_result: bool = False  # the values of a loss that is one block, so that the schedule need not
     pads_to_alignment: bool = False  # gemm.pad_to_alignment copies features that are not aligned
 
     def is_automatic(self, problem: Problem) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from siglip_kernels.backends.base import BlockTask, Problem
+from siglip_kernels.backends.base import BlockTask, LossTask, Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.gemm import allows_tf32
 from siglip_kernels.host_read import read
@@ -17,6 +17,7 @@ from siglip_kernels.stats import SIZE, reduce_stats
 from siglip_kernels.testing import limits
 
 PAIRS_AT_ONCE = 2**22  # that the eager kernel works on: 16 MiB for each of its buffers
+RESULT_ROUNDING = 4 * 2.0**-24  # of the loss and its scalars, which are sums over a denominator
 # An element of dz is not compared below this part of the largest possible one: float16, or the device, may make it 0.
 NEGLIGIBLE = 2.0**-36
 
@@ -51,6 +52,8 @@ def run_eager(task: BlockTask, inspect: Callable[[slice, PairSpec, Tensor], None
         if inspect is not None and dz is not None:
             inspect(rows, pairs, dz)
     torch.sum(torch.stack(sums), dim=0, out=task.sums)
+    if task.result is not None:
+        task.result.write(task.sums, task.dx_scale())
     if task.stats is not None:
         task.stats.copy_(reduce_stats(stats, task.stats.device, task.stats.dtype))
 
@@ -60,7 +63,7 @@ def errors_of_launch(launch: Callable[[BlockTask], None], task: BlockTask) -> di
 
     Empty if that cannot be told: the inputs overflow, all features or weights are 0, or memory is short.
     """
-    for output in (task.sums, task.dz, task.stats):
+    for output in (task.sums, task.dz, task.stats, *(task.result[:2] if task.result is not None else ())):
         if output is not None:
             output.fill_(torch.nan)
     launch(task)
@@ -100,7 +103,7 @@ def _errors(task: BlockTask) -> dict[str, float]:
             worst = torch.maximum(worst, torch.sub(dz[rows], expected).abs_().div_(allowed).amax())
 
     stats = None if task.stats is None else torch.empty_like(task.stats)
-    reference = task._replace(sums=torch.empty_like(task.sums), stats=stats, loss_only=False)
+    reference = task._replace(sums=torch.empty_like(task.sums), stats=stats, loss_only=False, result=None)
     run_eager(reference, inspect)
     of_terms = total * z_error + NEGLIGIBLE * weight * count
     loss, dzu, dz_sum, *_ = (task.sums - reference.sums).abs()
@@ -112,6 +115,8 @@ def _errors(task: BlockTask) -> dict[str, float]:
     }
     if task.loss_only:
         errors = {"loss": errors["loss"]}
+    if task.result is not None:
+        errors["result"] = _result_error(task, task.result)
     if task.stats is not None and stats is not None:
         of_logits = z_error + 2.0**-18 * z
         allowed = torch.stack([count * of_logits] * 2 + [torch.full_like(z, 0.5)] * 2 + [of_logits] * 4)
@@ -119,6 +124,17 @@ def _errors(task: BlockTask) -> dict[str, float]:
         errors["stats"] = (difference / allowed).amax()
     *measured, least, largest = read(torch.stack([t.double() for t in (*errors.values(), u * total, z + total)]))
     return dict(zip(errors, measured, strict=True)) if least > 0 and largest < math.inf else {}
+
+
+def _result_error(task: BlockTask, result: LossTask) -> Tensor:
+    """Of the loss and its scalars, by the sums that the kernel wrote."""
+    expected = LossTask(torch.empty_like(result.loss), torch.empty_like(result.scalars), result.images, result.texts)
+    expected.write(task.sums.clone(), task.dx_scale())
+    which = [0, 3] if task.loss_only else [0, 1, 2, 3]
+    difference = torch.sub(result.scalars, expected.scalars)[which].abs()
+    difference = torch.cat([difference, (result.loss - expected.loss).abs().reshape(1)])
+    allowed = expected.scalars[[*which, 0]].abs() * RESULT_ROUNDING + torch.finfo(torch.float32).tiny
+    return (difference / allowed).amax()
 
 
 def _largest_norm(features: Tensor) -> Tensor:

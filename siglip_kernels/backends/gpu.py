@@ -11,6 +11,7 @@ from torch import Tensor
 
 from siglip_kernels.backends import verification
 from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
+from siglip_kernels.backends.compiled import is_installed, why_not_launch
 from siglip_kernels.stats import reduce_stats
 
 # Size of a block's dz: 256 MiB. Blocks are then large enough for full waves of tiles.
@@ -22,7 +23,7 @@ TILE = 128
 class GpuBlockKernel(BlockKernel):
     """A kernel in several variants, each of which is compiled by itself and proves itself on the user's device."""
 
-    pads_to_alignment = True
+    pads_to_alignment = writes_result = True
 
     def __init__(self, dz_bytes: int = DZ_BYTES, blocks: tuple[int, int] | None = None) -> None:
         """``blocks``: (R, C), instead of even blocks within ``dz_bytes``."""
@@ -51,16 +52,29 @@ class GpuBlockKernel(BlockKernel):
 
 
 def reduce_partials(task: BlockTask, partials: Tensor, stats_partials: Tensor | None) -> None:
-    """Write ``task.sums`` and ``task.stats`` from a kernel's parts, in a fixed order.
+    """Write ``task.sums``, ``task.result`` and ``task.stats`` from a kernel's parts, in a fixed order.
 
     ``partials`` is [3, parts] float32, of which with ``loss_only`` just the first row is written; ``stats_partials`` is
     [8, parts] float32, None without stats.
     """
-    sums, written = task.sums, 1 if task.loss_only else 3
-    torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
+    if not _sum_by_triton(task, partials):
+        sums, written = task.sums, 1 if task.loss_only else 3
+        torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
+        if task.result is not None:
+            task.result.write(sums, task.dx_scale())
     if task.stats is not None and stats_partials is not None:
         dtype = task.stats.dtype
         task.stats.copy_(reduce_stats([stats_partials.T.to(dtype)], task.stats.device, dtype))
+
+
+def _sum_by_triton(task: BlockTask, partials: Tensor) -> bool:
+    """The sums and the result by one kernel in place of five; False if Triton does not run here."""
+    if partials.device.type != "cuda" or not is_installed() or why_not_launch():
+        return False
+    from siglip_kernels.backends.triton.sums import sum_partials
+
+    sum_partials(task, partials)
+    return True
 
 
 def even_block_shape(problem: Problem, pairs: int) -> tuple[int, int]:

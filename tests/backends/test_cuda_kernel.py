@@ -16,7 +16,7 @@ import torch
 
 from bench.static import cuda_report
 from bench.static.cuda_report import Kernel
-from siglip_kernels import __main__, backends, build, sigmoid_loss, sigmoid_loss_and_grads, targets
+from siglip_kernels import backends, build, sigmoid_loss, sigmoid_loss_and_grads, targets
 from siglip_kernels.backends import cuda, gpu
 from siglip_kernels.backends.base import Problem
 from siglip_kernels.backends.cuda import CudaBlockKernel
@@ -166,15 +166,14 @@ def test_reasons() -> None:
             sigmoid_loss(*make_inputs(64, 64, 8, torch.bfloat16), backend="cuda")
 
 
-def test_only_its_name_reaches_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_takes_it_where_the_offset_says_all(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = backends.BACKENDS["cuda"]
     monkeypatch.setattr(kernel, "why_not", lambda problem: [])
     monkeypatch.setattr(kernel, "prepare", list)
-    on_cpu = ON_GPU._replace(device=torch.device("cpu"))
-    assert backends.choose("auto", on_cpu).name != "cuda"
-    assert backends.choose("cuda", on_cpu) is kernel
-    __main__.info()
-    assert "not yet proven on a GPU: only backend='cuda' reaches it" in capsys.readouterr().out
+    assert backends.choose("auto", ON_GPU) is kernel
+    with_ids = ON_GPU._replace(by_offset=False, device=torch.device("cpu"))
+    assert backends.choose("auto", with_ids).name != "cuda"
+    assert backends.choose("cuda", with_ids) is kernel
 
 
 def test_blocks_fill_the_device() -> None:

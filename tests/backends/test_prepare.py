@@ -25,7 +25,7 @@ ON_CUDA = Problem(4096, 4096, 768, torch.bfloat16, torch.device("cuda", 0))
 @pytest.fixture(autouse=True)
 def nothing_found_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds what another has, nor leaves what it found."""
-    for module, name in ((backend, "_why_not_launch"), (cuda, "_why_not_run")):
+    for module, name in ((backend, "why_not_launch"), (cuda, "_why_not_run")):
         monkeypatch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
 
 
@@ -81,7 +81,7 @@ def test_the_interpreter_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> N
 def test_auto_goes_on_where_triton_cannot_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("triton", "eager"):
         monkeypatch.setattr(backends.BACKENDS[name], "why_not", lambda problem: [])
-    monkeypatch.setattr(backend, "_why_not_launch", lambda: "no C compiler")
+    monkeypatch.setattr(backend, "why_not_launch", lambda: "no C compiler")
     assert backends.choose("auto", ON_CUDA).name == "eager"
     with pytest.raises(ValueError, match="backend='triton' cannot run this call: no C compiler"):
         backends.choose("triton", ON_CUDA)

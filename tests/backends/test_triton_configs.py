@@ -166,7 +166,7 @@ def test_why_not_without_features() -> None:
 
 
 def test_why_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_installed", lambda: False)
+    monkeypatch.setattr(backend, "is_installed", lambda: False)
     assert TritonBlockKernel().why_not(make_problem()) == ["Triton is not installed"]
 
 
@@ -186,7 +186,7 @@ def test_why_not_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_why_not_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_installed", lambda: True)
+    monkeypatch.setattr(backend, "is_installed", lambda: True)
     kernel = TritonBlockKernel()
     on_mps = make_problem(device=torch.device("mps"))
     assert kernel.why_not(on_mps) == ["features are on mps, expected a CUDA or ROCm device"]

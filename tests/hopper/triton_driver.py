@@ -73,12 +73,15 @@ def emulated_driver() -> Iterator[EmulatedDriver]:
     emulated = EmulatedDriver(GPUTarget("cuda", 90, 32), None, CudaLauncher)
     own = {"load_binary": emulated.load_binary, "get_device_properties": emulated.get_device_properties}
     emulated.utils = SimpleNamespace(**{**vars(utils), **own})
+    from siglip_kernels.backends.triton import launch
+
     before = driver._active
     driver.set_active(emulated)
     try:
         yield emulated
     finally:
         driver._active = before
+        launch._kernels.forget()  # what it compiled runs on this driver alone
 
 
 def compile_for(driver: EmulatedDriver, variant: Variant, mutate: Callable[[str], str]) -> None:

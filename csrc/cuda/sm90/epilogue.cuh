@@ -35,6 +35,8 @@ enum class Pairs { kOffset, kGeneral, kStats };
 
 // Columns of the accumulator elements that the epilogue takes at once, on 16 rows of a warp: a box of TMA's.
 constexpr int kSliceColumns = kStoreBoxColumns, kSlicePairs = kSliceColumns / 2;
+// Columns of a plain chunk, and a thread's pairs of it: negatives of weight 1 with low logits, most of most trainings.
+constexpr int kPlainColumns = 32, kPlainPairs = kPlainColumns / 2, kPlainChunks = kSliceColumns / kPlainColumns;
 // Out of bounds, and for pairs that are left out: softplus and sigmoid are 0 there.
 constexpr float kNothing = -1e4f;
 
@@ -43,7 +45,8 @@ template <class Element, Pairs kPairs, Output kOutput>
 class Epilogue {
  public:
   static constexpr bool kLossOnly = kOutput == Output::kLoss;
-  static constexpr int kChunkColumns = kPairs == Pairs::kOffset ? 32 : kGeneralChunkColumns;
+  static constexpr bool kMayBePlain = kPairs != Pairs::kStats;
+  static constexpr int kChunkColumns = kPairs == Pairs::kOffset ? kPlainColumns : kGeneralChunkColumns;
   static constexpr int kChunkPairs = kChunkColumns / 2;  // of one thread
 
   __device__ explicit Epilogue(const BlockParams& params)
@@ -57,48 +60,43 @@ class Epilogue {
   // Before the chunks of a consumer's part of a tile, whose first image and text are (row, column).
   __device__ void start_tile(int row, int column) {
     const int diagonal = row + params_.offset - column;
-    is_plain_ = row + kConsumerRows <= params_.rows && column + kBlockN <= params_.cols &&
-                (diagonal <= -kConsumerRows || diagonal >= kBlockN);
+    is_plain_ = row + kConsumerRows <= params_.rows && column + kBlockN <= params_.cols;
+    if (pairs_.by_offset()) is_plain_ &= diagonal <= -kConsumerRows || diagonal >= kBlockN;
+    if (kPairs == Pairs::kGeneral && params_.image_weights) is_plain_ = false;
   }
 
-  // u: the warp's inner products, 16 rows from `row` on and kChunkColumns from `column` on. dz_smem: shared memory
-  // address of these rows in the box that TMA stores. Short code for most chunks of most trainings; false if it is not
-  // one of them, and nothing is done.
-  __device__ bool run_plain_chunk(const float (&u)[kChunkPairs], int column, uint32_t dz_smem) {
-    float a[kChunkPairs], dz[kChunkPairs];
-    compute_logits(u, a);
-    if (!is_plain_ || !__all_sync(~0u, all_low(a))) return false;
-    accumulate_pairs<true, kLossOnly>(a, dz, sums_);
-    if constexpr (!kLossOnly) add_dz(u, dz);
-    if constexpr (kOutput == Output::kDz) store_dz(dz, dz_smem, column);
-    return true;
-  }
-
-  // The same for any chunk.
-  __device__ void run_chunk(const float (&u)[kChunkPairs], int row, int column, uint32_t dz_smem) {
-    if constexpr (kPairs != Pairs::kOffset) hide(column);
-    float a[kChunkPairs], dz[kChunkPairs];
-    const uint32_t positive = find_positives(row, column);
-    // The branch also keeps the chunks apart: else registers would hold the ids and weights of several.
-    if (kPairs == Pairs::kOffset || __any_sync(~0u, pairs_.counted != 0)) {
-      compute_logits(u, a);
-      run_pairs(u, a, row, column, positive, dz);
-    } else {
-      SIGLIP_UNROLL
-      for (float& value : dz) value = 0;
-    }
-    if constexpr (kOutput == Output::kDz) store_dz(dz, dz_smem, column);
-    if constexpr (kOutput == Output::kFloat32Dz) store_float32_dz(dz, row, column);
-  }
-
-  // Of a part of kSliceColumns, in chunks.
-  __device__ void run(const float (&acc)[kSlicePairs], int row, int column, uint32_t dz_smem) {
-    pairs_.load_rows(row);
+  // acc: the warp's inner products, 16 rows from `row` on and kSliceColumns from `column` on. dz_smem: shared memory
+  // address of these rows in the box that TMA stores. Does the plain chunks; bit c of the result if the c-th is not one.
+  __device__ uint32_t run_plain(const float (&acc)[kSlicePairs], int row, int column, uint32_t dz_smem) {
+    uint32_t others = 0;
+    if (kPairs == Pairs::kGeneral && is_plain_) pairs_.load_rows(row);
     // Unrolled, because registers cannot be indexed at run time.
     SIGLIP_UNROLL
-    for (int c = 0; c < kSliceColumns / kChunkColumns; ++c)
-      run_chunk(reinterpret_cast<const float(&)[kChunkPairs]>(acc[c * kChunkPairs]), row, column + c * kChunkColumns,
-                dz_smem);
+    for (int c = 0; c < kPlainChunks; ++c) {
+      const auto& u = reinterpret_cast<const float(&)[kPlainPairs]>(acc[c * kPlainPairs]);
+      float a[kPlainPairs], dz[kPlainPairs];
+      bool may_match = false;
+      if (kPairs == Pairs::kGeneral && is_plain_) may_match = pairs_.may_match<kPlainPairs>(column + c * kPlainColumns);
+      compute_logits(u, a);
+      if (is_plain_ && __all_sync(~0u, !may_match && all_low(a))) {
+        accumulate_pairs<true, kLossOnly>(a, dz, sums_);
+        store_and_add(u, dz, row, column + c * kPlainColumns, dz_smem);
+      } else {
+        others |= 1u << c;
+      }
+    }
+    return others;
+  }
+
+  // The chunks that `others` has, whatever they are.
+  __device__ void run_others(const float (&acc)[kSlicePairs], uint32_t others, int row, int column, uint32_t dz_smem) {
+    if constexpr (kPairs != Pairs::kOffset) pairs_.load_rows(row);
+    SIGLIP_UNROLL
+    for (int c = 0; c < kSliceColumns / kChunkColumns; ++c) {
+      if (others >> c * kChunkColumns / kPlainColumns & 1)
+        run_chunk(reinterpret_cast<const float(&)[kChunkPairs]>(acc[c * kChunkPairs]), row, column + c * kChunkColumns,
+                  dz_smem);
+    }
   }
 
   // To be called once for at most kMaxFactors pairs of a thread.
@@ -142,14 +140,29 @@ class Epilogue {
   __device__ int row_of(int i) const { return accumulator_row(lane_, i); }
   __device__ int column_of(int i) const { return accumulator_column(lane_, i); }
 
-  __device__ void compute_logits(const float (&u)[kChunkPairs], float (&a)[kChunkPairs]) const {
+  template <int kCount>
+  __device__ void compute_logits(const float (&u)[kCount], float (&a)[kCount]) const {
     SIGLIP_UNROLL
-    for (int i = 0; i < kChunkPairs; ++i) a[i] = fmaf(u[i], scale_, bias_);
+    for (int i = 0; i < kCount; ++i) a[i] = fmaf(u[i], scale_, bias_);
   }
 
-  // Adds a chunk, with the logits a, to the sums, and computes its dz.
-  __device__ void run_pairs(const float (&u)[kChunkPairs], float (&a)[kChunkPairs], int row, int column,
-                            uint32_t positive, float (&dz)[kChunkPairs]) {
+  __device__ void run_chunk(const float (&u)[kChunkPairs], int row, int column, uint32_t dz_smem) {
+    if constexpr (kPairs != Pairs::kOffset) hide(column);
+    float a[kChunkPairs], dz[kChunkPairs];
+    const uint32_t positive = find_positives(row, column);
+    // The branch also keeps the chunks apart: else registers would hold the ids and weights of several.
+    if (kPairs == Pairs::kOffset || __any_sync(~0u, pairs_.counted != 0)) {
+      compute_logits(u, a);
+      run_pairs(a, row, column, positive, dz);
+    } else {
+      SIGLIP_UNROLL
+      for (float& value : dz) value = 0;
+    }
+    store_and_add(u, dz, row, column, dz_smem);
+  }
+
+  // Adds the loss of a chunk with the logits a to the sums, and computes its dz.
+  __device__ void run_pairs(float (&a)[kChunkPairs], int row, int column, uint32_t positive, float (&dz)[kChunkPairs]) {
     const bool any_positive = __any_sync(~0u, positive != 0);
     if constexpr (kPairs == Pairs::kStats) {
       const uint32_t weighted = pairs_.weighted();
@@ -165,18 +178,21 @@ class Epilogue {
       accumulate_weighted_pairs(a, dz);
     else
       accumulate_pairs<false, kLossOnly>(a, dz, sums_);
-    if constexpr (kLossOnly) return;
-
-    if (any_positive) negate_positives(dz, positive);
-    add_dz(u, dz);
+    if (!kLossOnly && any_positive) negate_positives(dz, positive);
   }
 
-  __device__ void add_dz(const float (&u)[kChunkPairs], const float (&dz)[kChunkPairs]) {
+  // Adds dz to the sums, and stores it.
+  template <int kCount>
+  __device__ void store_and_add(const float (&u)[kCount], const float (&dz)[kCount], int row, int column,
+                                uint32_t dz_smem) {
+    if constexpr (kLossOnly) return;
     SIGLIP_UNROLL
-    for (int i = 0; i < kChunkPairs; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       sums_.dz_u = fmaf(dz[i], u[i], sums_.dz_u);
       sums_.dz += dz[i];
     }
+    if constexpr (kOutput == Output::kDz) store_dz(dz, dz_smem, column);
+    if constexpr (kOutput == Output::kFloat32Dz) store_float32_dz(dz, row, column);
   }
 
   // Which of the chunk's pairs are positive: bit i for this lane's i-th.
@@ -218,10 +234,11 @@ class Epilogue {
     }
   }
 
-  __device__ void store_dz(const float (&dz)[kChunkPairs], uint32_t dz_smem, int column) const {
+  template <int kCount>
+  __device__ void store_dz(const float (&dz)[kCount], uint32_t dz_smem, int column) const {
     const int box_column = column % kStoreBoxColumns;
     SIGLIP_UNROLL
-    for (int i = 0; i < kChunkPairs; i += 8) {
+    for (int i = 0; i < kCount; i += 8) {
       uint32_t packed[4];
       SIGLIP_UNROLL
       for (int p = 0; p < 4; ++p)
@@ -231,7 +248,8 @@ class Epilogue {
   }
   // Only float16 has a scale: bfloat16 has the exponents of float32.
   __device__ float scaled(float dz) const { return Element::kIsBfloat16 ? dz : dz * dz_scale_; }
-  __device__ void store_float32_dz(const float (&dz)[kChunkPairs], int row, int column) const {
+  template <int kCount>
+  __device__ void store_float32_dz(const float (&dz)[kCount], int row, int column) const {
     hide(row);
     hide(column);
     SIGLIP_UNROLL
@@ -239,7 +257,7 @@ class Epilogue {
       const int r = row + row_of(2 * k), c = column + column_of(0);
       float* const at = static_cast<float*>(params_.dz) + (r * int(params_.dz_stride) + c);  // small: 32 bits do
       SIGLIP_UNROLL
-      for (int i = 0; i < kChunkPairs; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         const int offset = i / 4 * 8 + i % 2;  // the lane's columns have the same distances
         if (thread_row(i) == k && r < params_.rows && c + offset < params_.cols) at[offset] = dz[i];
       }
@@ -249,7 +267,7 @@ class Epilogue {
   const BlockParams& params_;
   const float scale_, bias_, dz_scale_;
   const int lane_;
-  bool is_plain_ = false;  // the tile has no positive, and all of its pairs
+  bool is_plain_ = false;  // the tile is whole, and its chunks may be plain
   GeneralPairs pairs_;
   Sums sums_;
   LogitStats stats_;

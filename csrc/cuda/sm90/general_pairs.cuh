@@ -44,6 +44,21 @@ class GeneralPairs {
       rows_.load(k, row + accumulator_row(lane_, 2 * k), params_.rows, params_.image_ids, params_.image_weights,
                  params_.image_masses);
   }
+  // Whether position alone says what is positive.
+  __device__ bool by_offset() const { return !params_.image_ids || params_.ignore_ids; }
+  // Whether an id of the rows may be that of one of the thread's kPairs / 2 columns: their lower halves are equal.
+  template <int kPairs>
+  __device__ bool may_match(int column) const {
+    if (!params_.image_ids) return false;
+    bool matches[4] = {};  // four chains, for they wait for each other
+    SIGLIP_UNROLL
+    for (int k = 0; k < kPairs / kThreadRows; ++k) {
+      const uint32_t id = uint32_t(params_.text_ids[column + accumulator_column(lane_, k / 2 * 4 + k % 2)]);
+      SIGLIP_UNROLL
+      for (int r = 0; r < kThreadRows; ++r) matches[k % 2 * 2 + r] |= id == uint32_t(rows_.ids[r]);
+    }
+    return matches[0] | matches[1] | matches[2] | matches[3];
+  }
   // Then `positive` and `counted` are of this chunk.
   __device__ void load_columns(int column) {
     SIGLIP_UNROLL
@@ -56,8 +71,7 @@ class GeneralPairs {
       const int r = thread_row(i), c = thread_column(i);
       const bool on_diagonal = rows_.index[r] + params_.offset == columns_.index[c];
       const bool same_id = params_.image_ids && rows_.ids[r] == columns_.ids[c];
-      const bool by_offset = !params_.image_ids || params_.ignore_ids;
-      const bool is_positive = by_offset ? on_diagonal : same_id;
+      const bool is_positive = by_offset() ? on_diagonal : same_id;
       const bool is_ignored = params_.ignore_ids && same_id && !on_diagonal;
       positive |= uint32_t(is_positive) << i;
       counted |= uint32_t(rows_.in_bounds[r] && columns_.in_bounds[c] && !is_ignored) << i;

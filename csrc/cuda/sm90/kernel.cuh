@@ -125,47 +125,28 @@ __device__ __forceinline__ void run_epilogue(Epilogue<Element, kPairs, kOutput>&
   const auto dz_smem = [&](int slice) {
     return smem_addr(dz[slice_column(slice) / kStoreBoxColumns]) + slice_row(slice) * kStoreBoxColumns * 2;
   };
-  if constexpr (kPairs == Pairs::kOffset) {
-    using Chunk = const float(&)[Epilogue<Element, kPairs, kOutput>::kChunkPairs];
-    constexpr int kChunkColumns = Epilogue<Element, kPairs, kOutput>::kChunkColumns;
-    constexpr int kChunks = kSliceColumns / kChunkColumns;  // of a slice
+  uint32_t others = ~0u;  // chunks that are not plain, kPlainChunks bits a slice
+  if constexpr (Epilogue<Element, kPairs, kOutput>::kMayBePlain) {
+    others = 0;
     epilogue.start_tile(row, column);
-    uint32_t others = 0;  // chunks that are not plain
     SIGLIP_UNROLL
-    for (int chunk = 0; chunk < kNumSlices * kChunks; ++chunk) {
-      const int slice = chunk / kChunks, c = chunk % kChunks;
-      const auto& u = reinterpret_cast<Chunk>(slices[slice][c * kChunkColumns / 2]);
-      if (!epilogue.run_plain_chunk(u, c * kChunkColumns, dz_smem(slice))) others |= 1u << chunk;
-      if (c == kChunks - 1) epilogue.flush();
-    }
-    // Their code is long: it is there once, where no plain chunk has to jump over it.
-    SIGLIP_NO_UNROLL
-    for (; others; others &= others - 1) {
-      const int chunk = __ffs(others) - 1, slice = chunk / kChunks;
-      float u[kChunkColumns / 2];
-      SIGLIP_UNROLL
-      for (int k = 0; k < kNumSlices * kChunks; ++k)
-        if (k == chunk) {
-          SIGLIP_UNROLL
-          for (int i = 0; i < kChunkColumns / 2; ++i) u[i] = slices[k / kChunks][k % kChunks * kChunkColumns / 2 + i];
-        }
-      epilogue.run_chunk(u, row + slice_row(slice), column + slice_column(slice) + chunk % kChunks * kChunkColumns,
-                         dz_smem(slice));
-      epilogue.flush();
-    }
-  } else {
-    // The code is long: it is there once, and the slices come to it.
-    SIGLIP_NO_UNROLL
     for (int slice = 0; slice < kNumSlices; ++slice) {
-      hide(row);
-      hide(column);
-      epilogue.run(slices[0], row + slice_row(slice), column + slice_column(slice), dz_smem(slice));
-      SIGLIP_UNROLL
-      for (int s = 1; s < kNumSlices; ++s)
-        SIGLIP_UNROLL
-        for (int i = 0; i < kSlicePairs; ++i) slices[s - 1][i] = slices[s][i];
+      others |= epilogue.run_plain(slices[slice], row + slice_row(slice), column + slice_column(slice), dz_smem(slice))
+                << slice * kPlainChunks;
       epilogue.flush();
     }
+  }
+  // The code of the others is long: it is there once, where no plain chunk has to jump over it, and the slices come to it.
+  SIGLIP_NO_UNROLL
+  for (int slice = 0; slice < kNumSlices && others; ++slice, others >>= kPlainChunks) {
+    hide(row);
+    hide(column);
+    epilogue.run_others(slices[0], others, row + slice_row(slice), column + slice_column(slice), dz_smem(slice));
+    SIGLIP_UNROLL
+    for (int s = 1; s < kNumSlices; ++s)
+      SIGLIP_UNROLL
+      for (int i = 0; i < kSlicePairs; ++i) slices[s - 1][i] = slices[s][i];
+    epilogue.flush();
   }
 }
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from siglip_kernels.backends.base import BlockTask, Problem
+from siglip_kernels.backends.compiled import is_installed, why_not_launch
 from siglip_kernels.backends.gpu import GpuBlockKernel
 from siglip_kernels.backends.triton import configs
 
@@ -36,7 +36,7 @@ class TritonBlockKernel(GpuBlockKernel):
             reasons.append(f"features are {problem.dtype}, expected float16, bfloat16 or float32")
         if problem.D < 1:
             reasons.append(f"D = {problem.D}, expected at least 1")
-        if not _installed():
+        if not is_installed():
             reasons.append("Triton is not installed")
         elif problem.device.type == "cpu":
             reasons += _why_not_interpret(problem)
@@ -47,7 +47,7 @@ class TritonBlockKernel(GpuBlockKernel):
         return reasons
 
     def prepare(self) -> list[str]:
-        reason = _why_not_launch()
+        reason = why_not_launch()
         return [] if reason is None else [reason]
 
     def workspace(self, problem: Problem, R: int, C: int) -> Tensor:
@@ -78,29 +78,11 @@ def _architecture(index: int | None) -> str:
 
 def scale_and_round(accumulator: Tensor, factor: Tensor, out: Tensor) -> bool:
     """``out = factor * accumulator``, rounded, on a GPU; False if it was not done, as for few elements."""
-    if out.numel() < MIN_SCALED or accumulator.dtype is not torch.float32 or not _installed() or _why_not_launch():
+    if out.numel() < MIN_SCALED or accumulator.dtype is not torch.float32 or not is_installed() or why_not_launch():
         return False
     from siglip_kernels.backends.triton import scale
 
     return scale.scale_and_round(accumulator, factor, out)
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _why_not_launch() -> str | None:
-    """Why Triton has no driver. It compiles a part of it in C on first use. The interpreter needs none."""
-    try:
-        import triton
-
-        if not triton.knobs.runtime.interpret:
-            triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # from Triton, the C compiler or the loader
-        return f"Triton cannot launch here: {(str(error) or type(error).__name__).splitlines()[0]}"
-    return None
 
 
 def _why_not_interpret(problem: Problem) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from siglip_kernels.backends.base import BlockTask
+from siglip_kernels.backends.compiled import CompiledKernels
 from siglip_kernels.backends.gpu import reduce_partials
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.configs import Config, Variant
@@ -19,6 +20,10 @@ from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel
 from siglip_kernels.gemm import allows_tf32, pad_to_alignment
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.stats import SIZE
+
+# The vectors of a block's pairs, views of the whole batch's: they may start anywhere.
+PAIR_TENSORS = ("image_ids", "text_ids", "image_weights", "text_weights", "image_masses", "text_masses")
+_kernels = CompiledKernels(_sigmoid_block_kernel)
 
 
 def launch_block(variant: Variant, task: BlockTask) -> None:
@@ -29,7 +34,13 @@ def launch_block(variant: Variant, task: BlockTask) -> None:
     stats_partials = None if task.stats is None else partials.new_empty(SIZE, programs)
 
     with torch.cuda.device(task.x.device) if task.x.is_cuda else contextlib.nullcontext():
-        _sigmoid_block_kernel[(programs,)](**_arguments(variant, task, partials, stats_partials))
+        _kernels.launch(
+            (variant, task.x.device),
+            programs,
+            _arguments(variant, task, partials, stats_partials),
+            _options(variant),
+            (task.scale, task.bias, task.dz_scale, *(getattr(task.pairs, name) for name in PAIR_TENSORS)),
+        )
     reduce_partials(task, partials, stats_partials)
 
 
@@ -97,7 +108,8 @@ def compile_variant(variant: Variant) -> Any:
         workspace=None,
     )
     stats_partials = empty(SIZE, 1) if variant.stats else None
-    return _sigmoid_block_kernel.warmup(grid=(1,), **_arguments(variant, task, empty(3, 1), stats_partials))
+    arguments = _arguments(variant, task, empty(3, 1), stats_partials)
+    return _sigmoid_block_kernel.warmup(grid=(1,), **arguments, **_options(variant))
 
 
 def _arguments(
@@ -106,7 +118,7 @@ def _arguments(
     partials: Tensor,  # [3, programs]
     stats_partials: Tensor | None,  # [8, programs]
 ) -> dict[str, Any]:
-    """All arguments of the kernel, and its launch parameters."""
+    """All arguments of the kernel, in its order."""
     config, use_tma, pairs, dz = variant.config, variant.use_tma, task.pairs, task.dz
     (M, D), N = task.x.shape, task.y.shape[0]
     dz_columns = config.block_n // config.dz_stores[variant.stats]
@@ -136,8 +148,9 @@ def _arguments(
     }
 
 
+@functools.lru_cache(maxsize=1024)
 def _constants(variant: Variant) -> dict[str, Any]:
-    """The kernel's compile-time constants, and its launch parameters."""
+    """The kernel's compile-time constants."""
     config = variant.config
     return {
         "LABELS": configs.LABELS[variant.labels],
@@ -153,8 +166,15 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "GROUP_M": config.group_m,
         "LANES": config.lanes,
         "DZ_STORES": config.dz_stores[variant.stats],
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _options(variant: Variant) -> dict[str, Any]:
+    """The launch parameters."""
+    return {
+        "num_warps": variant.config.num_warps,
+        "num_stages": variant.config.num_stages,
         "enable_fp_fusion": True,
     }
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from siglip_kernels.backends.compiled import CompiledKernels
 from siglip_kernels.host_read import is_capturing, read
 
 BLOCK = 2048
@@ -20,12 +21,15 @@ COMPARED = 2**16  # elements at each end, at the first run
 _works: dict[tuple[torch.dtype, torch.device], bool] = {}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["elements"])
 def _scale_kernel(accumulator_ptr, factor_ptr, out_ptr, elements, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < elements
     scaled = tl.load(accumulator_ptr + offsets, mask=mask) * tl.load(factor_ptr)
     tl.store(out_ptr + offsets, scaled.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+_kernels = CompiledKernels(_scale_kernel)
 
 
 def scale_and_round(accumulator: Tensor, factor: Tensor, out: Tensor) -> bool:
@@ -46,8 +50,17 @@ def scale_and_round(accumulator: Tensor, factor: Tensor, out: Tensor) -> bool:
 
 
 def launch(accumulator: Tensor, factor: Tensor, out: Tensor) -> None:
+    elements = out.numel()
+    arguments = {
+        "accumulator_ptr": accumulator,
+        "factor_ptr": factor,
+        "out_ptr": out,
+        "elements": elements,
+        "BLOCK": BLOCK,
+    }
+    key = out.dtype, out.device, elements < 2**31
     with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
-        _scale_kernel[(triton.cdiv(out.numel(), BLOCK),)](accumulator, factor, out, out.numel(), BLOCK=BLOCK)
+        _kernels.launch(key, triton.cdiv(elements, BLOCK), arguments, {}, (accumulator, factor, out))
 
 
 def _agrees_with_torch(accumulator: Tensor, factor: Tensor, out: Tensor) -> bool:
