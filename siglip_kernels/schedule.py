@@ -45,8 +45,8 @@ def problem_of(request: Request, needs_grad: NeedsGrad) -> Problem:
     """What is needed to choose and to size a block kernel."""
     x = request.x
     M, D = x.shape
-    by_offset = not (request.pairs.has_ids or request.pairs.has_weights or request.return_stats)
-    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, by_offset)
+    has_weights = request.pairs.has_weights or request.pairs.multi_positive is not None
+    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, has_weights)
 
 
 def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> Result:

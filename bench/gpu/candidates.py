@@ -16,7 +16,7 @@ from siglip_kernels import backends
 from siglip_kernels.backends.base import BlockKernel
 from siglip_kernels.backends.cuda import CudaBlockKernel
 from siglip_kernels.backends.gpu import DZ_BYTES
-from siglip_kernels.backends.triton import TritonBlockKernel
+from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.backends.triton.configs import Config, Variant
 from siglip_kernels.targets import SM90_CONFIGURATIONS
 from siglip_kernels.testing import PAIRS
@@ -90,14 +90,21 @@ def make_candidates(shipped: Config, plan: SweepPlan) -> list[Candidate]:
         "128 × 256, 8 warps, 4 stages": replace(wide, num_stages=4),
         "256 × 128, 8 warps, 3 stages": replace(wide, block_m=256, block_n=128),
         "64 × 256, 4 warps, 2 stages": replace(wide, block_m=64, num_warps=4, num_stages=2),
-        "4 stores of dz": replace(shipped, dz_stores=(4, 4)),
+        "2 stores of dz": replace(shipped, dz_stores=(2, shipped.dz_stores[1])),
+        "4 stores of dz": replace(shipped, dz_stores=(4, shipped.dz_stores[1])),
         "2 stages": replace(shipped, num_stages=2),
         "4 stages": replace(shipped, num_stages=4),
         "128 features, 2 stages": replace(shipped, block_d=128, num_stages=2),
         "16 rows of tiles together": replace(shipped, group_m=16),
     }
-    columns = min(shipped.block_n, shipped.max_columns[0])  # with ids
-    narrow = shipped if columns <= 64 else replace(shipped, max_columns=(64, *shipped.max_columns[1:]))
+    with_ids = {
+        f"{columns} columns, {warps} warps": replace(
+            shipped, max_columns=(columns, *shipped.max_columns[1:]), warps=(warps, *shipped.warps[1:])
+        )
+        for columns in (64, 128)
+        for warps in (4, 8)
+        if columns <= shipped.block_n
+    }
     candidates = [Candidate(SHIPPED)]
     candidates += [Candidate(name, config=config) for name, config in tiles.items()]
     candidates += [Candidate(f"blocks of {R:,} × {C:,}", blocks=(R, C)) for R, C in plan.block_shapes]
@@ -108,8 +115,14 @@ def make_candidates(shipped: Config, plan: SweepPlan) -> list[Candidate]:
     ]
     candidates += [Candidate(f"workspace of {size:g} MiB", dz_bytes=int(size * MIB)) for size in plan.workspace_mib]
     candidates += [Candidate(f"CUDA, {name}", cuda=name) for name in plan.cuda]
-    candidates += [Candidate(SHIPPED, IDS), Candidate("64 columns", IDS, narrow)]
-    candidates += [Candidate("64 columns, 4 warps", IDS, replace(narrow, num_warps=4))]
+    candidates += [Candidate(SHIPPED, IDS)]
+    as_shipped = configs.fitted(shipped, "ids", "none", stats=False)
+    candidates += [
+        Candidate(name, IDS, config)
+        for name, config in with_ids.items()
+        if configs.fitted(config, "ids", "none", stats=False)
+        != replace(as_shipped, max_columns=config.max_columns, warps=config.warps)
+    ]
     candidates += [Candidate(f"CUDA, {name}", IDS, cuda=name) for name in plan.cuda]
     return [c for c in candidates if c.config != shipped]  # a candidate that has become the shipped one is dropped
 

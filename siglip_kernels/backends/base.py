@@ -23,7 +23,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype  # of the features
     device: torch.device
     needs_dz: bool = True  # some feature gradient is needed
-    by_offset: bool = True  # the offset alone says what is positive, no pair has a weight, no statistics are asked for
+    has_weights: bool = False  # pairs have weights or masses
 
     @property
     def rounds_out(self) -> bool:

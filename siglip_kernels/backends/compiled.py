@@ -47,7 +47,7 @@ class CompiledKernels:
         unaligned: Sequence[Tensor | None] = (),  # arguments that need not be aligned to 16 bytes; the others are
     ) -> None:
         """Launch on the current device and stream. Integers that Triton specializes belong to ``key``."""
-        key = key, *[t is not None and t.data_ptr() % 16 for t in unaligned]
+        key = key, *[-1 if t is None else t.data_ptr() % 16 for t in unaligned]
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[programs, 1, 1](*arguments.values())

@@ -166,14 +166,14 @@ def test_reasons() -> None:
             sigmoid_loss(*make_inputs(64, 64, 8, torch.bfloat16), backend="cuda")
 
 
-def test_auto_takes_it_where_the_offset_says_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_it_for_pairs_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = backends.BACKENDS["cuda"]
     monkeypatch.setattr(kernel, "why_not", lambda problem: [])
     monkeypatch.setattr(kernel, "prepare", list)
     assert backends.choose("auto", ON_GPU) is kernel
-    with_ids = ON_GPU._replace(by_offset=False, device=torch.device("cpu"))
-    assert backends.choose("auto", with_ids).name != "cuda"
-    assert backends.choose("cuda", with_ids) is kernel
+    weighted = ON_GPU._replace(has_weights=True, device=torch.device("cpu"))
+    assert backends.choose("auto", weighted).name != "cuda"
+    assert backends.choose("cuda", weighted) is kernel
 
 
 def test_blocks_fill_the_device() -> None:

@@ -178,6 +178,22 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     return register
 
 
+@pytest.mark.parametrize("output", ["loss", "scalars"])
+@pytest.mark.parametrize("base", KERNELS)
+def test_a_wrong_result_is_found(base: type[GpuBlockKernel], output: str, use: Use) -> None:
+    """Of a loss that is one block, whose result the kernel writes."""
+
+    def fault(task: BlockTask) -> None:
+        if task.result is not None:
+            getattr(task.result, output).mul_(1.001)
+
+    use(faulty(base, fault))
+    with pytest.warns(RuntimeWarning, match=FAULTY) as caught:
+        report = check(sigmoid_loss, dtypes=[torch.float16], shapes=[(70, 100, 40)], pairs=["diagonal"])
+    assert report.ok, report
+    assert " result " in str(caught[0].message)
+
+
 @pytest.mark.parametrize("base", KERNELS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: "nothing written" if fault is None else fault.__name__)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -254,6 +270,7 @@ def test_a_right_kernel_is_never_suspected(
         sigmoid_loss_and_grads(*inputs, **arguments, return_stats=True)
     assert len(measured) == 2 * (1 if interpreted else 9)
     for errors in measured:
+        assert errors.pop("result", 0.0) <= 0.5  # the rounding of a division
         assert set(errors) == {"loss", "Σ dz·u", "Σ dz", "dz", "stats"}
         assert errors.pop("dz") < 0.6
         assert max(errors.values()) < 0.03

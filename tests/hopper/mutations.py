@@ -120,10 +120,19 @@ KERNEL = [
             "reduce(stats_.least[k], stats + 4 * stride, Least());",
             "reduce(stats_.least[k], stats + 4 * stride, Largest());",
         ),
-        ("if (any_positive) negate_positives(dz, positive);", ""),
+        ("if (!kLossOnly && any_positive) negate_positives(dz, positive);", ""),
+        ("diagonal <= -kConsumerRows || diagonal >= kBlockN;", "true;"),
+        ("is_plain_ = row + kConsumerRows <= params_.rows && ", "is_plain_ = "),
+        ("is_plain_ && __all_sync(~0u, !may_match && all_low(a))", "is_plain_ && __all_sync(~0u, all_low(a))"),
+        (
+            "is_plain_ && __all_sync(~0u, !may_match && all_low(a))",
+            "is_plain_ && __any_sync(~0u, !may_match && all_low(a))",
+        ),
     ),
+    Mutation("sigmoid_loss.h", "kLow = 2.5f;", "kLow = 50.0f;"),
     *_of(
         "general_pairs.cuh",
+        ("matches[2] | matches[3];", "matches[2];"),
         ("    positive &= counted;\n", ""),
         ("rows_.in_bounds[r] && columns_.in_bounds[c]", "columns_.in_bounds[c]"),
         (" && !is_ignored", ""),
@@ -132,13 +141,15 @@ KERNEL = [
         ("rows_.masses[thread_row(i)] + ", ""),
         ("return mask & counted;", "return mask;"),
         ("return i / 4 * 2 + i % 2;", "return i / 4 * 2;"),
-        ("k / 2 * 4 + k % 2)", "k % 2)"),
+        ("columns_.load(k, column + accumulator_column(lane_, k / 2 * 4 + k % 2)", "columns_.load(k, column + k % 2"),
+        ("text_ids[column + accumulator_column(lane_, k / 2 * 4 + k % 2)]", "text_ids[column + k % 2]"),
     ),
     *_of(
         "kernel.cuh",
         ("slice / kSlicesPerWgmma * 64", "0"),
         ("slices[s - 1][i] = slices[s][i];", "slices[s - 1][i] = slices[s - 1][i];"),
-        ("      if (slice % 2) epilogue.flush();\n", ""),
+        ("      epilogue.flush();\n", ""),
+        ("<< slice * kPlainChunks;", "<< slice;"),
     ),
 ]
 # Of ptx.cuh, which only nvcc compiles.
@@ -189,7 +200,7 @@ COOPERATIVE = [
         ("kWarpsPerWarpgroup * kConsumersPerTile * kClusterSize);", "kWarpsPerWarpgroup * kClusterSize);"),
         ("shared.dz[consumer])", "shared.dz[0])"),
     ),
-    Mutation("kernel.cuh", "dz[c / kStoreBoxColumns])", "dz[0])"),
+    Mutation("kernel.cuh", "dz[slice_column(slice) / kStoreBoxColumns])", "dz[0])"),
     Mutation("launch.cu", "params.dz_stride, kConsumerRows))", "params.dz_stride, kBlockM))"),
 ]
 

@@ -48,7 +48,7 @@ def random_task(choose: random.Random, kind: Kind, M: int, N: int, D: int) -> Bl
         x=x.to(operand),
         y=y.to(operand),
         scale=torch.tensor(choose.choice([0.5, 4.0, 10.0, 20.0])),
-        bias=torch.tensor(choose.choice([-12.0, -10.0, -3.0, 0.0, 2.0])),
+        bias=torch.tensor(choose.choice([-12.0, -10.0, -3.0, 0.0, 2.0, 5.0])),
         pairs=_pairs(choose, generator, kind, M, N).prepared(x, y, torch.float32),
         sums=torch.full((4,), torch.nan, dtype=torch.float64),
         dz=dz,
@@ -157,7 +157,9 @@ def _pairs(choose: random.Random, generator: torch.Generator, kind: Kind, M: int
         offset = choose.choice([0, choose.randint(-M, N), choose.randint(1 - M, N - 1)])
         spec = spec._replace(positive_offset=offset)
     if kind.labels in ("ids", "ignore"):
-        image, text = (torch.randint(0, max(2, M // 2), (rows,), generator=generator) for rows in (M, N))
+        # Many matches or few; ids that differ in their upper halves alone.
+        most, unit = choose.choice([(max(2, M // 2), 1), (2**20, 1), (max(2, M // 2), 2**32)])
+        image, text = (unit * torch.randint(0, most, (rows,), generator=generator) for rows in (M, N))
         spec = spec._replace(image_ids=image, text_ids=text, ignore_ids=kind.labels == "ignore")
     if kind.weights:
         image, text = (2 * torch.rand(rows, generator=generator) for rows in (M, N))

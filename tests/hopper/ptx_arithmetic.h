@@ -128,6 +128,7 @@ inline bool is_le(float a, float b) { return __builtin_islessequal(a, b); }
 inline bool is_gt(float a, float b) { return __builtin_isgreater(a, b); }
 inline bool is_ge(float a, float b) { return __builtin_isgreaterequal(a, b); }
 inline bool is_neu(float a, float b) { return a != b; }
+inline bool is_leu(float a, float b) { return !__builtin_isgreater(a, b); }
 
 // The greater one, where -0 < +0; the number, if the other is NaN.
 inline float maximum(float a, float b) {

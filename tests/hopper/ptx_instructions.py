@@ -48,7 +48,7 @@ ALTERNATIVES = {
     "memory": "b8|u8|s8|b16|u16|s16|b32|u32|s32|f32|b64|u64|s64",
     "convertible": "u8|s8|u16|s16|u32|s32|u64|s64",
     "ordered": "eq|ne|lt|le|gt|ge",
-    "unordered": "neu",
+    "unordered": "neu|leu",
     "space": "shared|global|param",
     "cta": "shared|shared::cta",
     "bar": "bar.sync|barrier.sync|barrier.sync.aligned",

@@ -184,6 +184,7 @@ COMPARE = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "g
 FLOAT_COMPARE = {
     **{name: lambda a, b, ask=ask: not any_nan(a, b) and ask(a, b) for name, ask in COMPARE.items()},
     "neu": lambda a, b: any_nan(a, b) or a != b,
+    "leu": lambda a, b: any_nan(a, b) or a <= b,
 }
 TRUTHS = [
     Truth("add.<int>", "T T T", lambda _, a, b: a + b),

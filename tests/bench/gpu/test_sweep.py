@@ -66,7 +66,7 @@ class Faulty(Candidate):
     kind: type[TritonBlockKernel] = TritonBlockKernel
 
     def make_kernel(self) -> TritonBlockKernel:
-        return self.kind(**self.options)
+        return self.kind(self.config, dz_bytes=self.dz_bytes, blocks=self.blocks)
 
 
 def static(problems: dict[int, list[str]], seen: list[Variant]) -> Any:
