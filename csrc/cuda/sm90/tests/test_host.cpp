@@ -39,7 +39,7 @@ double bound(double a) { return (1.25 * std::min(std::abs(a), 200.0) + 8) * kUlp
 // Below the smallest normal number e is flushed to 0.
 constexpr double kFlushed = 0x1p-125;
 
-enum class Path { kGeneral, kSeries };
+enum class Path { kGeneral, kLow };
 
 void expect_near(float value, double right, double relative, double absolute, const char* what, float a) {
   EXPECT(std::abs(value - right) <= relative * std::abs(right) + absolute, "%s of %.9g: %.9g, expected %.9g", what, a,
@@ -52,7 +52,7 @@ void test_pair(float a, Path path) {
   float all[kCount], sigmoid[kCount];
   std::fill(all, all + kCount, a);
   Sums sums;
-  path == Path::kSeries ? accumulate_pairs<true, false>(all, sigmoid, sums)
+  path == Path::kLow ? accumulate_pairs<true, false>(all, sigmoid, sums)
                         : accumulate_pairs<false, false>(all, sigmoid, sums);
   sums.flush();
   expect_near(sigmoid[0], exact_sigmoid(a), bound(a), kFlushed, "sigmoid", a);
@@ -72,31 +72,42 @@ void test_weighted_pair(float a, float weight, float mass, float opposite) {
 
 void test_arithmetic() {
   for (int i = -120'000; i <= 120'000; ++i) test_pair(float(i) * 0.001f, Path::kGeneral);
-  for (int i = -120'000; i < -4'000; ++i) test_pair(float(i) * 0.001f, Path::kSeries);
+  for (int i = -120'000; i <= int(kLow * 1000); ++i) test_pair(float(i) * 0.001f, Path::kLow);
   for (int i = -12'000; i <= 12'000; ++i) {
     const float a = float(i) * 0.01f, weight = 0.25f + float(i & 7);
     test_weighted_pair(a, weight, 1, 0);
     test_weighted_pair(a, weight, 0.125f, 0);
     test_weighted_pair(a, weight, 0.125f, 0.875f);
   }
-  for (float a : {0.0f, -0.0f, 1e-30f, -1e-30f, 1e-45f}) test_pair(a, Path::kGeneral);
-  for (Path path : {Path::kGeneral, Path::kSeries}) test_pair(-INFINITY, path);
+  for (float a : {0.0f, -0.0f, 1e-30f, -1e-30f, 1e-45f})
+    for (Path path : {Path::kGeneral, Path::kLow}) test_pair(a, path);
+  for (Path path : {Path::kGeneral, Path::kLow}) test_pair(-INFINITY, path);
   for (int i = 0; i <= 1'000'000; ++i) {
     const float e = float(i) * 1e-6f;
     expect_near(log1p_unit(e), std::log1p(double(e)), 1.4e-7, 0, "softplus", e);
   }
 
-  float a[2] = {INFINITY, -20}, sigmoid[2];
+  float a[4] = {INFINITY, -20, -20, -20}, sigmoid[4];
+  EXPECT(!all_low(a), "infinity is low");
   Sums sums;
   accumulate_pairs<false, false>(a, sigmoid, sums);
   sums.flush();
   EXPECT(sums.loss == INFINITY && sigmoid[0] == 1, "infinity: loss %g, sigmoid %g", sums.loss, sigmoid[0]);
   a[0] = NAN;
-  EXPECT(!all_below_threshold(a), "NaN counts as below the threshold");
-  sums = Sums();
-  accumulate_pairs<false, false>(a, sigmoid, sums);
-  sums.flush();
-  EXPECT(std::isnan(sums.loss) && std::isnan(sigmoid[0]), "NaN: loss %g, sigmoid %g", sums.loss, sigmoid[0]);
+  for (Path path : {Path::kGeneral, Path::kLow}) {
+    sums = Sums();
+    path == Path::kLow ? accumulate_pairs<true, false>(a, sigmoid, sums)
+                       : accumulate_pairs<false, false>(a, sigmoid, sums);
+    sums.flush();
+    EXPECT(std::isnan(sums.loss) && std::isnan(sigmoid[0]), "NaN: loss %g, sigmoid %g", sums.loss, sigmoid[0]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    float values[4] = {-20, -20, -20, -20};
+    values[i] = std::nextafter(kLow, 3.0f);
+    EXPECT(!all_low(values), "%.9g is low", values[i]);
+    values[i] = kLow;
+    EXPECT(all_low(values), "%.9g is not low", values[i]);
+  }
   sums = Sums();
   sigmoid[0] = accumulate_weighted_pair<false>(NAN, 1, 1, 0, sums);
   EXPECT(std::isnan(sums.loss) && std::isnan(sigmoid[0]), "NaN: loss %g, sigmoid %g", sums.loss, sigmoid[0]);
@@ -104,13 +115,12 @@ void test_arithmetic() {
 
 // Sums that log(1 + e) in place of log1p would get wrong, and the largest product there can be.
 void test_log1p_of_products() {
-  for (float at : {-10.0f, -4.5f, -16.0f, 0.0f}) {
+  for (float at : {-10.0f, -4.5f, -16.0f, 0.0f, kLow, 3.0f}) {
     float a[kMaxFactors], sigmoid[kMaxFactors];
     std::fill(a, a + kMaxFactors, at);
-    EXPECT(all_below_threshold(a) == (at < kSeriesThreshold), "all_below_threshold at %g", at);
+    EXPECT(all_low(a) == (at <= kLow), "all_low at %g", at);
     Sums sums;
-    all_below_threshold(a) ? accumulate_pairs<true, true>(a, sigmoid, sums)
-                           : accumulate_pairs<false, true>(a, sigmoid, sums);
+    all_low(a) ? accumulate_pairs<true, true>(a, sigmoid, sums) : accumulate_pairs<false, true>(a, sigmoid, sums);
     sums.flush();
     const double right = kMaxFactors * exact_softplus(at);
     EXPECT(std::abs(sums.loss - right) <= 3e-6 * right, "Σ softplus at %g: %.9g, expected %.9g", at, sums.loss, right);
