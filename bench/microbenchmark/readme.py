@@ -14,7 +14,7 @@ from bench.microbenchmark.results import Results, Row
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- results/{}: python -m bench readme -->\n", "<!-- end -->"
 # The README shows these batches only.
-SHOWN_BATCHES = (64, 256, 1024, 4096, 6144, 32_768, 65_536, 262_144, 2**20)
+SHOWN_BATCHES = (64, 256, 1024, 4096, 6144, 16_384, 32_768, 65_536, 262_144, 2**20)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

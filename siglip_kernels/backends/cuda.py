@@ -119,9 +119,7 @@ class CudaBlockKernel(GpuBlockKernel):
         # hold only addresses; after it the stream keeps their memory.
         x, y = (pad_to_alignment(features.to(workspace.dtype)) for features in (task.x, task.y))
         params = _params(task, x, y, partials, stats)
-        with torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            error = library.siglip_sm90_block(ctypes.byref(params), stream)
+        error = library.siglip_sm90_block(ctypes.byref(params), torch.cuda.current_stream().cuda_stream)
         if error:
             raise RuntimeError(f"backend='cuda' failed to launch: {library.siglip_sm90_error(error).decode()}")
         reduce_partials(task, partials, stats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 from collections.abc import Hashable
 
@@ -35,14 +36,15 @@ class GpuBlockKernel(BlockKernel):
 
     @abc.abstractmethod
     def launch(self, variant: Hashable, task: BlockTask) -> None:
-        """``block``, with the variant that the block needs."""
+        """``block``, with the variant that the block needs, on the current device: the task's."""
 
     def block(self, task: BlockTask) -> None:
         variant = self.variant(task)
-        if (variant, task.x.device) in verification.proven:
-            self.launch(variant, task)
-        else:
-            verification.launch_unproven(self.name, variant, task, self.launch)
+        with torch.cuda.device(task.x.device) if task.x.is_cuda else contextlib.nullcontext():
+            if (variant, task.x.device) in verification.proven:
+                self.launch(variant, task)
+            else:
+                verification.launch_unproven(self.name, variant, task, self.launch)
 
     def operand_dtype(self, problem: Problem) -> torch.dtype:
         return problem.dtype if problem.rounds_out else torch.float32

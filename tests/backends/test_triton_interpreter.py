@@ -304,6 +304,7 @@ def test_operands_are_aligned(width: int, columns: slice) -> None:
 
 def drop_positives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(configs.LABELS, "offset", configs.LABELS["none"])
+    monkeypatch.setattr(launch, "_constants", launch._constants.__wrapped__)
 
 
 def repeat_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:

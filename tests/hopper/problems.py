@@ -158,7 +158,7 @@ def _pairs(choose: random.Random, generator: torch.Generator, kind: Kind, M: int
         spec = spec._replace(positive_offset=offset)
     if kind.labels in ("ids", "ignore"):
         # Many matches or few; ids that differ in their upper halves alone.
-        most, unit = choose.choice([(max(2, M // 2), 1), (2**20, 1), (max(2, M // 2), 2**32)])
+        most, unit = choose.choice([(max(2, M // 2), 1), (8 * M, 1), (max(2, M // 2), 2**32)])
         image, text = (unit * torch.randint(0, most, (rows,), generator=generator) for rows in (M, N))
         spec = spec._replace(image_ids=image, text_ids=text, ignore_ids=kind.labels == "ignore")
     if kind.weights:

@@ -133,7 +133,6 @@ def emulated(library: ctypes.CDLL, multiprocessors: int, settings: Settings) -> 
 
     with (
         mock.patch.object(cuda, "load", return_value=library),
-        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
         mock.patch.object(torch.cuda, "current_stream", return_value=stream),
         mock.patch.object(cuda, "pad_to_alignment", pad_to_alignment),
     ):

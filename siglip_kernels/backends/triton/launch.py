@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from functools import partial
 from typing import Any
@@ -32,15 +31,13 @@ def launch_block(variant: Variant, task: BlockTask) -> None:
     programs = -(-len(task.x) // variant.config.block_m) * -(-len(task.y) // variant.config.block_n)
     partials = task.workspace[: 3 * programs].view(3, programs)
     stats_partials = None if task.stats is None else partials.new_empty(SIZE, programs)
-
-    with torch.cuda.device(task.x.device) if task.x.is_cuda else contextlib.nullcontext():
-        _kernels.launch(
-            (variant, task.x.device),
-            programs,
-            _arguments(variant, task, partials, stats_partials),
-            _options(variant),
-            (task.scale, task.bias, task.dz_scale, *(getattr(task.pairs, name) for name in PAIR_TENSORS)),
-        )
+    _kernels.launch(
+        (variant, task.x.device),
+        programs,
+        _arguments(variant, task, partials, stats_partials),
+        _options(variant),
+        (task.scale, task.bias, task.dz_scale, *(getattr(task.pairs, name) for name in PAIR_TENSORS)),
+    )
     reduce_partials(task, partials, stats_partials)
 
 
