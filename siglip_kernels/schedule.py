@@ -151,6 +151,7 @@ class BlockLoop:
                 accumulate_dy=accumulate_dy or r.start > rows.start,
             )
             self.kernel.block_and_grads(task)
+            del task  # or it would hold this block's copies of the features while the next are made
         self.sums.append(sums if is_one else sums.sum(0))
 
     def dx_scale(self) -> Tensor:
