@@ -11,9 +11,6 @@
 #if !defined(SIGLIP_SM90_CLUSTER)
 #define SIGLIP_SM90_CLUSTER 1
 #endif
-#if !defined(SIGLIP_SM90_GROUP_ROWS)
-#define SIGLIP_SM90_GROUP_ROWS 8
-#endif
 
 namespace siglip::sm90 {
 

@@ -16,7 +16,7 @@ struct TileCoord {
 // A cluster takes kClusterSize rows at once, one for each CTA; the last may lie beyond the last image.
 class TileScheduler {
  public:
-  static constexpr int kGroupM = SIGLIP_SM90_GROUP_ROWS / kClusterSize;  // rows of clusters
+  static constexpr int kGroupM = 8 / kClusterSize;  // rows of clusters
 
   SIGLIP_HOST_DEVICE TileScheduler(int rows, int cols)
       : tiles_m_((rows + kClusterM - 1) / kClusterM), tiles_n_((cols + kBlockN - 1) / kBlockN) {}

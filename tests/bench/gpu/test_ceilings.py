@@ -40,4 +40,4 @@ def test_workspace_curve_takes_the_bound() -> None:
     assert all(bound.ms > 0 for bound in bounds)
     call = backends.base.Problem(512, 512, 16, torch.float32, CPU)
     assert TritonBlockKernel(dz_bytes=2**16).block_shape(call) == (128, 128)
-    assert TritonBlockKernel(2**20).block_shape(call) == (512, 512)
+    assert TritonBlockKernel(dz_bytes=2**20).block_shape(call) == (512, 512)
