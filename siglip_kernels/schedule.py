@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from siglip_kernels.backends.base import BlockKernel, BlockTask, LossTask, Problem
+from siglip_kernels.backends.base import BlockKernel, BlockTask, LossTask, Problem, dx_scale
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.request import NeedsGrad, Request
 from siglip_kernels.stats import SIZE, reduce_stats
@@ -156,7 +156,7 @@ class BlockLoop:
 
     def dx_scale(self) -> Tensor:
         """[] t / dz_scale: the factor from the accumulated dz @ y to dx, without the denominator."""
-        return self.scale if self.dz_scale is None else self.scale / self.dz_scale
+        return dx_scale(self.scale, self.dz_scale)
 
     def result(self, denominator: float | Tensor, dy: Tensor) -> Result:
         """The loss and the gradients of all that was added; ``denominator``: of the loss."""

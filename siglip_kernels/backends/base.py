@@ -31,6 +31,11 @@ class Problem(NamedTuple):
         return self.M * self.N >= ENOUGH_PAIRS
 
 
+def dx_scale(scale: Tensor, dz_scale: Tensor | None) -> Tensor:
+    """[] t / dz_scale, or t where dz has no scale."""
+    return scale if dz_scale is None else scale / dz_scale
+
+
 class LossTask(NamedTuple):
     """The values of a loss that is one block, and what they need."""
 
@@ -73,7 +78,7 @@ class BlockTask(NamedTuple):
 
     def dx_scale(self) -> Tensor:
         """[] t / dz_scale: the factor from dz @ y to dx, without the denominator."""
-        return self.scale if self.dz_scale is None else self.scale / self.dz_scale
+        return dx_scale(self.scale, self.dz_scale)
 
 
 class BlockKernel(abc.ABC):
