@@ -16,6 +16,7 @@ import torch
 import siglip_kernels
 from siglip_kernels import backends, build, console, targets, testing
 from siglip_kernels.backends.base import Problem
+from siglip_kernels.backends.cuda import kernels, nvrtc
 from siglip_kernels.backends.verification import describe_device, recorded
 from siglip_kernels.loss import Backend, sigmoid_loss
 from siglip_kernels.memory import doctor
@@ -61,7 +62,7 @@ def info() -> int:
 
 
 def build_all() -> int:
-    """Compile every target, also those that failed before. Returns 1 if any fails."""
+    """Compile every library, also those that failed before, and every CUDA kernel. Returns 1 if any fails."""
     build.remove_leftovers()
     failed = 0
     for name, target in targets.TARGETS.items():
@@ -72,10 +73,25 @@ def build_all() -> int:
             path = build.library(target)
             print(f"{name}: {'cached' if cached else f'built in {time.perf_counter() - start:.1f} s'}: {path}")
         except build.BuildError as error:
-            left_out = target.optional and not build.has_compiler(target)
-            print(f"{name}: {'left out' if left_out else 'failed'}: {error}")
-            failed += not left_out
-    return int(failed > 0)
+            print(f"{name}: failed: {error}")
+            failed += 1
+    return int(failed + _build_cuda() > 0)
+
+
+def _build_cuda() -> bool:
+    """Compile every kernel of the CUDA backend, where NVRTC is. Returns whether that failed."""
+    if reason := nvrtc.why_not():
+        print(f"cuda: left out: {reason}")
+        return False
+    start = time.perf_counter()
+    try:
+        for compilation in kernels.EVERY:
+            kernels.machine_code(compilation)
+    except nvrtc.CompileError as error:
+        print(f"cuda: failed: {error}")
+        return True
+    print(f"cuda: {len(kernels.EVERY)} kernels built in {time.perf_counter() - start:.1f} s, or cached")
+    return False
 
 
 def check(only: str | None, only_device: torch.device | None, quick: bool) -> int:

@@ -30,13 +30,7 @@ from siglip_kernels.targets import Target
 _INSIDE = Path(__file__).parent / "csrc"  # in a wheel; a source tree has it beside the package
 CSRC = _INSIDE if _INSIDE.is_dir() else _INSIDE.parents[1] / "csrc"
 TIMEOUT = 300.0  # seconds a build may take
-# Programs by preference, and the flags that their objects need for a shared library.
-COMPILERS = {
-    "cxx": (("c++", "g++", "clang++"), ("-fPIC",)),
-    "nvcc": (("nvcc", "/usr/local/cuda/bin/nvcc"), ("-Xcompiler", "-fPIC")),
-}
-# These come first: the user's own commands, as conda and CUDA's installers set them.
-COMPILER_VARIABLES = {"cxx": ("$CXX",), "nvcc": ("$CUDACXX", "$NVCC", "$CUDA_HOME/bin/nvcc", "$CUDA_PATH/bin/nvcc")}
+COMPILERS = "c++", "g++", "clang++"  # by preference, after the user's own command, $CXX
 
 
 class BuildError(RuntimeError):
@@ -83,20 +77,13 @@ def is_built(target: Target) -> bool:
     return outcome is not None and not isinstance(outcome, str)
 
 
-def has_compiler(target: Target) -> bool:
-    """Whether this machine could build it."""
-    with suppress(BuildError):
-        return bool(_compiler(target))
-    return False
-
-
 def forget_failure(target: Target) -> None:
     """Let the next ``load`` compile a target that failed before, or did not load."""
     if isinstance(_outcomes.get(target), str):
         del _outcomes[target]
     _to_retry.add(target)
     with suppress(BuildError):
-        for folder in _candidate_folders(target, _compiler(target)[1], []):
+        for folder in _candidate_folders(target, _compiler()[1], []):
             with suppress(OSError):
                 (folder / "failed.txt").unlink()
 
@@ -126,7 +113,7 @@ def _find_built(target: Target) -> ctypes.CDLL | None:
         raise BuildError("native code is compiled on Linux and macOS only")
     refusals: list[str] = []
     try:
-        folders = _candidate_folders(target, _compiler(target)[1], refusals)
+        folders = _candidate_folders(target, _compiler()[1], refusals)
     except BuildError as error:
         by_any = [folder for path in _candidate_folders(target, "*", []) for folder in path.parent.glob(path.name)]
         found, reasons = _load_first(target, by_any)
@@ -165,7 +152,7 @@ def _load_first(target: Target, folders: Iterable[Path]) -> tuple[ctypes.CDLL | 
 
 def _build(target: Target) -> ctypes.CDLL:
     """Compile in the first folder that the library then loads from."""
-    command, key = _compiler(target)
+    command, key = _compiler()
     remove_leftovers()
     refusals: list[str] = []
     for folder in _candidate_folders(target, key, refusals, make=True):
@@ -236,7 +223,7 @@ def _compile(target: Target, command: list[str], folder: Path) -> None:
 
 def _ninja_rules(target: Target) -> str:
     """ninja's rules, without the paths of the compiler and of csrc/."""
-    flags, link_flags = _quote(*COMPILERS[target.compiler][1], *target.flags), _quote(*target.link_flags)
+    flags, link_flags = _quote("-fPIC", *target.flags), _quote(*target.link_flags)
     text = f"rule compile\n  command = $compiler {flags} $includes $flags -c $in -o $out\n"
     text += f"rule link\n  command = $compiler -shared $in -o $out {link_flags}\n"
     for i, source in enumerate(target.sources):
@@ -273,10 +260,10 @@ def _ninja() -> str:
     return program
 
 
-def _compiler(target: Target) -> tuple[list[str], str]:
+def _compiler() -> tuple[list[str], str]:
     """The compiler's command and its key: the user's own, else the first usual one on the PATH."""
     reasons = []
-    for command, otherwise in _compiler_commands(target.compiler):
+    for command, otherwise in _compiler_commands():
         try:
             if command:
                 done = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=TIMEOUT)
@@ -287,14 +274,11 @@ def _compiler(target: Target) -> tuple[list[str], str]:
     raise BuildError("no compiler: " + "; ".join(reasons))
 
 
-def _compiler_commands(compiler: str) -> Iterator[tuple[list[str], str]]:
+def _compiler_commands() -> Iterator[tuple[list[str], str]]:
     """(command, reason) by preference. If there is no such program, the command is empty and the reason says why."""
-    for name in COMPILER_VARIABLES[compiler]:
-        text = os.path.expandvars(name)
-        if text not in (name, ""):  # the variable is set
-            yield _resolve_command(text), f"{name} is {text!r}, which names no program"
-    names = COMPILERS[compiler][0]
-    yield next(filter(None, map(_resolve_command, names)), []), f"none of {', '.join(names)} is on the PATH"
+    if own := os.environ.get("CXX"):
+        yield _resolve_command(own), f"$CXX is {own!r}, which names no program"
+    yield next(filter(None, map(_resolve_command, COMPILERS)), []), f"none of {', '.join(COMPILERS)} is on the PATH"
 
 
 def _resolve_command(text: str) -> list[str]:

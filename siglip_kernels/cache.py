@@ -33,22 +33,23 @@ def roots(refusals: list[str], make: bool = False) -> Iterator[Path]:
         refusals.append(str(error))
 
 
-def intact(folder: Path, name: str) -> list[Path]:
-    """The files ``name.<digest>.so`` that match their digest, the newest first."""
+def intact(folder: Path, name: str, suffix: str = ".so") -> list[Path]:
+    """The files ``name.<digest><suffix>`` that match their digest, the newest first."""
     found = []
-    for path in folder.glob(f"{name}.*.so"):
+    for path in folder.glob(f"{name}.*{suffix}"):
         with suppress(OSError):
-            if path.is_file() and path.name == _content_name(path, name):
+            if path.is_file() and path.name == _content_name(path, name, suffix):
                 found.append((path.stat().st_mtime_ns, path))
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def store(file: Path, folder: Path) -> Path:
-    """Rename ``file``, a .so, to its place in ``folder``. Also remove files of its name there that are not intact."""
-    place = folder / _content_name(file, file.stem)
+    """Rename ``file`` to its place in ``folder``. Also remove files of its name there that are not intact."""
+    place = folder / _content_name(file, file.stem, file.suffix)
     with folder_lock(folder) as held:
         if held:  # else another process may repair one between the check and the removal
-            for other in set(folder.glob(f"{file.stem}*.so")) - {place, *intact(folder, file.stem)}:
+            of_its_name = folder.glob(f"{file.stem}*{file.suffix}")
+            for other in set(of_its_name) - {place, *intact(folder, file.stem, file.suffix)}:
                 with suppress(OSError):
                     other.unlink()
         os.replace(file, place)
@@ -135,8 +136,8 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _content_name(file: Path, name: str) -> str:
-    return f"{name}.{digest(file.read_bytes())}.so"
+def _content_name(file: Path, name: str, suffix: str) -> str:
+    return f"{name}.{digest(file.read_bytes())}{suffix}"
 
 
 def _remove_tree(folder: Path) -> None:

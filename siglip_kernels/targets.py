@@ -23,8 +23,6 @@ class Target:
     headers: tuple[str, ...] = ()  # below csrc/, all that the sources include: a change triggers a new build
     flags: tuple[str, ...] = ()  # for every source; csrc/ is on the include path
     link_flags: tuple[str, ...] = ()
-    compiler: str = "cxx"  # or "nvcc"
-    optional: bool = False  # few machines have its compiler
 
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
@@ -40,31 +38,6 @@ CPU_PORTABLE_SOURCES = (
     Source("cpu/epilogue.cpp", ("-DSIGLIP_ISA_LEVEL=portable",)),
 )
 _CPU_HEADERS = ("convert", "cpu_info", "epilogue", "gemm", "interface", "parallel", "params", "simd", "simd_math")
-_SM90_HEADERS = (
-    *(f"{name}.h" for name in ("config", "host_device", "instantiations", "layout", "params", "pipeline")),
-    *(f"{name}.h" for name in ("sigmoid_loss", "tile_scheduler")),
-    *(f"{name}.cuh" for name in ("epilogue", "general_pairs", "kernel", "ptx")),
-)
-
-
-def _sm90(name: str, *defines: str) -> Target:
-    """The kernels for Hopper; ``defines``: of csrc/cuda/sm90/config.h."""
-    return Target(
-        name,
-        (
-            Source("cuda/sm90/launch.cu"),
-            Source("cuda/sm90/instantiations.cu"),
-            Source("cuda/sm90/instantiations.cu", ("-DSIGLIP_FLOAT16",)),
-        ),
-        headers=tuple(f"cuda/sm90/{name}" for name in _SM90_HEADERS),
-        flags=(
-            *("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fvisibility=hidden"),
-            *defines,
-        ),
-        compiler="nvcc",
-        optional=True,
-    )
-
 
 TARGETS = {  # by the backend's name
     "cpu": Target(
@@ -73,12 +46,4 @@ TARGETS = {  # by the backend's name
         headers=tuple(f"cpu/{name}.h" for name in _CPU_HEADERS),
         flags=("-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"),
     ),
-    "cuda": _sm90("cuda"),
-}
-# The tile configurations of the Hopper kernel, by name. Which is fastest is for a GPU to say: until then the first.
-SM90_CONFIGURATIONS = {
-    "128x128": TARGETS["cuda"],
-    "128x128, multicast": _sm90("cuda_multicast", "-DSIGLIP_SM90_CLUSTER=2"),
-    "128x256": _sm90("cuda_n256", "-DSIGLIP_SM90_BLOCK_N=256"),
-    "128x256, multicast": _sm90("cuda_n256_multicast", "-DSIGLIP_SM90_BLOCK_N=256", "-DSIGLIP_SM90_CLUSTER=2"),
 }

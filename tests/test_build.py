@@ -100,16 +100,6 @@ def test_a_source_compiled_in_two_ways(place: Place) -> None:
     assert ctypes.CDLL(str(library)).other() == 5
 
 
-@pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS["nvcc"][0])), reason="needs nvcc")
-def test_nvcc(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    # nvcc's own shell takes the dollar in a path for a variable.
-    place.csrc = place.csrc.rename(place.root / "c src")
-    monkeypatch.setattr(build, "CSRC", place.csrc)
-    text = '__global__ void nothing() {}\nextern "C" int value() { nothing<<<1, 1>>>(); return 7; }\n'
-    place.write("cpu/tiny.cu", text)
-    assert value(build.library(Target("tiny", (Source("cpu/tiny.cu"),), compiler="nvcc"))) == 7
-
-
 def build_in_child(csrc: Path, barrier: multiprocessing.synchronize.Barrier, results: multiprocessing.Queue) -> None:
     build.CSRC = csrc
     barrier.wait(60)
@@ -294,10 +284,11 @@ def test_the_command_builds_ahead(
     monkeypatch.setattr(targets, "TARGETS", {"broken": broken, "tiny": TARGET})
     for times in (1, 2):
         assert main(["build"]) == 1
-        first, second = capsys.readouterr().out.splitlines()
+        first, second, third = capsys.readouterr().out.splitlines()
         assert first.startswith("broken: failed: c++: ")
         assert "nonsense" in first
         assert second.startswith("tiny: cached: ")
+        assert third == "cuda: left out: not here"
         assert place.compilations == 1 + times, "what failed is tried again"
         new_process()
 

@@ -105,14 +105,3 @@ def test_no_compiler_says_what_cxx_is(place: Place, monkeypatch: pytest.MonkeyPa
     expected = r"no compiler: \$CXX is 'icpx -fast', which names no program; none of c\+\+, g\+\+, clang\+\+ is on"
     with pytest.raises(BuildError, match=expected):
         build.load(TARGET)
-
-
-@pytest.mark.parametrize("variable", ["CUDACXX", "NVCC", "CUDA_HOME", "CUDA_PATH"])
-def test_nvcc_of_the_users_own(variable: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before those on the PATH and in the usual place."""
-    program = place.root / "cu da" / "bin" / "nvcc"
-    program.parent.mkdir(parents=True)
-    program.write_text("#!/bin/sh\necho version\n")
-    program.chmod(0o755)
-    monkeypatch.setenv(variable, str(program.parents[1] if variable.startswith("CUDA_") else program))
-    assert build._compiler(replace(TARGET, compiler="nvcc"))[0] == [str(program)]

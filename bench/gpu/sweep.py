@@ -217,7 +217,7 @@ def _trial(
         candidate.pairs_kind,
         problem.D,
         candidate.name,
-        candidate.cuda or str(rows[0].variant.config),
+        "128x128" if candidate.cuda else str(rows[0].variant.config),
         f"{R:,} × {C:,}",
         registers=max((f.registers for f in figures), default=None),
         spills=max((f.spills for f in figures), default=None),

@@ -1,7 +1,7 @@
 """``python -m bench static triton`` and ``static cuda``: registers, spills and instructions of the kernels.
 
-``triton``: every shipped configuration, compiled for each architecture. ``cuda``: the kernels in csrc/cuda/, as nvcc
-compiled them. Needs no GPU; the exit status is 1 if a kernel has a problem.
+``triton``: every shipped configuration, compiled for each architecture. ``cuda``: the kernels in csrc/cuda/, as NVRTC
+compiles them. Needs no GPU; the exit status is 1 if a kernel has a problem.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from bench.static import cuda_report, triton_report
+from siglip_kernels.backends.cuda import kernels
 from siglip_kernels.backends.triton import configs
-from siglip_kernels.targets import SM90_CONFIGURATIONS
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench static", description=__doc__)
-    kernels = parser.add_subparsers(dest="kernels", required=True, metavar="{triton,cuda}")
-    kernels.add_parser("cuda", help=cuda_report.__doc__, description=cuda_report.__doc__)
-    triton = kernels.add_parser("triton", help=triton_report.__doc__, description=triton_report.__doc__)
+    commands = parser.add_subparsers(dest="kernels", required=True, metavar="{triton,cuda}")
+    commands.add_parser("cuda", help=cuda_report.__doc__, description=cuda_report.__doc__)
+    triton = commands.add_parser("triton", help=triton_report.__doc__, description=triton_report.__doc__)
     triton.add_argument("--arch", choices=sorted(configs.SHARED_MEMORY), help="only this architecture")
     triton.add_argument("--every", action="store_true", help="with every kind of labels, weights and outputs")
     triton.add_argument("--variants", type=int, metavar="N", help="only N variants, spread evenly over all")
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report_cuda() -> int:
     """Print the table; 1 if a kernel has a problem."""
-    print(cuda_report.header())
-    rows = [row for configuration in SM90_CONFIGURATIONS for row in cuda_report.kernels(configuration)]
+    print(cuda_report.HEADER)
+    rows = list(map(cuda_report.inspect, kernels.EVERY))
     print("\n".join(map(str, rows)))
     failed = sum(bool(row.problems()) for row in rows)
     print(f"{len(rows)} kernels, {failed} with problems")

@@ -12,15 +12,12 @@
 
 namespace hopper {
 
-constexpr uint32_t kMaxWarps = 16, kMaxMbarriers = 24, kMaxCtas = 2;
-// Actors of one CTA, in this order. The first three kinds can read shared memory.
+constexpr uint32_t kMaxWarps = 16, kMaxMbarriers = 24;
+// Actors, in this order. The first three kinds can read shared memory.
 enum class Kind : uint32_t { kWarp, kWgmmaGroups, kBulkGroups, kMbarrier };
-constexpr uint32_t kReaders = 3 * kMaxWarps, kActorsPerCta = kReaders + kMaxMbarriers;
-constexpr uint32_t kActors = kMaxCtas * kActorsPerCta;
+constexpr uint32_t kReaders = 3 * kMaxWarps, kActors = kReaders + kMaxMbarriers;
 
-inline uint32_t actor(uint32_t cta, Kind kind, uint32_t index) {
-  return cta * kActorsPerCta + uint32_t(kind) * kMaxWarps + index;
-}
+inline uint32_t actor(Kind kind, uint32_t index) { return uint32_t(kind) * kMaxWarps + index; }
 
 using Clock = std::array<uint32_t, kActors>;
 
@@ -45,21 +42,17 @@ struct Access {
   bool async;  // by the async proxy
 };
 
-// The last accesses to a CTA's shared memory: writes by 4-byte word, reads by 16-byte chunk.
+// The last accesses to shared memory: writes by 4-byte word, reads by 16-byte chunk.
 class Shadow {
  public:
-  void reset(uint32_t cta, uint32_t bytes) {
-    first_actor_ = actor(cta, Kind::kWarp, 0);
-    writes_.assign((bytes + 3) / 4, {});
-    reads_.assign((bytes + 15) / 16, {});
-  }
+  explicit Shadow(uint32_t bytes) : writes_((bytes + 3) / 4), reads_((bytes + 15) / 16) {}
 
   // Record the access; nullptr, or which rule it breaks.
   const char* read(uint32_t begin, uint32_t bytes, const Access& access) {
     for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word)
       if (const char* problem = check_written(writes_[word], access)) return problem;
     for (uint32_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk)
-      reads_[chunk][access.actor - first_actor_] = access.tick;
+      reads_[chunk][access.actor] = access.tick;
     return nullptr;
   }
 
@@ -82,7 +75,7 @@ class Shadow {
   // Whether an ordinary store of another warp was the last here.
   bool written_by_other_warp(uint32_t begin, const Access& access) const {
     const Write& write = writes_[begin / 4];
-    return write.tick && !write.async && write.actor != access.actor && write.actor - first_actor_ < kMaxWarps;
+    return write.tick && !write.async && write.actor != access.actor && write.actor < kMaxWarps;
   }
 
  private:
@@ -104,13 +97,12 @@ class Shadow {
 
   const char* check_read(const std::array<uint32_t, kReaders>& reads, const Access& access) const {
     for (uint32_t i = 0; i < kReaders; ++i)
-      if (reads[i] > access.knowledge.happened[first_actor_ + i]) return kReaderRaces[i / kMaxWarps];
+      if (reads[i] > access.knowledge.happened[i]) return kReaderRaces[i / kMaxWarps];
     return nullptr;
   }
 
   static constexpr const char* kReaderRaces[] = {"a race with a load of another warp", "a race with a wgmma that reads here",
                                                  "a race with a bulk copy that reads here"};
-  uint32_t first_actor_ = 0;
   std::vector<Write> writes_;
   std::vector<std::array<uint32_t, kReaders>> reads_;
 };

@@ -54,7 +54,7 @@ class _Kernel(ctypes.Structure):
 
 
 def compile_library(name: str, files: Mapping[str, str], flags: Sequence[str], includes: Sequence[Path] = ()) -> Path:
-    """The shared library of ``files`` (name: text; the .cpp and .cu are compiled), from the cache if it is there."""
+    """The shared library of ``files`` (name: text; each .cpp is compiled), from the cache if it is there."""
     headers = {str(p): p.read_text() for folder in includes for p in sorted(folder.glob("*.h"))}
     assert HOST_CXX is not None
     key = hashlib.sha256(repr((sorted(files.items()), tuple(flags), headers, HOST_CXX)).encode()).hexdigest()[:24]
@@ -65,7 +65,7 @@ def compile_library(name: str, files: Mapping[str, str], flags: Sequence[str], i
     with cache.private_folder(folder) as place:
         for file, text in files.items():
             (place / file).write_text(text)
-        sources = [arg for file in files if file.endswith((".cpp", ".cu")) for arg in ("-x", "c++", str(place / file))]
+        sources = [str(place / file) for file in files if file.endswith(".cpp")]
         library = place / f"{name}.so"
         command = [HOST_CXX, "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", *flags]
         command += [f"-I{folder}" for folder in (place, *includes)] + [*sources, "-o", str(library)]
@@ -90,7 +90,7 @@ def runtime() -> ctypes.CDLL:
     for name, types in {
         "hopper_allow": (ctypes.c_uint64, ctypes.c_uint64),
         "hopper_configure": (ctypes.c_uint64, *[ctypes.c_int32] * 3),
-        "hopper_launch": (ctypes.c_void_p, *[ctypes.c_uint32] * 5, ctypes.c_void_p),
+        "hopper_launch": (ctypes.c_void_p, *[ctypes.c_uint32] * 4, ctypes.c_void_p),
     }.items():
         getattr(library, name).argtypes = types
     return library
@@ -122,11 +122,13 @@ def is_restricted() -> bool:
 
 
 class Program:
-    """Kernels translated from PTX."""
+    """Kernels in C++ for the emulation, such as translated PTX."""
 
-    def __init__(self, cpp_source: str) -> None:
+    def __init__(
+        self, source: str, flags: Sequence[str] = KERNEL_FLAGS, headers: Mapping[str, str] | None = None
+    ) -> None:
         runtime()
-        path = compile_library("kernels", {"kernels.cpp": cpp_source}, KERNEL_FLAGS, [HERE])
+        path = compile_library("kernels", {"kernels.cpp": source} | dict(headers or {}), flags, [HERE])
         self.library = ctypes.CDLL(str(path))
         count = ctypes.c_uint32.in_dll(self.library, "hopper_kernel_count").value
         kernels = (_Kernel * count).in_dll(self.library, "hopper_kernels")
@@ -140,11 +142,10 @@ class Program:
         args: Sequence[Any] = (),  # ctypes objects, in the order of the parameters
         *,
         shared: int = 0,
-        cluster: int = 1,
         settings: Settings | None = None,
     ) -> None:
         """Run a kernel to its end; LaunchError if it breaks a rule."""
         pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(arg) for arg in args))
         configure(settings or Settings())
-        if runtime().hopper_launch(self.bodies[name], grid, threads, cluster, shared, 0, pointers):
+        if runtime().hopper_launch(self.bodies[name], grid, threads, shared, 0, pointers):
             raise LaunchError(runtime().hopper_error().decode())

@@ -28,35 +28,28 @@ uint32_t tid_x();
 uint32_t ntid_x();
 uint32_t ctaid_x();
 uint32_t nctaid_x();
-uint32_t cluster_ctarank();
-uint32_t cluster_nctarank();
 
 // ---- memory ----
 uint32_t dynamic_shared();  // address of the launch's dynamic shared memory
 uint64_t cvta_shared(uint32_t address);  // generic address of a shared one; and back
 uint32_t cvta_to_shared(uint64_t address);
-uint32_t mapa_shared_cluster(uint32_t address, uint32_t rank);  // the same address in the cluster's CTA `rank`
 void ld_shared(uint32_t address, void* value, uint32_t bytes);
 void st_shared(uint32_t address, const void* value, uint32_t bytes);
 void ld_global(uint64_t address, void* value, uint32_t bytes);
 void st_global(uint64_t address, const void* value, uint32_t bytes);
 void fence_proxy_async();
 
-// ---- mbarriers, and barriers of a CTA and of a cluster ----
+// ---- mbarriers, and named barriers ----
 void mbarrier_init(uint32_t address, uint32_t count);
 void mbarrier_inval(uint32_t address);
 void fence_mbarrier_init();
-void mbarrier_arrive(uint32_t address);  // shared::cta or shared::cluster
+void mbarrier_arrive(uint32_t address);
 void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes);
 bool mbarrier_try_wait_parity(uint32_t address, uint32_t parity);  // suspends the thread; may fail now and then
 void bar_sync(uint32_t id, uint32_t threads);  // 0 threads: all of the CTA
-void cluster_arrive();
-void cluster_wait();
 
 // ---- bulk copies by TMA. Coordinates: of the box's first column and row ----
-// cta_mask: for .multicast::cluster, into the same place of each CTA.
-void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t mbarrier,
-                 uint16_t cta_mask = 0);
+void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t mbarrier);
 void tma_store_2d(const void* tensor_map, int32_t column, int32_t row, uint32_t source);
 void bulk_commit_group();
 void bulk_wait_group(uint32_t pending);  // with .read or without
@@ -96,7 +89,7 @@ void track_registers(uint32_t* registers, const uint16_t* indices, uint32_t coun
 extern "C" {
 // Runs a kernel to its end; 0, or -1 with a message in hopper_error. `shared_bytes`: dynamic shared memory, which begins
 // `misalignment` bytes after a multiple of 1024.
-int hopper_launch(hopper::Body kernel, uint32_t grid, uint32_t threads, uint32_t cluster, uint32_t shared_bytes,
-                  uint32_t misalignment, void* const* arguments);
+int hopper_launch(hopper::Body kernel, uint32_t grid, uint32_t threads, uint32_t shared_bytes, uint32_t misalignment,
+                  void* const* arguments);
 const char* hopper_error();
 }

@@ -37,8 +37,7 @@ KERNEL = [
         ("mbarrier_wait(&shared.full_barrier[state.stage], state.phase);", ""),
         ("mbarrier_wait(&shared.ordered_barrier[consumer], ordered_barrier_phase(consumer, iteration));", ""),
         (
-            "if (kPingPong && threadIdx.x % 32 == 0) "
-            "mbarrier_arrive(&shared.ordered_barrier[next_consumer(consumer)]);",
+            "  if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.ordered_barrier[next_consumer(consumer)]);",
             "",
         ),
         ("  consumer_release(previous_empty_barrier);\n}", "}"),
@@ -52,21 +51,21 @@ KERNEL = [
             "previous_empty_barrier = &shared.empty_barrier[0];",
         ),
         (
-            "    if (lane == 0) mbarrier_arrive(empty_barrier);",
-            "    if (threadIdx.x % 128 == 0) mbarrier_arrive(empty_barrier);",
+            "  if (threadIdx.x % 32 == 0) mbarrier_arrive(empty_barrier);",
+            "  if (threadIdx.x % 128 == 0) mbarrier_arrive(empty_barrier);",
         ),
         (
-            "    if (lane == 0) mbarrier_arrive(empty_barrier);",
-            "    if (lane % 16 == 0) mbarrier_arrive(empty_barrier);",
+            "  if (threadIdx.x % 32 == 0) mbarrier_arrive(empty_barrier);",
+            "  if (threadIdx.x % 16 == 0) mbarrier_arrive(empty_barrier);",
         ),
         ("sizeof shared.x[0] + sizeof shared.y[0]);", "sizeof shared.x[0]);"),
         ("mbarrier_init(&shared.full_barrier[stage], 1);", "mbarrier_init(&shared.full_barrier[stage], 2);"),
-        ("&shared.empty_barrier[stage], kWarpsPerWarpgroup * ", "&shared.empty_barrier[stage], "),
+        ("&shared.empty_barrier[stage], kWarpsPerWarpgroup);", "&shared.empty_barrier[stage], 1);"),
         ("mbarrier_init(&barrier, kWarpsPerWarpgroup);", "mbarrier_init(&barrier, 1);"),
         ("    fence_mbarrier_init();\n", ""),
-        ("  if constexpr (kClusterSize == 1)\n    __syncthreads();\n  else\n    cluster_sync();\n", ""),
-        ("state.advance((kTurns - 1) * k_tiles);", "state.advance(k_tiles - 1);"),
-        ("state.advance(turn * k_tiles);", ""),
+        ("  __syncthreads();\n", ""),
+        ("state.advance((kNumConsumers - 1) * k_tiles);", "state.advance(k_tiles - 1);"),
+        ("state.advance(consumer * k_tiles);", ""),
         # The products.
         ("    wgmma_fence();\n", ""),
         ("wgmma_wait_group<1>();", ""),
@@ -121,8 +120,8 @@ KERNEL = [
             "reduce(stats_.least[k], stats + 4 * stride, Largest());",
         ),
         ("if (!kLossOnly && any_positive) negate_positives(dz, positive);", ""),
-        ("diagonal <= -kConsumerRows || diagonal >= kBlockN;", "true;"),
-        ("is_plain_ = row + kConsumerRows <= params_.rows && ", "is_plain_ = "),
+        ("diagonal <= -kBlockM || diagonal >= kBlockN;", "true;"),
+        ("is_plain_ = row + kBlockM <= params_.rows && ", "is_plain_ = "),
         ("is_plain_ && __all_sync(~0u, !may_match && all_low(a))", "is_plain_ && __all_sync(~0u, all_low(a))"),
         (
             "is_plain_ && __all_sync(~0u, !may_match && all_low(a))",
@@ -152,7 +151,7 @@ KERNEL = [
         ("<< slice * kPlainChunks;", "<< slice;"),
     ),
 ]
-# Of ptx.cuh, which only nvcc compiles.
+# Of ptx.cuh, which only the PTX has.
 PTX = _of(
     "ptx.cuh",
     ('asm volatile("fence.proxy.async.shared::cta;" ::: "memory");', ""),
@@ -161,48 +160,14 @@ PTX = _of(
     ('asm volatile("wgmma.fence.sync.aligned;" ::: "memory");', ""),
     ('"wgmma.wait_group.sync.aligned %0;" ::"n"(kPending)', '"wgmma.wait_group.sync.aligned %0;" ::"n"(kPending + 1)'),
     ('"cp.async.bulk.wait_group.read 0;"', '"cp.async.bulk.wait_group.read 1;"'),
-    ('"setp.ne.b32 accumulate, "', '"setp.eq.b32 accumulate, "'),
+    ("setp.ne.b32 accumulate", "setp.eq.b32 accumulate"),
     ("[%0, {%2, %3}], [%1];", "[%0, {%3, %2}], [%1];"),
     ('{%1, %2, %3, %4};" ::"r"(address)', '{%2, %1, %3, %4};" ::"r"(address)'),
     ("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;", "mbarrier.arrive.shared::cta.b64 _, [%0];"),
-    ('SIGLIP_OPERANDS_0_TO_63, "%64", "%65"', 'SIGLIP_OPERANDS_0_TO_63, "%65", "%64"'),
+    ('"}, %64, %65, accumulate', '"}, %65, %64, accumulate'),
     ('"bar.sync %0, %1;"', '"bar.sync 1, %1;"'),
+    ('"cvt.rn.bf16x2.f32 %0, %1, %2;"', '"cvt.rn.bf16x2.f32 %0, %2, %1;"'),
 )
-# With -DSIGLIP_SM90_CLUSTER=2.
-MULTICAST = [
-    *_of(
-        "kernel.cuh",
-        ("mbarrier_arrive_cluster(empty_barrier, lane);", "mbarrier_arrive(empty_barrier);"),
-        (
-            "if (lane < kClusterSize) mbarrier_arrive_cluster(",
-            "if (lane == cluster_ctarank()) mbarrier_arrive_cluster(",
-        ),
-        ("kWarpsPerWarpgroup * kConsumersPerTile * kClusterSize);", "kWarpsPerWarpgroup * kConsumersPerTile);"),
-        ("    __syncthreads();\n  else\n    cluster_sync();", "    __syncthreads();\n  else\n    __syncthreads();"),
-        ("  if constexpr (kClusterSize > 1) cluster_sync();\n", ""),
-        ("(1 << kClusterSize) - 1);", "1 << rank);"),
-        ("shared.y[state.stage] + rank * kMulticastN * kBlockK;", "shared.y[state.stage];"),
-        ("tile.n + rank * kMulticastN;", "tile.n;"),
-        ("(int64_t(index) * kClusterSize + rank)", "int64_t(index)"),
-        ("blockIdx.x / kClusterSize + turn", "blockIdx.x + turn"),
-    ),
-    Mutation("tile_scheduler.h", "kClusterM + cluster_rank * kBlockM", "kClusterM"),
-    Mutation("launch.cu", "kBlockN / kClusterSize))", "kBlockN))"),
-]
-# With -DSIGLIP_SM90_BLOCK_N=256.
-COOPERATIVE = [
-    *_of(
-        "kernel.cuh",
-        ("kPingPong ? 0 : desc_offset(consumer * kConsumerRows * kBlockK * 2);", "0;"),
-        ("tile.m + first_row, tile.n", "tile.m, tile.n"),
-        ("tile.m + first_row, shared.dz", "tile.m, shared.dz"),
-        ("kPartialsPerTile + first_row / 16 + warp;", "kPartialsPerTile + warp;"),
-        ("kWarpsPerWarpgroup * kConsumersPerTile * kClusterSize);", "kWarpsPerWarpgroup * kClusterSize);"),
-        ("shared.dz[consumer])", "shared.dz[0])"),
-    ),
-    Mutation("kernel.cuh", "dz[slice_column(slice) / kStoreBoxColumns])", "dz[0])"),
-    Mutation("launch.cu", "params.dz_stride, kConsumerRows))", "params.dz_stride, kBlockM))"),
-]
 
 
 class PtxMutation(NamedTuple):

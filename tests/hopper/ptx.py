@@ -18,7 +18,6 @@ from tests.hopper.ptx_instructions import RULES, TYPES, split
 ARRAYS = {1: ("bool", "p"), 16: ("uint16_t", "h"), 32: ("uint32_t", "r"), 64: ("uint64_t", "d")}  # by width
 SPECIAL_REGISTERS = {
     "%laneid": "tid_x() % 32",
-    **{f"%{name}": f"{name}()" for name in ("cluster_ctarank", "cluster_nctarank")},
     **{f"%{name}.x": f"{name}_x()" for name in ("tid", "ntid", "ctaid", "nctaid")},
     **{f"%{name}.{axis}": str(int(name[0] == "n")) for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "yz"},
 }
@@ -37,7 +36,7 @@ TOKEN = re.compile(
 )
 ENTRY = re.compile(
     r"(?:\.visible )?\.entry ([\w$]+) ?(?:\(([^)]*)\))? ?"
-    r"((?:\.(?:maxntid|reqntid|minnctapersm|reqnctapercluster|explicitcluster)\b[ \d,]*)*)\{"
+    r"((?:\.(?:maxntid|reqntid|minnctapersm)\b[ \d,]*)*)\{"
 )
 PARAMETER = re.compile(
     r"\.param(?: \.align \d+)? \.[bsuf](?:8|16|32|64)(?: \.ptr(?: \.global)?(?: \.align \d+)?)? ([\w$]+)(?:\[\d+\])?"

@@ -15,6 +15,7 @@
 namespace hopper {
 
 Machine machine;
+std::unique_ptr<Cta> cta;
 Thread* self = nullptr;
 uint32_t site = 0;
 
@@ -29,9 +30,9 @@ void* const* arguments;
 
 uint8_t* stack_of(const Thread& thread) {
   static uint8_t* const stacks = static_cast<uint8_t*>(
-      mmap(nullptr, kStackBytes * kMaxCtas * kMaxWarps * kWarpLanes, PROT_READ | PROT_WRITE,
+      mmap(nullptr, kStackBytes * kMaxWarps * kWarpLanes, PROT_READ | PROT_WRITE,
            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  return stacks + kStackBytes * (thread.warp->cta->rank * kMaxWarps * kWarpLanes + thread.index);
+  return stacks + kStackBytes * thread.index;
 }
 
 void exit_thread(Thread& thread) {
@@ -39,8 +40,7 @@ void exit_thread(Thread& thread) {
   thread.exited = true;
   warp.runnable &= ~(1u << thread.lane);
   warp.exited |= 1u << thread.lane;
-  --warp.cta->live_threads;
-  --machine.live_threads;
+  --cta->live_threads;
   if (warp.convergence.name && warp.convergence.mask >> thread.lane & 1)
     fail("a lane exits while others of its warp wait in %s", warp.convergence.name);
   if (!warp.wgmmas.empty()) fail("a thread exits with wgmmas that nobody has waited for");
@@ -83,14 +83,14 @@ Thread* choose_thread() {
   static std::vector<Warp*> runnable;
   static uint32_t turn = 0;
   runnable.clear();
-  for (Warp* warp : machine.warps)
-    if (warp->runnable) runnable.push_back(warp);
+  for (const auto& warp : cta->warps)
+    if (warp->runnable) runnable.push_back(warp.get());
   if (runnable.empty()) return nullptr;
   size_t chosen = machine.random() % runnable.size();
   if (machine.schedule == Schedule::kPriority) chosen = 0;
   if (machine.schedule == Schedule::kRoundRobin) chosen = turn++ % runnable.size();
   // The last warp runs when no other can.
-  if (machine.schedule == Schedule::kStarve && runnable[chosen] == machine.warps.back()) chosen = 0;
+  if (machine.schedule == Schedule::kStarve && runnable[chosen] == cta->warps.back().get()) chosen = 0;
   uint32_t lanes = runnable[chosen]->runnable;
   for (uint32_t skip = machine.random() % __builtin_popcount(lanes); skip; --skip) lanes &= lanes - 1;
   return &runnable[chosen]->threads[__builtin_ctz(lanes)];
@@ -98,8 +98,8 @@ Thread* choose_thread() {
 
 // Does any one thing that is in flight and may come now.
 bool run_any_async() {
-  if (machine.in_flight.empty()) return false;
-  const Async& chosen = machine.in_flight[machine.random() % machine.in_flight.size()];
+  if (cta->in_flight.empty()) return false;
+  const Async& chosen = cta->in_flight[machine.random() % cta->in_flight.size()];
   const Warp* const warp = chosen.warp;
   const bool in_order = chosen.in_order;
   return run_async([&](const Async& async) {
@@ -109,16 +109,16 @@ bool run_any_async() {
 
 [[noreturn]] void fail_deadlock() {
   std::string where;
-  for (const Warp* warp : machine.warps)
+  for (const auto& warp : cta->warps)
     for (const Thread& thread : warp->threads)
       if (!thread.exited && thread.lane == uint32_t(__builtin_ctz(~warp->exited)) && where.size() < 600)
-        where += "; cta " + std::to_string(warp->cta->index) + " warp " + std::to_string(warp->index) + " lane " +
+        where += "; cta " + std::to_string(cta->index) + " warp " + std::to_string(warp->index) + " lane " +
                  std::to_string(thread.lane) + " in " + thread.waits_for + " at " + std::to_string(thread.waits_at);
   fail("deadlock%s", where.c_str());
 }
 
-void run_cluster() {
-  while (machine.live_threads) {
+void run_cta() {
+  while (cta->live_threads) {
     if (machine.timing == Timing::kAtOnce)
       while (run_any_async()) {
       }
@@ -131,40 +131,37 @@ void run_cluster() {
   }
   while (run_any_async()) {
   }
-  for (const auto& cta : machine.ctas) check_warpgroups(*cta);
+  check_warpgroups();
 }
 
-void start_cta(uint32_t rank, uint32_t index, uint32_t shared_bytes, uint32_t misalignment) {
-  static uint8_t* const windows = static_cast<uint8_t*>(std::aligned_alloc(1024, kMaxCtas * kWindowBytes));
-  machine.ctas.push_back(std::make_unique<Cta>());
-  Cta& cta = *machine.ctas.back();
-  cta.rank = rank;
-  cta.index = index;
-  cta.num_warps = machine.threads / kWarpLanes;
-  cta.live_threads = machine.threads;
-  cta.shared = windows + rank * kWindowBytes;
-  std::memset(cta.shared, 0xff, kWindowBytes);  // NaN in every format
-  cta.shared_begin = kReservedShared + misalignment;
-  cta.shared_end = cta.shared_begin + shared_bytes;
-  cta.shadow.reset(rank, kWindowBytes);
-  cta.warps = std::make_unique<Warp[]>(cta.num_warps);
-  cta.warpgroup_wgmmas.resize((cta.num_warps + kWarpgroupWarps - 1) / kWarpgroupWarps);
+void start_cta(uint32_t index, uint32_t shared_bytes, uint32_t misalignment) {
+  static uint8_t* const window = static_cast<uint8_t*>(std::aligned_alloc(1024, kWindowBytes));
+  std::memset(window, 0xff, kWindowBytes);  // NaN in every format
+  cta = std::make_unique<Cta>();
+  cta->index = index;
+  cta->live_threads = machine.threads;
+  cta->shared = window;
+  cta->shared_begin = kReservedShared + misalignment;
+  cta->shared_end = cta->shared_begin + shared_bytes;
+  const uint32_t num_warps = machine.threads / kWarpLanes;
+  cta->warpgroup_wgmmas.resize((num_warps + kWarpgroupWarps - 1) / kWarpgroupWarps);
   const uint32_t registers = std::min(kMaxRegisters, kRegisterFile / machine.threads / 8 * 8);  // of a thread
-  cta.free_registers = kRegisterFile - registers * machine.threads;
-  for (uint32_t m = 0; m < kMaxMbarriers; ++m) cta.mbarriers[m].actor = actor(rank, Kind::kMbarrier, m);
-  for (uint32_t w = 0; w < cta.num_warps; ++w) {
-    Warp& warp = cta.warps[w];
-    warp.cta = &cta;
+  cta->free_registers = kRegisterFile - registers * machine.threads;
+  for (uint32_t m = 0; m < kMaxMbarriers; ++m) cta->mbarriers[m].actor = actor(Kind::kMbarrier, m);
+  for (uint32_t w = 0; w < num_warps; ++w) {
+    cta->warps.push_back(std::make_unique<Warp>());
+    Warp& warp = *cta->warps.back();
     warp.index = w;
     warp.tick(Kind::kWarp) = 1;
     for (uint32_t lane = 0; lane < kWarpLanes; ++lane) {
-      warp.threads[lane].warp = &warp;
-      warp.threads[lane].lane = lane;
-      warp.threads[lane].index = w * kWarpLanes + lane;
-      warp.threads[lane].registers = registers;
+      Thread& thread = warp.threads[lane];
+      thread.warp = &warp;
+      thread.lane = lane;
+      thread.index = w * kWarpLanes + lane;
+      thread.registers = registers;
     }
-    machine.warps.push_back(&warp);
   }
+  std::shuffle(cta->warps.begin(), cta->warps.end(), machine.random);
 }
 
 }  // namespace
@@ -176,8 +173,8 @@ void fail(const char* format, ...) {
   std::vsnprintf(text, sizeof text, format, values);
   va_end(values);
   if (self)
-    std::snprintf(place, sizeof place, "cta %u warp %u lane %u at %u: ", self->warp->cta->index, self->warp->index,
-                  self->lane, site);
+    std::snprintf(place, sizeof place, "cta %u warp %u lane %u at %u: ", cta->index, self->warp->index, self->lane,
+                  site);
   machine.error = std::string(place) + text;
   _longjmp(launch_context, 1);
 }
@@ -222,27 +219,18 @@ void converge(const char* name, uint32_t mask, bool aligned, void* lane_argument
 }
 
 bool run_async(const std::function<bool(const Async&)>& fits) {
-  const auto found = std::find_if(machine.in_flight.begin(), machine.in_flight.end(), fits);
-  if (found == machine.in_flight.end()) return false;
+  const auto found = std::find_if(cta->in_flight.begin(), cta->in_flight.end(), fits);
+  if (found == cta->in_flight.end()) return false;
   const Async async = std::move(*found);
-  machine.in_flight.erase(found);
+  cta->in_flight.erase(found);
   async.run();
   return true;
 }
 
-uint32_t Warp::actor(Kind kind) const { return hopper::actor(cta->rank, kind, index); }
-
-void Warp::release(Knowledge& into) {
-  into.join(knowledge);
-  ++tick(Kind::kWarp);
-}
-
 uint32_t tid_x() { return self->index; }
 uint32_t ntid_x() { return machine.threads; }
-uint32_t ctaid_x() { return self->warp->cta->index; }
+uint32_t ctaid_x() { return cta->index; }
 uint32_t nctaid_x() { return machine.grid; }
-uint32_t cluster_ctarank() { return self->warp->cta->rank; }
-uint32_t cluster_nctarank() { return machine.cluster; }
 
 }  // namespace hopper
 
@@ -250,29 +238,22 @@ using namespace hopper;
 
 extern "C" {
 
-int hopper_launch(Body kernel, uint32_t grid, uint32_t threads, uint32_t cluster, uint32_t shared_bytes,
-                  uint32_t misalignment, void* const* kernel_arguments) {
+int hopper_launch(Body kernel, uint32_t grid, uint32_t threads, uint32_t shared_bytes, uint32_t misalignment,
+                  void* const* kernel_arguments) {
   machine.error = "a launch that is not possible";
-  if (!grid || grid % cluster || cluster > kMaxCtas || !threads || threads % kWarpLanes ||
-      threads > kMaxWarps * kWarpLanes || shared_bytes + misalignment > kSharedBytes)
+  if (!grid || !threads || threads % kWarpLanes || threads > kMaxWarps * kWarpLanes ||
+      shared_bytes + misalignment > kSharedBytes)
     return -1;
   body = kernel;
   arguments = kernel_arguments;
   site = 0;
   machine.grid = grid;
   machine.threads = threads;
-  machine.cluster = cluster;
   std::feclearexcept(FE_ALL_EXCEPT);
   const bool failed = _setjmp(launch_context) != 0;
-  for (uint32_t first = 0; first < grid && !failed; first += cluster) {
-    machine.in_flight.clear();
-    machine.warps.clear();
-    machine.ctas.clear();
-    machine.cluster_barrier = {};
-    machine.live_threads = cluster * threads;
-    for (uint32_t rank = 0; rank < cluster; ++rank) start_cta(rank, first + rank, shared_bytes, misalignment);
-    std::shuffle(machine.warps.begin(), machine.warps.end(), machine.random);
-    run_cluster();
+  for (uint32_t index = 0; index < grid && !failed; ++index) {
+    start_cta(index, shared_bytes, misalignment);
+    run_cta();
   }
   self = nullptr;
   return failed ? -1 : 0;

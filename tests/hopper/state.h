@@ -1,4 +1,4 @@
-// The state of the emulated machine: a cluster of CTAs, their warps and threads, and what is in flight.
+// The state of the emulated machine: a CTA, its warps and threads, and what is in flight.
 #pragma once
 
 #include <setjmp.h>
@@ -23,7 +23,6 @@ constexpr uint32_t kWindowBytes = kReservedShared + kSharedBytes;
 constexpr uint32_t kMaxAccumulators = 128;  // of a thread, in one wgmma
 
 struct Warp;
-struct Cta;
 
 struct Registers {
   uint32_t* base;
@@ -33,13 +32,12 @@ struct Registers {
 
 struct Thread {
   Warp* warp;
-  uint32_t lane, index, registers;  // index: in its CTA
+  uint32_t lane, index, registers;  // index: in the CTA
   bool started = false, exited = false;
   jmp_buf context;
   const char* waits_for = "";  // while it is suspended, at `waits_at`
   uint32_t waits_at = 0;
-  uint32_t refused = 0;        // the last try_wait that failed although it need not
-  uint32_t cluster_phase = 0;  // of the cluster barrier, in which it has arrived; 0: it has not
+  uint32_t refused = 0;  // the last try_wait that failed although it need not
   std::vector<Registers> tracked;
 };
 
@@ -63,7 +61,6 @@ struct Wgmma {
 };
 
 struct Warp {
-  Cta* cta;
   uint32_t index, runnable = kEveryLane, exited = 0;  // masks of lanes
   Thread threads[kWarpLanes];
   Knowledge knowledge;
@@ -75,10 +72,14 @@ struct Warp {
   uint32_t bulk_lane = kWarpLanes;               // the one that stores
   uint32_t proxy_fenced = 0;  // lanes that have executed fence.proxy.async since their last store
 
-  uint32_t actor(Kind kind) const;
+  uint32_t actor(Kind kind) const { return hopper::actor(kind, index); }
   uint32_t& tick(Kind kind) { return knowledge.happened[actor(kind)]; }
+  Access access(Kind kind, uint32_t tick) const { return {knowledge, actor(kind), tick, kind != Kind::kWarp}; }
   // Hands on what this warp knows; what it does from now on is not part of it.
-  void release(Knowledge& into);
+  void release(Knowledge& into) {
+    into.join(knowledge);
+    ++tick(Kind::kWarp);
+  }
 };
 
 struct Mbarrier {
@@ -100,26 +101,27 @@ struct NamedBarrier {
   std::vector<Thread*> waiting;
 };
 
-struct Cta {
-  uint32_t rank, index;  // in the cluster; ctaid
-  std::unique_ptr<Warp[]> warps;
-  uint32_t num_warps, live_threads;
-  uint8_t* shared;  // the window
-  uint32_t shared_begin, shared_end;
-  Shadow shadow;
-  std::array<Mbarrier, kMaxMbarriers> mbarriers;
-  std::array<NamedBarrier, 16> barriers;
-  uint32_t free_registers;
-  std::vector<Thread*> waiting_for_registers;
-  std::vector<std::vector<uint64_t>> warpgroup_wgmmas;  // what the first warp of each warpgroup issued
-};
-
 // Work in flight. `group`: the bulk group of `warp` that waits for it; 0 for loads and wgmmas.
 struct Async {
   Warp* warp;
   uint32_t group;
   bool in_order;  // after earlier ones of the warp: a wgmma
   std::function<void()> run;
+};
+
+struct Cta {
+  uint32_t index;  // ctaid
+  std::vector<std::unique_ptr<Warp>> warps;  // in the order of their priorities
+  uint32_t live_threads;
+  uint8_t* shared;  // the window
+  uint32_t shared_begin, shared_end;
+  Shadow shadow{kWindowBytes};
+  std::array<Mbarrier, kMaxMbarriers> mbarriers;
+  std::array<NamedBarrier, 16> barriers;
+  uint32_t free_registers;
+  std::vector<Thread*> waiting_for_registers;
+  std::vector<std::vector<uint64_t>> warpgroup_wgmmas;  // what the first warp of each warpgroup issued
+  std::vector<Async> in_flight;
 };
 
 enum class Schedule { kRandom, kStarve, kPriority, kRoundRobin };
@@ -136,18 +138,14 @@ struct Machine {
   uint64_t stmatrix_conflicts = 0;
   std::string error;
 
-  // Of the running cluster.
-  std::vector<std::unique_ptr<Cta>> ctas;
-  std::vector<Warp*> warps;  // in the order of their priorities
-  uint32_t threads = 0, grid = 0, cluster = 1, live_threads = 0;
-  NamedBarrier cluster_barrier;
-  std::vector<Async> in_flight;
+  uint32_t threads = 0, grid = 0;  // of the launch
 
   bool chance(uint32_t one_in) { return random() % one_in == 0; }
 };
 
 extern Machine machine;
-extern Thread* self;  // the running thread; null in the scheduler
+extern std::unique_ptr<Cta> cta;  // the running one: they run one after another
+extern Thread* self;              // the running thread; null in the scheduler
 
 // ---- scheduler.cpp ----
 // Suspends the running thread until `wake`; `waiting`: where to note it.
@@ -161,8 +159,7 @@ void converge(const char* name, uint32_t mask, bool aligned, void* arguments, Ac
 bool run_async(const std::function<bool(const Async&)>& fits);
 
 // ---- memory.cpp ----
-Cta& cta_of(uint32_t& address);  // the CTA of a shared::cluster address, which becomes shared::cta
-uint8_t* shared_bytes(Cta& cta, uint32_t address, uint32_t bytes, uint32_t alignment, const char* what);
+uint8_t* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what);
 // An ordinary store of these lanes of the warp.
 void store_shared(Warp& warp, uint32_t address, const void* value, uint32_t bytes, uint32_t lanes, const char* what);
 void check_global(uint64_t address, uint64_t bytes, const char* what);
@@ -171,10 +168,10 @@ inline uint32_t swizzle(uint32_t address, uint32_t span) { return address ^ (((a
 
 // ---- sync.cpp ----
 // The mbarrier there, which `knowledge` must know to be initialised.
-Mbarrier& find_mbarrier(Cta& cta, uint32_t address, const char* what);
+Mbarrier& find_mbarrier(uint32_t address, const char* what);
 void complete_bytes(Mbarrier& mbarrier, uint32_t phase, uint32_t bytes);
 
 // ---- wgmma.cpp ----
-void check_warpgroups(const Cta& cta);
+void check_warpgroups();
 
 }  // namespace hopper

@@ -1,4 +1,4 @@
-// mbarriers, barriers of a CTA and of a cluster, and the registers that warps hand to each other.
+// mbarriers, named barriers, and the registers that warps hand to each other.
 
 #include "state.h"
 
@@ -7,8 +7,8 @@ namespace {
 
 constexpr uint32_t kMbarrierBytes = 8;
 
-Mbarrier* lookup(Cta& cta, uint32_t address) {
-  for (Mbarrier& mbarrier : cta.mbarriers)
+Mbarrier* lookup(uint32_t address) {
+  for (Mbarrier& mbarrier : cta->mbarriers)
     if (mbarrier.count && mbarrier.address == address) return &mbarrier;
   return nullptr;
 }
@@ -30,37 +30,19 @@ void arrive(Mbarrier& mbarrier, uint32_t bytes, const char* what) {
   complete_if_done(mbarrier);
 }
 
-void arrive(NamedBarrier& barrier, uint32_t expected) {
-  if (barrier.arrived && barrier.expected != expected)
-    fail("a barrier of %u threads, which others use with %u", expected, barrier.expected);
-  barrier.expected = expected;
-  self->warp->release(barrier.gathered);
-  if (++barrier.arrived < expected) return;
-  barrier.arrived = 0;
-  ++barrier.generation;
-  barrier.released = barrier.gathered;
-  wake(barrier.waiting);
-}
-
-void wait(NamedBarrier& barrier, uint32_t generation, const char* what) {
-  while (barrier.generation == generation) suspend(what, barrier.waiting);
-  self->warp->knowledge.join(barrier.released);
-}
-
 void set_registers(uint32_t registers, const char* what) {
   converge(what, kEveryLane, true, nullptr, [](Warp&, const Lanes&) {});
-  Cta& cta = *self->warp->cta;
   if (registers < 24 || registers > 256 || registers % 8) fail("%s: %u registers", what, registers);
-  while (registers > self->registers + cta.free_registers) suspend(what, cta.waiting_for_registers);
-  cta.free_registers += self->registers - registers;
+  while (registers > self->registers + cta->free_registers) suspend(what, cta->waiting_for_registers);
+  cta->free_registers += self->registers - registers;
   self->registers = registers;
-  wake(cta.waiting_for_registers);
+  wake(cta->waiting_for_registers);
 }
 
 }  // namespace
 
-Mbarrier& find_mbarrier(Cta& cta, uint32_t address, const char* what) {
-  Mbarrier* const mbarrier = lookup(cta, address);
+Mbarrier& find_mbarrier(uint32_t address, const char* what) {
+  Mbarrier* const mbarrier = lookup(address);
   if (!mbarrier) fail("%s: no mbarrier at %u", what, address);
   if (self->warp->knowledge.happened[mbarrier->init_actor] < mbarrier->init_tick)
     fail("%s: nothing orders it after mbarrier.init", what);
@@ -76,10 +58,10 @@ void complete_bytes(Mbarrier& mbarrier, uint32_t phase, uint32_t bytes) {
 void mbarrier_init(uint32_t address, uint32_t count) {
   yield();
   Warp& warp = *self->warp;
-  shared_bytes(*warp.cta, address, kMbarrierBytes, kMbarrierBytes, "mbarrier.init");
+  shared_bytes(address, kMbarrierBytes, kMbarrierBytes, "mbarrier.init");
   if (!count || count >= 1u << 20) fail("mbarrier.init: a count of %u", count);
-  if (lookup(*warp.cta, address)) fail("mbarrier.init: there is one already");
-  for (Mbarrier& mbarrier : warp.cta->mbarriers) {
+  if (lookup(address)) fail("mbarrier.init: there is one already");
+  for (Mbarrier& mbarrier : cta->mbarriers) {
     if (mbarrier.count) continue;
     mbarrier.first_tick = mbarrier.tick();
     mbarrier.address = address;
@@ -88,7 +70,7 @@ void mbarrier_init(uint32_t address, uint32_t count) {
     mbarrier.init_actor = warp.actor(Kind::kWarp);
     mbarrier.init_tick = warp.tick(Kind::kWarp);
     mbarrier.gathered = mbarrier.released = {};
-    warp.cta->shadow.own(address, kMbarrierBytes, mbarrier.actor, UINT32_MAX);
+    cta->shadow.own(address, kMbarrierBytes, mbarrier.actor, UINT32_MAX);
     return;
   }
   fail("more mbarriers than the emulation has");
@@ -97,34 +79,33 @@ void mbarrier_init(uint32_t address, uint32_t count) {
 void mbarrier_inval(uint32_t address) {
   yield();
   Warp& warp = *self->warp;
-  Mbarrier& mbarrier = find_mbarrier(*warp.cta, address, "mbarrier.inval");
+  Mbarrier& mbarrier = find_mbarrier(address, "mbarrier.inval");
   if (!mbarrier.waiting.empty() || mbarrier.bytes) fail("mbarrier.inval: it is in use");
   mbarrier.count = 0;
-  warp.cta->shadow.own(address, kMbarrierBytes, warp.actor(Kind::kWarp), warp.tick(Kind::kWarp));
+  cta->shadow.own(address, kMbarrierBytes, warp.actor(Kind::kWarp), warp.tick(Kind::kWarp));
 }
 
 void fence_mbarrier_init() {
   yield();
-  for (Mbarrier& mbarrier : self->warp->cta->mbarriers)
+  for (Mbarrier& mbarrier : cta->mbarriers)
     mbarrier.published |= mbarrier.init_actor == self->warp->actor(Kind::kWarp);
 }
 
 void mbarrier_arrive(uint32_t address) {
   yield();
-  Cta& cta = cta_of(address);
-  arrive(find_mbarrier(cta, address, "mbarrier.arrive"), 0, "mbarrier.arrive");
+  arrive(find_mbarrier(address, "mbarrier.arrive"), 0, "mbarrier.arrive");
 }
 
 void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes) {
   yield();
   const char* const what = "mbarrier.arrive.expect_tx";
-  arrive(find_mbarrier(*self->warp->cta, address, what), bytes, what);
+  arrive(find_mbarrier(address, what), bytes, what);
 }
 
 bool mbarrier_try_wait_parity(uint32_t address, uint32_t parity) {
   yield();
   const char* const what = "mbarrier.try_wait";
-  Mbarrier& mbarrier = find_mbarrier(*self->warp->cta, address, what);
+  Mbarrier& mbarrier = find_mbarrier(address, what);
   if (parity > 1) fail("%s: a parity of %u", what, parity);
   // In some phases it fails once. For all: what one lane learns, the emulation takes for the warp's.
   const uint32_t attempt = mbarrier.tick() * kActors + mbarrier.actor;
@@ -139,27 +120,22 @@ bool mbarrier_try_wait_parity(uint32_t address, uint32_t parity) {
 
 void bar_sync(uint32_t id, uint32_t threads) {
   yield();
-  Cta& cta = *self->warp->cta;
-  if (id >= cta.barriers.size()) fail("bar.sync: barrier %u", id);
+  if (id >= cta->barriers.size()) fail("bar.sync: barrier %u", id);
   if (threads % kWarpLanes) fail("bar.sync: %u threads are not whole warps", threads);
-  NamedBarrier& barrier = cta.barriers[id];
-  const uint32_t generation = barrier.generation;
-  arrive(barrier, threads ? threads : machine.threads);
-  wait(barrier, generation, "bar.sync");
-}
-
-void cluster_arrive() {
-  yield();
-  if (self->cluster_phase) fail("barrier.cluster.arrive: a second time without a wait");
-  self->cluster_phase = machine.cluster_barrier.generation + 1;
-  arrive(machine.cluster_barrier, machine.threads * machine.cluster);
-}
-
-void cluster_wait() {
-  yield();
-  if (!self->cluster_phase) fail("barrier.cluster.wait: without an arrive");
-  wait(machine.cluster_barrier, self->cluster_phase - 1, "barrier.cluster.wait");
-  self->cluster_phase = 0;
+  NamedBarrier& barrier = cta->barriers[id];
+  const uint32_t generation = barrier.generation, expected = threads ? threads : machine.threads;
+  if (barrier.arrived && barrier.expected != expected)
+    fail("a barrier of %u threads, which others use with %u", expected, barrier.expected);
+  barrier.expected = expected;
+  self->warp->release(barrier.gathered);
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    barrier.released = barrier.gathered;
+    wake(barrier.waiting);
+  }
+  while (barrier.generation == generation) suspend("bar.sync", barrier.waiting);
+  self->warp->knowledge.join(barrier.released);
 }
 
 void setmaxnreg_dec(uint32_t registers) {

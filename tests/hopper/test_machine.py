@@ -38,7 +38,6 @@ BROKEN = {
     "too_few_registers": "deadlock; .*in setmaxnreg.inc",
     "wrong_registers": "setmaxnreg.dec: 100 registers",
     "no_tensor_map": "that is no tensor map",
-    "second_arrive": "a second time without a wait",
 }
 RIGHT = {
     "same_value": [],
@@ -48,18 +47,15 @@ RIGHT = {
     "elect": [1] + [0] * 31,
     "mbarrier_orders": [1],
     "registers": [],
-    "remote_arrivals": [1, 1],
 }
-# Threads of a CTA, where 32 are not enough, and CTAs of a cluster.
+# Threads of a CTA, where 32 are not enough.
 THREADS = {name: 64 for name in ("race", "race_of_stores", "same_value", "overwrite", "barrier", "unordered_mbarrier")}
 THREADS |= {
     "mbarrier_orders": 64,
     "unequal_barriers": 64,
     "registers": 384,
     "too_few_registers": 384,
-    "remote_arrivals": 64,
 }
-CLUSTERS = {"cluster_exit": 2, "remote_arrivals": 2}
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +67,9 @@ def run(kernels: Program, name: str, seed: int) -> list[int]:
     out = np.zeros(32, dtype=np.uint32)
     emulator.forget()
     emulator.allow(out)
-    cluster = CLUSTERS.get(name, 1)
     buffer = (ctypes.c_uint32 * 32).from_buffer(out)
     try:
-        kernels.launch(
-            name,
-            cluster,
-            THREADS.get(name, 32),
-            [buffer],
-            shared=1024,
-            cluster=cluster,
-            settings=Settings.of_seed(seed),
-        )
+        kernels.launch(name, 1, THREADS.get(name, 32), [buffer], shared=1024, settings=Settings.of_seed(seed))
     finally:
         emulator.forget()
     return out.tolist()
@@ -93,17 +80,6 @@ def test_broken_rules(kernels: Program, name: str) -> None:
     for seed in range(12):
         with pytest.raises(LaunchError, match=BROKEN[name]):
             run(kernels, name, seed)
-
-
-def test_a_cluster_whose_other_cta_has_exited(kernels: Program) -> None:
-    """Not in every schedule: only if the other was quick."""
-    errors = []
-    for seed in range(12):
-        try:
-            run(kernels, "cluster_exit", seed)
-        except LaunchError as error:
-            errors.append(str(error))
-    assert any("shared memory of CTA 0 of the cluster, which has exited" in error for error in errors), errors
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -22,18 +22,13 @@ MACHINE = {
     "mbarrier.inval.shared::cta.b64 [%r1 + 8];": "mbarrier_inval(r1 + 8)",
     "fence.mbarrier_init.release.cluster;": "fence_mbarrier_init()",
     "mbarrier.arrive.shared::cta.b64 _, [%r1];": "mbarrier_arrive(r1)",
-    "mbarrier.arrive.shared::cluster.b64 _, [%r1];": "mbarrier_arrive(r1)",
     "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], %r2;": "mbarrier_arrive_expect_tx(r1, r2)",
     "mbarrier.arrive.expect_tx.shared.b64 _, [smem+16], 32768;": "mbarrier_arrive_expect_tx(smem + 16, 32768)",
     "mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r1], %r2;": "p1 = mbarrier_try_wait_parity(r1, r2)",
-    "mapa.shared::cluster.u32 %r1, %r2, %r3;": "r1 = mapa_shared_cluster(r2, r3)",
     "fence.proxy.async.shared::cta;": "fence_proxy_async()",
     "fence.proxy.async;": "fence_proxy_async()",
     f"{TENSOR}.shared::cluster.{TO_SHARED} [%r1], [%rd1, {{%r2, %r3}}], [%r4];": "tma_load_2d(r1, map rd1, r2, r3, r4)",
     f"{TENSOR}.shared::cta.{TO_SHARED} [%r1], [%rd1, {{0, %r3}}], [%r4];": "tma_load_2d(r1, map rd1, 0, r3, r4)",
-    f"{TENSOR}.shared::cluster.{TO_SHARED}.multicast::cluster [%r1], [%rd1, {{%r2, %r3}}], [%r4], %rs1;": (
-        "tma_load_2d(r1, map rd1, r2, r3, r4, rs1)"
-    ),
     f"{TENSOR}.global.shared::cta.bulk_group [%rd1, {{%r2, %r3}}], [%r1];": "tma_store_2d(map rd1, r2, r3, r1)",
     "cp.async.bulk.commit_group;": "bulk_commit_group()",
     "cp.async.bulk.wait_group 1;": "bulk_wait_group(1)",
@@ -42,10 +37,6 @@ MACHINE = {
     "bar.sync 0;": "bar_sync(0, 0)",
     "bar.sync %r1, %r2;": "bar_sync(r1, r2)",
     "barrier.sync %r1, 128;": "bar_sync(r1, 128)",
-    "barrier.cluster.arrive.release.aligned;": "cluster_arrive()",
-    "barrier.cluster.arrive;": "cluster_arrive()",
-    "barrier.cluster.wait.acquire;": "cluster_wait()",
-    "barrier.cluster.wait.aligned;": "cluster_wait()",
     "setmaxnreg.inc.sync.aligned.u32 232;": "setmaxnreg_inc(232)",
     "setmaxnreg.dec.sync.aligned.u32 40;": "setmaxnreg_dec(40)",
     "vote.sync.any.pred %p1, %p2, %r1;": "p1 = vote_any(p2, r1)",
@@ -132,6 +123,8 @@ UNKNOWN = {
         "st.param.b32 [out], %r1;",
         "atom.global.add.u32 %r1, [%rd1], %r2;",
         "bar.arrive 0, 32;",
+        "barrier.cluster.arrive;",
+        "mbarrier.arrive.shared::cluster.b64 _, [%r1];",
         "bar.warp.sync -1;",
         "shfl.sync.up.b32 %r1, %r2, 1, 0, -1;",
         "mbarrier.test_wait.parity.shared::cta.b64 %p1, [%r1], %r2;",
@@ -213,6 +206,7 @@ def test_unknown_statements(why: str, statement: str) -> None:
         ("\n.const .b32 one = 1;", "line 2: unknown directive"),
         (".visible .func f() { ret; }", "line 1: unknown directive"),
         (".visible .entry k() .maxnreg 32 { ret; }", "line 1: unknown directive"),
+        (".visible .entry k() .reqnctapercluster 2 { ret; }", "line 1: unknown directive"),
         (".visible .entry k(.param .b128 x) { ret; }", "line 1: unknown form of a parameter"),
         (".visible .entry k(.reg .b32 x) { ret; }", "line 1: unknown form of a parameter"),
         (".visible .entry k() {\n{ ret;\n", "line 2: is not closed"),
@@ -238,8 +232,6 @@ def test_what_has_no_effect() -> None:
   .param .u64 .ptr .global .align 1 k_param_0 // an address
 )
 .minnctapersm 1
-.explicitcluster
-.reqnctapercluster 2
 .maxntid 96
 {
   .pragma "nounroll; // not the end";

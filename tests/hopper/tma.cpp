@@ -21,32 +21,36 @@ const TensorMap& tensor_map_at(const void* address) {
 uint32_t box_bytes(const TensorMap& map) { return map.box_rows * map.box_columns * kElementBytes; }
 
 // A box begins where its swizzle's pattern of eight rows does.
-void check_box(Cta& cta, const TensorMap& map, uint32_t address, const char* what) {
-  shared_bytes(cta, address, box_bytes(map), map.swizzle == 16 ? 128 : 8 * map.swizzle, what);
+void check_box(const TensorMap& map, uint32_t address, const char* what) {
+  shared_bytes(address, box_bytes(map), map.swizzle == 16 ? 128 : 8 * map.swizzle, what);
 }
 
 // Calls visit(shared memory, global memory, elements of it inside the tensor) for each 16 bytes of the box.
 template <class Visit>
-void for_each_piece(const Cta& cta, const TensorMap& map, int32_t column, int32_t row, uint32_t address, Visit visit) {
+void for_each_piece(const TensorMap& map, int32_t column, int32_t row, uint32_t address, Visit visit) {
   const uint32_t row_bytes = map.box_columns * kElementBytes;
   for (uint32_t at = 0; at < box_bytes(map); at += kPieceBytes) {
     const int64_t r = int64_t(row) + at / row_bytes, c = int64_t(column) + at % row_bytes / kElementBytes;
     const bool inside = r >= 0 && r < int64_t(map.rows) && c >= 0 && c < int64_t(map.columns);
-    visit(cta.shared + swizzle(address + at, map.swizzle), map.address + r * map.row_bytes + c * kElementBytes,
+    visit(cta->shared + swizzle(address + at, map.swizzle), map.address + r * map.row_bytes + c * kElementBytes,
           inside ? uint32_t(std::min<int64_t>(kPieceElements, int64_t(map.columns) - c)) : 0);
   }
 }
 
-void issue_load(Cta& cta, const TensorMap& map, int32_t column, int32_t row, uint32_t destination, uint32_t address) {
-  check_box(cta, map, destination, "TMA load");
-  Mbarrier& mbarrier = find_mbarrier(cta, address, "TMA load");
+}  // namespace
+
+void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t address) {
+  yield();
+  const TensorMap& map = tensor_map_at(tensor_map);
+  check_box(map, destination, "TMA load");
+  Mbarrier& mbarrier = find_mbarrier(address, "TMA load");
   if (machine.strict_mbarriers && !mbarrier.published) fail("TMA load: no fence.mbarrier_init after mbarrier.init");
   const uint32_t phase = mbarrier.tick() + 1;
   const Access access{self->warp->knowledge, mbarrier.actor, phase, true};
-  if (const char* problem = cta.shadow.write(destination, box_bytes(map), access)) fail("TMA load: %s", problem);
-  machine.in_flight.push_back({nullptr, 0, false, [=, &cta, &map, &mbarrier] {
-    if (!cta.live_threads) fail("a bulk copy into a CTA that has exited");
-    for_each_piece(cta, map, column, row, destination, [](uint8_t* shared, uint64_t global, uint32_t elements) {
+  if (const char* problem = cta->shadow.write(destination, box_bytes(map), access)) fail("TMA load: %s", problem);
+  cta->in_flight.push_back({nullptr, 0, false, [=, &map, &mbarrier] {
+    if (!cta->live_threads) fail("a bulk copy into a CTA that has exited");
+    for_each_piece(map, column, row, destination, [](uint8_t* shared, uint64_t global, uint32_t elements) {
       std::memset(shared, 0, kPieceBytes);
       if (!elements) return;
       check_global(global, elements * kElementBytes, "TMA load");
@@ -56,35 +60,19 @@ void issue_load(Cta& cta, const TensorMap& map, int32_t column, int32_t row, uin
   }});
 }
 
-}  // namespace
-
-void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t mbarrier,
-                 uint16_t cta_mask) {
-  yield();
-  if (cta_mask >> machine.cluster) fail("TMA load: a mask of %x for a cluster of %u", cta_mask, machine.cluster);
-  const TensorMap& map = tensor_map_at(tensor_map);
-  if (!cta_mask) issue_load(*self->warp->cta, map, column, row, destination, mbarrier);
-  for (uint32_t rank = 0; rank < machine.cluster; ++rank) {
-    if (!(cta_mask >> rank & 1)) continue;
-    uint32_t there = mapa_shared_cluster(destination, rank);
-    Cta& cta = cta_of(there);
-    issue_load(cta, map, column, row, there, mbarrier);
-  }
-}
-
 // A row's last 16 bytes are stored whole, beyond the tensor's last column.
 void tma_store_2d(const void* tensor_map, int32_t column, int32_t row, uint32_t source) {
   yield();
   Warp& warp = *self->warp;
   const TensorMap& map = tensor_map_at(tensor_map);
-  check_box(*warp.cta, map, source, "TMA store");
+  check_box(map, source, "TMA store");
   if (warp.bulk_lane != kWarpLanes && warp.bulk_lane != self->lane) fail("TMA store: two lanes of a warp store");
   warp.bulk_lane = self->lane;
   warp.bulk_issued = warp.bulk_committed + 1;
-  const Access access{warp.knowledge, warp.actor(Kind::kBulkGroups), warp.bulk_issued, true};
-  if (const char* problem = warp.cta->shadow.read(source, box_bytes(map), access)) fail("TMA store: %s", problem);
-  machine.in_flight.push_back({&warp, warp.bulk_issued, false, [=, &warp, &map] {
-    for_each_piece(*warp.cta, map, column, row, source, [](uint8_t* shared, uint64_t global, uint32_t elements) {
+  const Access access = warp.access(Kind::kBulkGroups, warp.bulk_issued);
+  if (const char* problem = cta->shadow.read(source, box_bytes(map), access)) fail("TMA store: %s", problem);
+  cta->in_flight.push_back({&warp, warp.bulk_issued, false, [=, &map] {
+    for_each_piece(map, column, row, source, [](uint8_t* shared, uint64_t global, uint32_t elements) {
       if (!elements) return;
       check_global(global, kPieceBytes, "TMA store");
       std::memcpy(reinterpret_cast<void*>(global), shared, kPieceBytes);

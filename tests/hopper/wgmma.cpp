@@ -62,10 +62,10 @@ struct Operand {
 uint32_t first_row(const Warp& warp) { return warp.index % kWarpgroupWarps * kRows; }
 
 // [kK][rows]: the rows from `first` on, transposed.
-void load_rows(const Warp& warp, Half type, uint64_t descriptor, uint32_t first, uint32_t rows, float* values) {
+void load_rows(Half type, uint64_t descriptor, uint32_t first, uint32_t rows, float* values) {
   Operand(descriptor).for_each_chunk(first, rows, [&](uint32_t row, uint32_t chunk, uint32_t address) {
     uint16_t bits[8];
-    std::memcpy(bits, warp.cta->shared + address, sizeof bits);
+    std::memcpy(bits, cta->shared + address, sizeof bits);
     for (uint32_t i = 0; i < 8; ++i) values[(chunk * 8 + i) * rows + row - first] = widen(type, bits[i]);
   });
 }
@@ -73,8 +73,8 @@ void load_rows(const Warp& warp, Half type, uint64_t descriptor, uint32_t first,
 void multiply(const Warp& warp, Wgmma& wgmma) {
   const auto& [type, n, a_descriptor, b_descriptor, accumulate] = wgmma.shape;
   float a[kK * kRows], b[kK * kMaxN], sums[kRows][kMaxN]{};
-  load_rows(warp, type, a_descriptor, first_row(warp), kRows, a);
-  load_rows(warp, type, b_descriptor, 0, n, b);
+  load_rows(type, a_descriptor, first_row(warp), kRows, a);
+  load_rows(type, b_descriptor, 0, n, b);
   const auto copy_accumulator = [&, n = n](bool from_sums) {  // in the ISA's layout
     for (uint32_t lane = 0; lane < kWarpLanes; ++lane)
       for (uint32_t i = 0; i < n / 2; ++i) {
@@ -116,17 +116,17 @@ void retire(Warp& warp, Wgmma& wgmma) {
 // All warps of a warpgroup issue the same, in the same order.
 void follow_warpgroup(const Warp& warp, const WgmmaShape& shape) {
   if (machine.threads % (kWarpgroupWarps * kWarpLanes)) fail("wgmma: the CTA is not made of warpgroups");
-  auto& issued = warp.cta->warpgroup_wgmmas[warp.index / kWarpgroupWarps];
+  auto& issued = cta->warpgroup_wgmmas[warp.index / kWarpgroupWarps];
   const uint64_t step = shape.a * 0x9e3779b97f4a7c15 ^ (shape.b + shape.accumulate);
   if (warp.wgmma_count == issued.size()) issued.push_back(step);
   if (issued[warp.wgmma_count] != step) fail("wgmma: the warps of a warpgroup differ");
 }
 
 void check_operands(Warp& warp, const WgmmaShape& shape) {
-  const Access access{warp.knowledge, warp.actor(Kind::kWgmmaGroups), warp.wgmma_committed + 1, true};
+  const Access access = warp.access(Kind::kWgmmaGroups, warp.wgmma_committed + 1);
   const auto read = [&](uint32_t, uint32_t, uint32_t address) {
-    shared_bytes(*warp.cta, address, 16, 16, "wgmma");
-    if (const char* problem = warp.cta->shadow.read(address, 16, access)) fail("wgmma: %s", problem);
+    shared_bytes(address, 16, 16, "wgmma");
+    if (const char* problem = cta->shadow.read(address, 16, access)) fail("wgmma: %s", problem);
   };
   Operand(shape.a).for_each_chunk(first_row(warp), kRows, read);
   Operand(shape.b).for_each_chunk(0, shape.n, read);
@@ -166,7 +166,7 @@ void issue(Warp& warp, const Lanes& lanes) {
     for (uint32_t i = 0; i < accumulators.count; ++i)
       take_accumulator(warp, lane, i, accumulators.base[accumulators.indices[i]], *wgmma);
   }
-  machine.in_flight.push_back({&warp, 0, true, [&warp, &wgmma = *wgmma] {
+  cta->in_flight.push_back({&warp, 0, true, [&warp, &wgmma = *wgmma] {
     multiply(warp, wgmma);
     pass_on(warp, wgmma);
   }});
@@ -214,9 +214,9 @@ void track_registers(uint32_t* registers, const uint16_t* indices, uint32_t coun
   self->tracked.push_back({registers, indices, count});
 }
 
-void check_warpgroups(const Cta& cta) {
-  for (uint32_t w = 0; w < cta.num_warps; ++w)
-    if (cta.warps[w].wgmma_count != cta.warpgroup_wgmmas[w / kWarpgroupWarps].size())
+void check_warpgroups() {
+  for (const auto& warp : cta->warps)
+    if (warp->wgmma_count != cta->warpgroup_wgmmas[warp->index / kWarpgroupWarps].size())
       fail("wgmma: the warps of a warpgroup have issued different numbers");
 }
 

@@ -1,9 +1,6 @@
 // The epilogue of a tile: the sigmoid loss of the accumulator in registers. Writes dz to shared memory, sums to global.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "general_pairs.cuh"
 #include "layout.h"
 #include "params.h"
@@ -15,17 +12,11 @@ namespace siglip::sm90 {
 
 struct Bfloat16 {
   static constexpr bool kIsBfloat16 = true;
-  __device__ static uint32_t pack(float low, float high) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
+  __device__ static uint32_t pack(float low, float high) { return cvt_bf16x2(low, high); }
 };
 struct Float16 {
   static constexpr bool kIsBfloat16 = false;
-  __device__ static uint32_t pack(float low, float high) {
-    const __half2 both = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
+  __device__ static uint32_t pack(float low, float high) { return cvt_f16x2(low, high); }
 };
 
 // dz and the sums; the same with dz in float32; the sums; the loss alone.
@@ -57,11 +48,11 @@ class Epilogue {
         lane_(threadIdx.x % 32),
         pairs_(params, lane_) {}
 
-  // Before the chunks of a consumer's part of a tile, whose first image and text are (row, column).
+  // Before the chunks of a tile, whose first image and text are (row, column).
   __device__ void start_tile(int row, int column) {
     const int diagonal = row + params_.offset - column;
-    is_plain_ = row + kConsumerRows <= params_.rows && column + kBlockN <= params_.cols;
-    if (pairs_.by_offset()) is_plain_ &= diagonal <= -kConsumerRows || diagonal >= kBlockN;
+    is_plain_ = row + kBlockM <= params_.rows && column + kBlockN <= params_.cols;
+    if (pairs_.by_offset()) is_plain_ &= diagonal <= -kBlockM || diagonal >= kBlockN;
     if (kPairs == Pairs::kGeneral && params_.image_weights) is_plain_ = false;
   }
 
@@ -255,7 +246,7 @@ class Epilogue {
     SIGLIP_UNROLL
     for (int k = 0; k < kThreadRows; ++k) {
       const int r = row + row_of(2 * k), c = column + column_of(0);
-      float* const at = static_cast<float*>(params_.dz) + (r * int(params_.dz_stride) + c);  // small: 32 bits do
+      float* const at = params_.float32_dz + (r * int(params_.dz_stride) + c);  // small: 32 bits do
       SIGLIP_UNROLL
       for (int i = 0; i < kCount; ++i) {
         const int offset = i / 4 * 8 + i % 2;  // the lane's columns have the same distances

@@ -1,7 +1,7 @@
 // The block kernel: a GEMM of inner products with the sigmoid loss as its epilogue.
 //
-// Persistent and warp-specialized: a cluster of CTAs, which may be one, computes the tiles cluster, cluster + number of
-// clusters, … One producer thread loads their operands by TMA; two consumer warpgroups multiply them, see config.h.
+// Persistent and warp-specialized: a CTA computes the tiles blockIdx.x, blockIdx.x + gridDim.x, … One producer thread
+// loads their operands by TMA; two consumer warpgroups multiply them in turn, see config.h.
 #pragma once
 
 #include "config.h"
@@ -20,21 +20,19 @@ constexpr int kNumThreads = (1 + kNumConsumers) * kWarpgroupThreads;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kProducerRegisters + kNumConsumers * kConsumerRegisters <= 168 * (1 + kNumConsumers));
 
-constexpr int kNumWgmmas = kConsumerRows / 64, kAccumulators = kBlockN / 2;  // kAccumulators: of a thread in each
+constexpr int kNumWgmmas = kBlockM / 64, kAccumulators = kBlockN / 2;  // kAccumulators: of a thread in each
 static_assert(kNumWgmmas * kAccumulators == kNumSlices * kSlicePairs);
-// Texts that each CTA of a cluster loads for all of them.
-constexpr int kMulticastN = kBlockN / kClusterSize;
 
 struct SharedStorage {
   alignas(1024) uint16_t x[kNumStages][kBlockM * kBlockK];
   alignas(1024) uint16_t y[kNumStages][kBlockN * kBlockK];
-  alignas(1024) uint16_t dz[kNumConsumers][kBlockN / kStoreBoxColumns][kConsumerRows * kStoreBoxColumns];
+  alignas(1024) uint16_t dz[kNumConsumers][kBlockN / kStoreBoxColumns][kBlockM * kStoreBoxColumns];
   uint64_t full_barrier[kNumStages], empty_barrier[kNumStages], ordered_barrier[kNumConsumers];
 };
 constexpr int kSmemBytes = sizeof(SharedStorage) + 1024;  // the runtime aligns it less than the swizzle needs
 static_assert(kSmemBytes <= 227 * 1024);
 
-// Waits until the stage is free, in every CTA of the cluster, and announces its bytes to the full barrier, which it returns.
+// Waits until the stage is free and announces its bytes to the full barrier, which it returns.
 __device__ __forceinline__ uint64_t* producer_acquire(SharedStorage& shared, const PipelineState& state) {
   mbarrier_wait(&shared.empty_barrier[state.stage], state.producer_phase());
   uint64_t* const full_barrier = &shared.full_barrier[state.stage];
@@ -45,37 +43,24 @@ __device__ __forceinline__ uint64_t* producer_acquire(SharedStorage& shared, con
 __device__ __forceinline__ void consumer_wait(SharedStorage& shared, const PipelineState& state) {
   mbarrier_wait(&shared.full_barrier[state.stage], state.phase);
 }
-// Frees a stage for the producers that fill it: those of the whole cluster. To be called by all threads of a warp.
+// Frees a stage for the producer. To be called by all threads of a warp.
 __device__ __forceinline__ void consumer_release(uint64_t* empty_barrier) {
-  const uint32_t lane = threadIdx.x % 32;
-  if constexpr (kClusterSize == 1) {
-    if (lane == 0) mbarrier_arrive(empty_barrier);
-  } else {
-    if (lane < kClusterSize) mbarrier_arrive_cluster(empty_barrier, lane);
-  }
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(empty_barrier);
 }
 
-__device__ __forceinline__ uint32_t cluster_rank() { return kClusterSize == 1 ? 0 : cluster_ctarank(); }
-
 __device__ __forceinline__ void producer_loop(SharedStorage& shared, const BlockParams& params,
-                                              const CUtensorMap& x_map, const CUtensorMap& y_map) {
+                                              const TensorMap& x_map, const TensorMap& y_map) {
   const TileScheduler scheduler(params.rows, params.cols);
   const int k_tiles = num_k_tiles(params.features);
   PipelineState state;
   prefetch_tensormap(&x_map);
   prefetch_tensormap(&y_map);
-  const uint32_t rank = cluster_rank();
-  for (int index = blockIdx.x / kClusterSize; index < scheduler.num_tiles(); index += gridDim.x / kClusterSize) {
-    const TileCoord tile = scheduler.tile_coord(index, rank);
+  for (int index = blockIdx.x; index < scheduler.num_tiles(); index += gridDim.x) {
+    const TileCoord tile = scheduler.tile_coord(index);
     for (int k_tile = 0; k_tile < k_tiles; ++k_tile, state.advance()) {
       uint64_t* const full_barrier = producer_acquire(shared, state);
       tma_load_2d(shared.x[state.stage], &x_map, k_tile * kBlockK, tile.m, full_barrier);
-      uint16_t* const y = shared.y[state.stage] + rank * kMulticastN * kBlockK;
-      const int text = tile.n + rank * kMulticastN;
-      if constexpr (kClusterSize == 1)
-        tma_load_2d(y, &y_map, k_tile * kBlockK, text, full_barrier);
-      else
-        tma_load_2d_multicast(y, &y_map, k_tile * kBlockK, text, full_barrier, (1 << kClusterSize) - 1);
+      tma_load_2d(shared.y[state.stage], &y_map, k_tile * kBlockK, tile.n, full_barrier);
     }
   }
 }
@@ -85,12 +70,11 @@ template <class Element>
 __device__ __forceinline__ void mma_mainloop(SharedStorage& shared, int consumer, int iteration, int k_tiles,
                                              PipelineState& state, float (&acc)[kNumWgmmas][kAccumulators]) {
   constexpr int kWgmmaBytes = 64 * kBlockK * 2;
-  const int x_offset = kPingPong ? 0 : desc_offset(consumer * kConsumerRows * kBlockK * 2);
   uint64_t* previous_empty_barrier = nullptr;
-  if constexpr (kPingPong) mbarrier_wait(&shared.ordered_barrier[consumer], ordered_barrier_phase(consumer, iteration));
+  mbarrier_wait(&shared.ordered_barrier[consumer], ordered_barrier_phase(consumer, iteration));
   for (int k_tile = 0; k_tile < k_tiles; ++k_tile, state.advance()) {
     consumer_wait(shared, state);
-    const uint64_t x_desc = make_smem_desc(smem_addr(shared.x[state.stage])) + x_offset;
+    const uint64_t x_desc = make_smem_desc(smem_addr(shared.x[state.stage]));
     const uint64_t y_desc = make_smem_desc(smem_addr(shared.y[state.stage]));
     wgmma_fence();
     SIGLIP_UNROLL
@@ -99,7 +83,7 @@ __device__ __forceinline__ void mma_mainloop(SharedStorage& shared, int consumer
       const bool accumulate = k_tile > 0 || k > 0;
       SIGLIP_UNROLL
       for (int w = 0; w < kNumWgmmas; ++w)
-        wgmma_m64nNk16<Element>(acc[w], x_desc + offset + w * desc_offset(kWgmmaBytes), y_desc + offset, accumulate);
+        wgmma_m64n128k16<Element>(acc[w], x_desc + offset + w * desc_offset(kWgmmaBytes), y_desc + offset, accumulate);
     }
     wgmma_commit_group();
     // One group stays in flight, so that the tensor cores never wait for a barrier.
@@ -107,17 +91,17 @@ __device__ __forceinline__ void mma_mainloop(SharedStorage& shared, int consumer
     if (previous_empty_barrier) consumer_release(previous_empty_barrier);
     previous_empty_barrier = &shared.empty_barrier[state.stage];
   }
-  if (kPingPong && threadIdx.x % 32 == 0) mbarrier_arrive(&shared.ordered_barrier[next_consumer(consumer)]);
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.ordered_barrier[next_consumer(consumer)]);
   wgmma_wait_group<0>();
   for (auto& half : acc) wgmma_fence_accumulator(half);
   consumer_release(previous_empty_barrier);
 }
 
-// The epilogue of a consumer's part of a tile, whose first image and text are (row, column).
+// The epilogue of a tile, whose first image and text are (row, column).
 template <class Element, Pairs kPairs, Output kOutput>
 __device__ __forceinline__ void run_epilogue(Epilogue<Element, kPairs, kOutput>& epilogue,
                                              float (&slices)[kNumSlices][kSlicePairs], int row, int column,
-                                             uint16_t (&dz)[kBlockN / kStoreBoxColumns][kConsumerRows * kStoreBoxColumns]) {
+                                             uint16_t (&dz)[kBlockN / kStoreBoxColumns][kBlockM * kStoreBoxColumns]) {
   constexpr int kSlicesPerWgmma = kNumSlices / kNumWgmmas;
   const int warp = threadIdx.x % kWarpgroupThreads / 32;
   const auto slice_row = [&](int slice) { return slice / kSlicesPerWgmma * 64 + warp * 16; };
@@ -152,38 +136,33 @@ __device__ __forceinline__ void run_epilogue(Epilogue<Element, kPairs, kOutput>&
 
 template <class Element, Pairs kPairs, Output kOutput>
 __device__ __forceinline__ void consumer_loop(SharedStorage& shared, const BlockParams& params,
-                                              const CUtensorMap& dz_map, int consumer) {
+                                              const TensorMap& dz_map, int consumer) {
   const TileScheduler scheduler(params.rows, params.cols);
   const int k_tiles = num_k_tiles(params.features), warp = threadIdx.x % kWarpgroupThreads / 32;
   const bool stores = threadIdx.x % kWarpgroupThreads == 0;
-  const int64_t partials_stride = num_partials(params.rows, params.cols);
-  const int first_row = kPingPong ? 0 : consumer * kConsumerRows, rank = cluster_rank();
-  constexpr int kTurns = kPingPong ? kNumConsumers : 1;  // a consumer takes every kTurns-th tile
+  const int64_t partials_stride = int64_t(kPartialsPerTile) * scheduler.num_tiles();
   Epilogue<Element, kPairs, kOutput> epilogue(params);
   PipelineState state;
-  const int turn = kPingPong ? consumer : 0, num_clusters = gridDim.x / kClusterSize;
-  state.advance(turn * k_tiles);
-  int index = blockIdx.x / kClusterSize + turn * num_clusters;
-  for (int iteration = 0; index < scheduler.num_tiles(); ++iteration, index += kTurns * num_clusters) {
-    const TileCoord tile = scheduler.tile_coord(index, rank);
+  state.advance(consumer * k_tiles);
+  int index = blockIdx.x + consumer * gridDim.x;
+  for (int iteration = 0; index < scheduler.num_tiles(); ++iteration, index += kNumConsumers * gridDim.x) {
+    const TileCoord tile = scheduler.tile_coord(index);
     float acc[kNumWgmmas][kAccumulators];
     mma_mainloop<Element>(shared, consumer, iteration, k_tiles, state, acc);
-    state.advance((kTurns - 1) * k_tiles);
+    state.advance((kNumConsumers - 1) * k_tiles);
 
     if constexpr (kOutput == Output::kDz) {
       if (stores) tma_store_wait_group_read();
       named_barrier_sync(1 + consumer, kWarpgroupThreads);
     }
-    run_epilogue(epilogue, reinterpret_cast<float(&)[kNumSlices][kSlicePairs]>(acc), tile.m + first_row, tile.n,
-                 shared.dz[consumer]);
-    const int64_t partial = (int64_t(index) * kClusterSize + rank) * kPartialsPerTile + first_row / 16 + warp;
-    epilogue.write_partials(partial, partials_stride);
+    run_epilogue(epilogue, reinterpret_cast<float(&)[kNumSlices][kSlicePairs]>(acc), tile.m, tile.n, shared.dz[consumer]);
+    epilogue.write_partials(int64_t(index) * kPartialsPerTile + warp, partials_stride);
     if constexpr (kOutput == Output::kDz) {
       fence_proxy_async();
       named_barrier_sync(1 + consumer, kWarpgroupThreads);
       if (stores) {
         for (int box = 0; box < kBlockN / kStoreBoxColumns; ++box)
-          tma_store_2d(&dz_map, tile.n + box * kStoreBoxColumns, tile.m + first_row, shared.dz[consumer][box]);
+          tma_store_2d(&dz_map, tile.n + box * kStoreBoxColumns, tile.m, shared.dz[consumer][box]);
         tma_store_commit_group();
       }
     }
@@ -191,31 +170,22 @@ __device__ __forceinline__ void consumer_loop(SharedStorage& shared, const Block
   if (kOutput == Output::kDz && stores) tma_store_wait_group();
 }
 
-#if SIGLIP_SM90_CLUSTER > 1
-#define SIGLIP_CLUSTER_DIMS __cluster_dims__(kClusterSize)
-#else
-#define SIGLIP_CLUSTER_DIMS
-#endif
-
+// The whole kernel.
 template <class Element, Pairs kPairs, Output kOutput>
-__global__ void SIGLIP_CLUSTER_DIMS __launch_bounds__(kNumThreads, 1)
-    sigmoid_block_kernel(const __grid_constant__ BlockParams params, const __grid_constant__ CUtensorMap x_map,
-                         const __grid_constant__ CUtensorMap y_map, const __grid_constant__ CUtensorMap dz_map) {
+__device__ __forceinline__ void sigmoid_block(const BlockParams& params, const TensorMap& x_map, const TensorMap& y_map,
+                                              const TensorMap& dz_map) {
   extern __shared__ uint8_t smem[];
   SharedStorage& shared =
       *reinterpret_cast<SharedStorage*>((reinterpret_cast<uintptr_t>(smem) + 1023) & ~uintptr_t(1023));
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kNumStages; ++stage) {
       mbarrier_init(&shared.full_barrier[stage], 1);
-      mbarrier_init(&shared.empty_barrier[stage], kWarpsPerWarpgroup * kConsumersPerTile * kClusterSize);
+      mbarrier_init(&shared.empty_barrier[stage], kWarpsPerWarpgroup);
     }
     for (uint64_t& barrier : shared.ordered_barrier) mbarrier_init(&barrier, kWarpsPerWarpgroup);
     fence_mbarrier_init();
   }
-  if constexpr (kClusterSize == 1)
-    __syncthreads();
-  else
-    cluster_sync();
+  __syncthreads();
   if (threadIdx.x < kWarpgroupThreads) {
     setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x == 0) producer_loop(shared, params, x_map, y_map);
@@ -225,8 +195,6 @@ __global__ void SIGLIP_CLUSTER_DIMS __launch_bounds__(kNumThreads, 1)
     const int warpgroup = __shfl_sync(~0u, int(threadIdx.x) / kWarpgroupThreads, 0);
     consumer_loop<Element, kPairs, kOutput>(shared, params, dz_map, warpgroup - 1);
   }
-  // The others of the cluster may still arrive at this CTA's barriers.
-  if constexpr (kClusterSize > 1) cluster_sync();
 }
 
 }  // namespace siglip::sm90

@@ -2,8 +2,6 @@
 // for the host too.
 #pragma once
 
-#include <cstdint>
-
 #include "host_device.h"
 
 namespace siglip::sm90 {

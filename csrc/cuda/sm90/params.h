@@ -1,19 +1,20 @@
-// The launcher's parameters. siglip_kernels/backends/cuda.py fills them in: keep both in the same order.
+// The kernel's parameters. siglip_kernels/backends/cuda/kernels.py fills them in: keep both in the same order.
 #pragma once
 
-#include <cstdint>
+#include "host_device.h"
 
 namespace siglip::sm90 {
 
-enum class Dtype : int32_t { kBfloat16, kFloat16 };
+// CUtensorMap, which the driver encodes.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
 
 // A block of the logits. Every pointer is to device memory.
 struct BlockParams {
-  const void* x;                // [rows, features], row stride x_stride
-  const void* y;                // [cols, features], row stride y_stride
-  void* dz;                     // [rows, cols], or null; a half-precision row's padding to 16 bytes is written too
-  float* partials;              // [3, num_partials(rows, cols)]: loss, dz·u, dz; with loss_only just the first row
-  float* stats;                 // [8, num_partials(rows, cols)] in the order of stats.py, or null
+  float* partials;              // [3, kPartialsPerTile · tiles]: loss, dz·u, dz; for the loss alone just the first row
+  float* stats;                 // [8, kPartialsPerTile · tiles] in the order of stats.py, for Pairs::kStats
+  float* float32_dz;            // [rows, cols] of less than 2^31 elements, for Output::kFloat32Dz, which has no dz_scale
   const float* scale;           // one element, like bias and dz_scale
   const float* bias;
   const float* dz_scale;        // null: 1
@@ -23,15 +24,11 @@ struct BlockParams {
   const float* text_weights;    // [cols]
   const float* image_masses;    // [rows], or null; with ids and weights
   const float* text_masses;     // [cols]
-  int64_t x_stride, y_stride, dz_stride;  // in elements
+  int64_t dz_stride;            // of float32_dz, in elements
   int32_t rows, cols, features;
   int32_t offset;               // (i, i + offset) is positive, unless ids say it
   int32_t ignore_ids;           // the offset says it, and other pairs of equal ids are left out
   int32_t soft_targets;         // masses are targets, not factors of the weight
-  int32_t loss_only;            // compute no sums but the loss
-  Dtype dtype;                  // of x and y, and of dz unless
-  int32_t float32_dz;           // of less than 2^31 elements, and without dz_scale
-  int32_t device;
 };
 
 }  // namespace siglip::sm90

@@ -6,8 +6,6 @@
 // all its stages.
 #pragma once
 
-#include <cstdint>
-
 #include "config.h"
 #include "host_device.h"
 

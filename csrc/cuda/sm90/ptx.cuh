@@ -1,9 +1,7 @@
 // PTX instructions of sm_90a as functions, under their PTX names: mbarrier, TMA, setmaxnreg, stmatrix, WGMMA.
 #pragma once
 
-#include <cuda.h>
-#include <cstdint>
-
+#include "params.h"
 namespace siglip::sm90 {
 
 __device__ __forceinline__ uint32_t smem_addr(const void* p) {
@@ -30,18 +28,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uin
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_addr(barrier)), "r"(bytes)
                : "memory");
 }
-// Arrives at the same barrier of the cluster's CTA `rank`. Without .release.cluster, which waits for all of the thread's
-// writes to reach the GPU's memory: what it frees has only been read, by MMAs that have ended.
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(smem_addr(barrier)),
-      "r"(rank)
-      : "memory");
-}
 // Waits until the phase of that parity is complete.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
@@ -58,7 +44,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 // ---- TMA ----
 
 // Loads the box that starts at (row, column) into shared memory; `barrier` counts the bytes as they arrive.
-__device__ __forceinline__ void tma_load_2d(void* dst, const CUtensorMap* tensor_map, int column, int row,
+__device__ __forceinline__ void tma_load_2d(void* dst, const TensorMap* tensor_map, int column, int row,
                                             uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -66,17 +52,8 @@ __device__ __forceinline__ void tma_load_2d(void* dst, const CUtensorMap* tensor
       "l"(tensor_map), "r"(smem_addr(barrier)), "r"(column), "r"(row)
       : "memory");
 }
-// The same into every CTA of the cluster that `cta_mask` names, and counted by the same barrier there.
-__device__ __forceinline__ void tma_load_2d_multicast(void* dst, const CUtensorMap* tensor_map, int column, int row,
-                                                      uint64_t* barrier, uint16_t cta_mask) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem_addr(dst)),
-      "l"(tensor_map), "r"(smem_addr(barrier)), "r"(column), "r"(row), "h"(cta_mask)
-      : "memory");
-}
 // Elements out of bounds are not written, except those that share a row's last 16 bytes: up to seven.
-__device__ __forceinline__ void tma_store_2d(const CUtensorMap* tensor_map, int column, int row, const void* src) {
+__device__ __forceinline__ void tma_store_2d(const TensorMap* tensor_map, int column, int row, const void* src) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(tensor_map),
                "r"(smem_addr(src)), "r"(column), "r"(row)
                : "memory");
@@ -90,21 +67,11 @@ __device__ __forceinline__ void tma_store_wait_group() { asm volatile("cp.async.
 // Makes this thread's writes to shared memory visible to TMA.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ void prefetch_tensormap(const CUtensorMap* tensor_map) {
+__device__ __forceinline__ void prefetch_tensormap(const TensorMap* tensor_map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(tensor_map) : "memory");
 }
 
-// ---- clusters and warpgroups ----
-
-__device__ __forceinline__ uint32_t cluster_ctarank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-// Synchronizes all threads of the cluster.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
+// ---- warpgroups ----
 
 // Synchronizes the `num_threads` threads that use barrier `id`.
 __device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
@@ -126,6 +93,18 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint3
                : "memory");
 }
 
+// Two floats rounded to nearest even, `low` in the lower half.
+__device__ __forceinline__ uint32_t cvt_bf16x2(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+__device__ __forceinline__ uint32_t cvt_f16x2(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
 // ---- WGMMA ----
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -142,57 +121,35 @@ __device__ __forceinline__ void wgmma_fence_accumulator(float (&acc)[kCount]) {
   for (float& value : acc) asm volatile("" : "+f"(value)::"memory");
 }
 
-#define SIGLIP_ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIGLIP_ACC16(d, i) SIGLIP_ACC4(d, i), SIGLIP_ACC4(d, i + 4), SIGLIP_ACC4(d, i + 8), SIGLIP_ACC4(d, i + 12)
-#define SIGLIP_ACC64(d, i) SIGLIP_ACC16(d, i), SIGLIP_ACC16(d, i + 16), SIGLIP_ACC16(d, i + 32), SIGLIP_ACC16(d, i + 48)
+#define SIGLIP_ACC4(i) "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3])
+#define SIGLIP_ACC16(i) SIGLIP_ACC4(i), SIGLIP_ACC4(i + 4), SIGLIP_ACC4(i + 8), SIGLIP_ACC4(i + 12)
 #define SIGLIP_OPERANDS_0_TO_63                                                                                        \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                             \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                                   \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                                   \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SIGLIP_OPERANDS_64_TO_127                                                                                      \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                                   \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                                   \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "                       \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define SIGLIP_WGMMA(type, shape, operands, a_operand, b_operand, accumulate_operand, ...)                             \
+#define SIGLIP_WGMMA(type)                                                                                             \
   asm volatile(                                                                                                        \
       "{\n"                                                                                                            \
       ".reg .pred accumulate;\n"                                                                                       \
-      "setp.ne.b32 accumulate, " accumulate_operand ", 0;\n"                                                           \
-      "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" operands "}, " a_operand ", " b_operand         \
-      ", accumulate, 1, 1, 0, 0;\n"                                                                                    \
+      "setp.ne.b32 accumulate, %66, 0;\n"                                                                              \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" SIGLIP_OPERANDS_0_TO_63                        \
+      "}, %64, %65, accumulate, 1, 1, 0, 0;\n"                                                                         \
       "}\n"                                                                                                            \
-      : __VA_ARGS__                                                                                                    \
+      : SIGLIP_ACC16(0), SIGLIP_ACC16(16), SIGLIP_ACC16(32), SIGLIP_ACC16(48)                                          \
       : "l"(a), "l"(b), "r"(int32_t(accumulate)))
-#define SIGLIP_WGMMA_N128(type)                                                                                        \
-  SIGLIP_WGMMA(type, "m64n128k16", SIGLIP_OPERANDS_0_TO_63, "%64", "%65", "%66", SIGLIP_ACC64(acc, 0))
-#define SIGLIP_WGMMA_N256(type)                                                                                        \
-  SIGLIP_WGMMA(type, "m64n256k16", SIGLIP_OPERANDS_0_TO_63 ", " SIGLIP_OPERANDS_64_TO_127, "%128", "%129", "%130",     \
-               SIGLIP_ACC64(acc, 0), SIGLIP_ACC64(acc, 64))
 
-// acc [64, N] = a [64, 16] · b [N, 16]ᵀ, or += with `accumulate`. a and b are descriptors; layout.h says which element of
-// acc is where.
+// acc [64, 128] = a [64, 16] · b [128, 16]ᵀ, or += with `accumulate`. a and b are descriptors; layout.h says which element
+// of acc is where.
 template <class Element>
-__device__ __forceinline__ void wgmma_m64nNk16(float (&acc)[64], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_m64n128k16(float (&acc)[64], uint64_t a, uint64_t b, bool accumulate) {
   if constexpr (Element::kIsBfloat16)
-    SIGLIP_WGMMA_N128("bf16");
+    SIGLIP_WGMMA("bf16");
   else
-    SIGLIP_WGMMA_N128("f16");
+    SIGLIP_WGMMA("f16");
 }
-template <class Element>
-__device__ __forceinline__ void wgmma_m64nNk16(float (&acc)[128], uint64_t a, uint64_t b, bool accumulate) {
-  if constexpr (Element::kIsBfloat16)
-    SIGLIP_WGMMA_N256("bf16");
-  else
-    SIGLIP_WGMMA_N256("f16");
-}
-#undef SIGLIP_WGMMA_N256
-#undef SIGLIP_WGMMA_N128
 #undef SIGLIP_WGMMA
-#undef SIGLIP_OPERANDS_64_TO_127
 #undef SIGLIP_OPERANDS_0_TO_63
-#undef SIGLIP_ACC64
 #undef SIGLIP_ACC16
 #undef SIGLIP_ACC4
 

@@ -6,8 +6,6 @@
 // would save a multiplication, but every pair would get the same rounding error: at z = -10 it shifts σ by 5e-7.
 #pragma once
 
-#include <math.h>
-
 #include "host_device.h"
 
 namespace siglip::sm90 {

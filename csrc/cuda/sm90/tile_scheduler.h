@@ -1,8 +1,6 @@
 // Order in which the tiles of the logits are computed. Compiles for the host too, where it is tested.
 #pragma once
 
-#include <cstdint>
-
 #include "config.h"
 #include "host_device.h"
 
@@ -13,34 +11,24 @@ struct TileCoord {
 };
 
 // Grouped order: groups of kGroupM rows of tiles, each column by column, so that tiles in flight share operands in L2.
-// A cluster takes kClusterSize rows at once, one for each CTA; the last may lie beyond the last image.
 class TileScheduler {
  public:
-  static constexpr int kGroupM = 8 / kClusterSize;  // rows of clusters
+  static constexpr int kGroupM = 8;
 
   SIGLIP_HOST_DEVICE TileScheduler(int rows, int cols)
-      : tiles_m_((rows + kClusterM - 1) / kClusterM), tiles_n_((cols + kBlockN - 1) / kBlockN) {}
+      : tiles_m_((rows + kBlockM - 1) / kBlockM), tiles_n_((cols + kBlockN - 1) / kBlockN) {}
 
-  // Tiles of a cluster, numbered from 0.
   SIGLIP_HOST_DEVICE int num_tiles() const { return tiles_m_ * tiles_n_; }
 
-  SIGLIP_HOST_DEVICE TileCoord tile_coord(int index, int cluster_rank = 0) const {
+  SIGLIP_HOST_DEVICE TileCoord tile_coord(int index) const {
     const int group = index / (kGroupM * tiles_n_), in_group = index % (kGroupM * tiles_n_);
     const int rows_left = tiles_m_ - group * kGroupM, group_rows = rows_left < kGroupM ? rows_left : kGroupM;
-    return {(group * kGroupM + in_group % group_rows) * kClusterM + cluster_rank * kBlockM,
-            in_group / group_rows * kBlockN};
+    return {(group * kGroupM + in_group % group_rows) * kBlockM, in_group / group_rows * kBlockN};
   }
 
  private:
-  static constexpr int kClusterM = kClusterSize * kBlockM;
-
   int tiles_m_, tiles_n_;
 };
-
-// Partial sums of a block, of each kind.
-SIGLIP_HOST_DEVICE int64_t num_partials(int rows, int cols) {
-  return int64_t(kPartialsPerTile) * kClusterSize * TileScheduler(rows, cols).num_tiles();
-}
 
 // Number of stages that the features of one tile fill.
 SIGLIP_HOST_DEVICE int num_k_tiles(int features) { return (features + kBlockK - 1) / kBlockK; }

@@ -104,7 +104,7 @@ def test_a_candidate_that_fails_leaves_the_others_timed(run: Any, tmp_path: Path
         Faulty("broken", config=SMALL, kind=OutOfResource),
         Candidate("spills", config=replace(SMALL, block_n=128)),
         Candidate("no figures", config=replace(SMALL, block_n=256)),
-        Candidate("CUDA", cuda="128x256"),
+        Candidate("CUDA", cuda=True),
         Candidate("good", config=SMALL, blocks=(16, 32)),
     ]
     problems = {128: ["12 spills, 48 bytes of stack"], 256: [f"{triton_report.NO_FIGURES}: nvdisasm"]}
@@ -123,7 +123,7 @@ def test_a_candidate_that_fails_leaves_the_others_timed(run: Any, tmp_path: Path
     assert trials["spills"].registers == 100
     assert trials["no figures"].registers is None
     assert "expected a CUDA device" in trials["CUDA"].note
-    assert trials["CUDA"].tile == "128x256"
+    assert trials["CUDA"].tile == "128x128"
     good = trials["good"]
     assert (good.tile, good.block, good.shared_kib) == ("32x32x16 4w 2s", "16 × 32", 2.0)
     assert good.of_shipped

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from bench.__main__ import main
 from bench.static import cuda_report, triton_report
+from siglip_kernels.backends.cuda import kernels
 from siglip_kernels.backends.triton import configs
 
 FIGURES = {"registers": 100, "stack": 0, "shared": 2048, "tensor_core": 4, "instructions": 1000, "conversions": 0}
@@ -51,12 +51,16 @@ def test_triton_as_json(problems: list[str], capsys: pytest.CaptureFixture[str])
 
 def test_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     opcodes = Counter(["HGMMA", "UTMALDG", "USETMAXREG", "UTMASTG", "STSM"])
-    sound: dict[str, Any] = {"registers": cuda_report.REGISTERS, "stack": 0, "shared": 1024, "opcodes": opcodes}
-    kernels = {name: [cuda_report.Kernel(name, "Float16", "offset", "dz", **sound)] for name in ("128x128", "128x256")}
-    monkeypatch.setattr(cuda_report, "kernels", lambda configuration: kernels.get(configuration, []))
+    spilling: list[kernels.Compilation] = []
+
+    def inspect(compilation: kernels.Compilation) -> cuda_report.Kernel:
+        stack = 8 if compilation in spilling else 0
+        return cuda_report.Kernel(compilation, cuda_report.REGISTERS, stack, opcodes)
+
+    monkeypatch.setattr(cuda_report, "inspect", inspect)
     assert main(["static", "cuda"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "2 kernels, 0 with problems"
-    kernels["128x256"].append(cuda_report.Kernel("128x256", "Float16", "general", "dz", **sound | {"stack": 8}))
+    assert capsys.readouterr().out.splitlines()[-1] == "22 kernels, 0 with problems"
+    spilling.append(kernels.EVERY[7])
     assert main(["static", "cuda"]) == 1
     assert "8 bytes of stack" in capsys.readouterr().out
 

@@ -190,33 +190,6 @@ static void no_tensor_map(void* const*) {
   prefetch_tensormap(map);
 }
 
-static void cluster_exit(void* const*) {
-  const uint32_t shared = dynamic_shared();
-  if (tid_x() == 0) mbarrier_init(shared, 1);
-  cluster_arrive();
-  cluster_wait();
-  if (cluster_ctarank() == 1 && tid_x() == 0) for (int i = 0; i < 1000; ++i) mbarrier_arrive(mapa_shared_cluster(shared, 0));
-}
-
-static void remote_arrivals(void* const* args) {
-  const uint32_t shared = dynamic_shared();
-  const uint32_t lane = tid_x() % 32;
-  const uint64_t out = reinterpret_cast<uint64_t>(args[0]);
-  if (tid_x() == 0) mbarrier_init(shared, 4);
-  cluster_arrive();
-  cluster_wait();
-  if (lane < 2) mbarrier_arrive(mapa_shared_cluster(shared, lane));
-  while (!mbarrier_try_wait_parity(shared, 0)) {}const uint32_t one = 1;
-  if (tid_x() == 0) st_global(out + 4 * ctaid_x(), &one, 4);
-  cluster_arrive();
-  cluster_wait();
-}
-
-static void second_arrive(void* const*) {
-  cluster_arrive();
-  cluster_arrive();
-}
-
 #define KERNEL(name) {#name, name, 0}
 extern "C" const Kernel hopper_kernels[] = {
     KERNEL(race), KERNEL(race_of_stores), KERNEL(same_value), KERNEL(overwrite), KERNEL(barrier), KERNEL(unwritten),
@@ -224,7 +197,6 @@ extern "C" const Kernel hopper_kernels[] = {
     KERNEL(partial_vote), KERNEL(foreign_mask), KERNEL(shuffles), KERNEL(elect), KERNEL(too_many_arrivals),
     KERNEL(never_arrives), KERNEL(no_mbarrier), KERNEL(second_init), KERNEL(store_over_mbarrier),
     KERNEL(unordered_mbarrier), KERNEL(mbarrier_orders), KERNEL(unequal_barriers), KERNEL(too_few_registers),
-    KERNEL(registers), KERNEL(wrong_registers), KERNEL(no_tensor_map), KERNEL(cluster_exit), KERNEL(remote_arrivals),
-    KERNEL(second_arrive),
+    KERNEL(registers), KERNEL(wrong_registers), KERNEL(no_tensor_map),
 };
 extern "C" const uint32_t hopper_kernel_count = sizeof hopper_kernels / sizeof *hopper_kernels;

@@ -23,37 +23,33 @@ extern "C" int cuTensorMapEncodeTiled(
   return 0;
 }
 
-// ---- what Triton's launcher takes from libcuda besides: a device that is there, and the launch itself ----
+// ---- launches: ours, and Triton's with what it asks of a device besides ----
 
 namespace {
 
-struct LaunchAttribute {  // CUlaunchAttribute
-  uint32_t id, padding;
-  uint32_t value[16];
-};
-
-struct LaunchConfig {  // CUlaunchConfig
+struct LaunchConfig {  // CUlaunchConfig, as far as it is read
   uint32_t grid[3], block[3], shared_bytes;
-  void* stream;
-  LaunchAttribute* attributes;
-  uint32_t num_attributes;
 };
 
-constexpr uint32_t kClusterDimension = 4;
 constexpr int kLaunchFailed = 719;
+// Where the dynamic shared memory of our CUDA kernel begins: 16-byte aligned and no better, as CUDA promises.
+constexpr uint32_t kMisalignment = 272;
+
+int launch(void* function, uint32_t grid, uint32_t threads, uint32_t shared_bytes, uint32_t misalignment, void** arguments) {
+  const auto body = reinterpret_cast<hopper::Body>(function);
+  return hopper_launch(body, grid, threads, shared_bytes, misalignment, arguments) ? kLaunchFailed : 0;
+}
 
 }  // namespace
 
 extern "C" {
 
 int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** arguments, void**) {
-  uint32_t cluster = 1;
-  for (uint32_t i = 0; i < config->num_attributes; ++i)
-    if (config->attributes[i].id == kClusterDimension) cluster = config->attributes[i].value[0];
-  return hopper_launch(reinterpret_cast<hopper::Body>(function), config->grid[0], config->block[0], cluster,
-                       config->shared_bytes, 0, arguments)
-             ? kLaunchFailed
-             : 0;
+  return launch(function, config->grid[0], config->block[0], config->shared_bytes, 0, arguments);
+}
+int cuLaunchKernel(void* function, uint32_t grid, uint32_t, uint32_t, uint32_t threads, uint32_t, uint32_t,
+                   uint32_t shared_bytes, void*, void** arguments, void**) {
+  return launch(function, grid, threads, shared_bytes, kMisalignment, arguments);
 }
 int cuGetErrorString(int, const char** text) { return *text = hopper_error(), 0; }
 // Below 13.2 Triton changes a bit of the tensor maps of small tensors, in the layout of the real driver.

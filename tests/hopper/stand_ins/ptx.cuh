@@ -1,11 +1,9 @@
 // Stands in for csrc/cuda/sm90/ptx.cuh on the host: the same functions, run by the emulation.
 #pragma once
 
-#include <cuda.h>
-
-#include <cstdint>
-
-#include "machine.h"
+#include "device.h"
+#include "params.h"
+#include "ptx_arithmetic.h"
 
 namespace siglip::sm90 {
 
@@ -23,35 +21,23 @@ inline void mbarrier_arrive(uint64_t* barrier) { hopper::mbarrier_arrive(smem_ad
 inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
   hopper::mbarrier_arrive_expect_tx(smem_addr(barrier), bytes);
 }
-inline void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
-  hopper::mbarrier_arrive(hopper::mapa_shared_cluster(smem_addr(barrier), rank));
-}
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   while (!hopper::mbarrier_try_wait_parity(smem_addr(barrier), parity)) {
   }
 }
 
-inline void tma_load_2d(void* dst, const CUtensorMap* tensor_map, int column, int row, uint64_t* barrier) {
+inline void tma_load_2d(void* dst, const TensorMap* tensor_map, int column, int row, uint64_t* barrier) {
   hopper::tma_load_2d(smem_addr(dst), tensor_map, column, row, smem_addr(barrier));
 }
-inline void tma_load_2d_multicast(void* dst, const CUtensorMap* tensor_map, int column, int row, uint64_t* barrier,
-                                  uint16_t cta_mask) {
-  hopper::tma_load_2d(smem_addr(dst), tensor_map, column, row, smem_addr(barrier), cta_mask);
-}
-inline void tma_store_2d(const CUtensorMap* tensor_map, int column, int row, const void* src) {
+inline void tma_store_2d(const TensorMap* tensor_map, int column, int row, const void* src) {
   hopper::tma_store_2d(tensor_map, column, row, smem_addr(src));
 }
 inline void tma_store_commit_group() { hopper::bulk_commit_group(); }
 inline void tma_store_wait_group_read() { hopper::bulk_wait_group(0); }
 inline void tma_store_wait_group() { hopper::bulk_wait_group(0); }
 inline void fence_proxy_async() { hopper::fence_proxy_async(); }
-inline void prefetch_tensormap(const CUtensorMap* tensor_map) { hopper::prefetch_tensormap(tensor_map); }
+inline void prefetch_tensormap(const TensorMap* tensor_map) { hopper::prefetch_tensormap(tensor_map); }
 
-inline uint32_t cluster_ctarank() { return hopper::cluster_ctarank(); }
-inline void cluster_sync() {
-  hopper::cluster_arrive();
-  hopper::cluster_wait();
-}
 inline void named_barrier_sync(int id, int num_threads) { hopper::bar_sync(id, num_threads); }
 template <int kRegisters>
 void setmaxnreg_dec() {
@@ -66,6 +52,13 @@ inline void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
   hopper::stmatrix_x4(address, {r0, r1, r2, r3});
 }
 
+inline uint32_t cvt_bf16x2(float low, float high) {
+  return hopper::bits_of_bf16(low) | uint32_t(hopper::bits_of_bf16(high)) << 16;
+}
+inline uint32_t cvt_f16x2(float low, float high) {
+  return hopper::bits_of_f16(low) | uint32_t(hopper::bits_of_f16(high)) << 16;
+}
+
 inline void wgmma_fence() { hopper::wgmma_fence(); }
 inline void wgmma_commit_group() { hopper::wgmma_commit_group(); }
 template <int kPending>
@@ -75,19 +68,18 @@ void wgmma_wait_group() {
 template <int kCount>
 void wgmma_fence_accumulator(float (&)[kCount]) {}
 
-template <int kCount>
 struct EveryIndex {
-  uint16_t values[kCount];
+  uint16_t values[64];
   constexpr EveryIndex() : values() {
-    for (int i = 0; i < kCount; ++i) values[i] = uint16_t(i);
+    for (int i = 0; i < 64; ++i) values[i] = uint16_t(i);
   }
 };
 
-template <class Element, int kCount>
-void wgmma_m64nNk16(float (&acc)[kCount], uint64_t a, uint64_t b, bool accumulate) {
-  static constexpr EveryIndex<kCount> kEvery;
+template <class Element>
+void wgmma_m64n128k16(float (&acc)[64], uint64_t a, uint64_t b, bool accumulate) {
+  static constexpr EveryIndex kEvery;
   const auto type = Element::kIsBfloat16 ? hopper::Half::kBfloat16 : hopper::Half::kFloat16;
-  hopper::wgmma(type, 2 * kCount, reinterpret_cast<uint32_t*>(acc), kEvery.values, a, b, accumulate);
+  hopper::wgmma(type, 128, reinterpret_cast<uint32_t*>(acc), kEvery.values, a, b, accumulate);
 }
 
 }  // namespace siglip::sm90

@@ -1,22 +1,18 @@
-"""``prepare`` of the GPU backends: what a first launch would die of is a reason, found once, and "auto" goes on."""
+"""``prepare`` of the Triton backend: what a first launch would die of is a reason, found once, and "auto" goes on."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from siglip_kernels import backends, build, targets
-from siglip_kernels.backends import cuda
+from siglip_kernels import backends
 from siglip_kernels.backends import triton as backend
 from siglip_kernels.backends.base import Problem
-from siglip_kernels.backends.cuda import CudaBlockKernel
 from siglip_kernels.backends.triton import TritonBlockKernel
 
 ON_CUDA = Problem(4096, 4096, 768, torch.bfloat16, torch.device("cuda", 0))
@@ -25,8 +21,7 @@ ON_CUDA = Problem(4096, 4096, 768, torch.bfloat16, torch.device("cuda", 0))
 @pytest.fixture(autouse=True)
 def nothing_found_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds what another has, nor leaves what it found."""
-    for module, name in ((backend, "why_not_launch"), (cuda, "_why_not_run")):
-        monkeypatch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
+    monkeypatch.setattr(backend, "why_not_launch", functools.cache(backend.why_not_launch.__wrapped__))
 
 
 @pytest.mark.parametrize(
@@ -85,50 +80,3 @@ def test_auto_goes_on_where_triton_cannot_launch(monkeypatch: pytest.MonkeyPatch
     assert backends.choose("auto", ON_CUDA).name == "eager"
     with pytest.raises(ValueError, match="backend='triton' cannot run this call: no C compiler"):
         backends.choose("triton", ON_CUDA)
-
-
-INSUFFICIENT = "CUDA driver version is insufficient for CUDA runtime version"
-
-
-def library(error: int, versions: tuple[int, int], asked: list[int]) -> Callable[[str], SimpleNamespace]:
-    """``cuda.load`` where the driver answers so."""
-
-    def probe(found: ctypes.Array[ctypes.c_int32]) -> int:
-        asked.append(1)
-        found[:] = versions
-        return error
-
-    return lambda configuration: SimpleNamespace(
-        siglip_sm90_probe=probe, siglip_sm90_error=lambda number: INSUFFICIENT.encode()
-    )
-
-
-@pytest.mark.parametrize(
-    ("error", "versions", "reasons"),
-    [
-        (0, (13000, 13000), []),
-        # Of one major version an older driver serves: only it can tell.
-        (0, (12020, 12080), []),
-        (35, (12040, 13010), [f"the driver is for CUDA 12.4, the library of CUDA 13.1: {INSUFFICIENT}"]),
-    ],
-)
-def test_cuda_asks_the_driver(
-    error: int, versions: tuple[int, int], reasons: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(cuda, "load", library(error, versions, asked))
-    assert CudaBlockKernel().prepare() == CudaBlockKernel().prepare() == reasons
-    assert asked == [1]
-
-
-def test_cuda_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "load", lambda configuration: "no compiler")
-    assert CudaBlockKernel().prepare() == ["no compiler"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.skipif(not build.has_compiler(targets.TARGETS["cuda"]), reason="no nvcc")
-def test_the_cuda_library_itself_asks() -> None:
-    """It loads without a driver, and says so."""
-    (reason,) = CudaBlockKernel().prepare()
-    assert re.match(r"the driver is for CUDA \d+\.\d, the library of CUDA \d+\.\d: \w+", reason), reason

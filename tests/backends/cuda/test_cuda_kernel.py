@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import shutil
 import subprocess
 from collections import Counter
@@ -16,14 +15,15 @@ import torch
 
 from bench.static import cuda_report
 from bench.static.cuda_report import Kernel
-from siglip_kernels import backends, build, sigmoid_loss, sigmoid_loss_and_grads, targets
-from siglip_kernels.backends import cuda, gpu
+from siglip_kernels import backends, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels.backends import gpu
 from siglip_kernels.backends.base import Problem
-from siglip_kernels.backends.cuda import CudaBlockKernel
+from siglip_kernels.backends.cuda import CudaBlockKernel, kernels, nvrtc
+from siglip_kernels.backends.cuda.kernels import Compilation
 from siglip_kernels.testing import check, make_inputs
 from tests.building import HOST_CXX
 
-FOLDER = build.CSRC / "cuda" / "sm90"
+FOLDER = kernels.SOURCE.parent
 ON_GPU = Problem(4096, 4096, 768, torch.bfloat16, torch.device("cuda", 0))
 
 
@@ -89,7 +89,7 @@ def test_a_mutation_that_finds_nothing_fails(tmp_path: Path) -> None:
 
 def test_python_and_cpp_have_one_block(cxx: str, tmp_path: Path) -> None:
     """The same fields at the same places."""
-    names = [name for name, _ in cuda.BlockParams._fields_]
+    names = [name for name, _ in kernels.BlockParams._fields_]
     offsets = ", ".join(f"int(offsetof(BlockParams, {name}))" for name in names)
     source = tmp_path / "layout.cpp"
     source.write_text(
@@ -99,29 +99,22 @@ def test_python_and_cpp_have_one_block(cxx: str, tmp_path: Path) -> None:
     )
     subprocess.run([cxx, "-std=c++17", str(source), "-o", str(tmp_path / "layout")], check=True)
     printed = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
-    ours = [getattr(cuda.BlockParams, name).offset for name in names]
-    assert list(map(int, printed.split())) == [*ours, ctypes.sizeof(cuda.BlockParams)]
+    ours = [getattr(kernels.BlockParams, name).offset for name in names]
+    assert list(map(int, printed.split())) == [*ours, ctypes.sizeof(kernels.BlockParams)]
 
 
-@pytest.mark.parametrize("configuration", targets.SM90_CONFIGURATIONS)
-def test_every_kernel_is_sound(configuration: str) -> None:
-    if not build.has_compiler(targets.TARGETS["cuda"]):
-        pytest.skip("no nvcc")
+@pytest.mark.parametrize("compilation", kernels.EVERY, ids=str)
+def test_every_kernel_is_sound(compilation: Compilation) -> None:
+    if why_not := nvrtc.why_not():
+        pytest.skip(why_not)
     pytest.importorskip("triton", reason="cuobjdump comes with Triton")
-    kernels = cuda_report.kernels(configuration)
-    kinds = {(k.dtype, k.pairs, k.output) for k in kernels}
-    every = itertools.product(("Bfloat16", "Float16"), cuda_report.PAIRS, cuda_report.OUTPUTS)
-    # Plain pairs need no dz in float32, and neither does a cluster.
-    left_out = {"float32 dz"} if "multicast" in configuration else set()
-    assert kinds == {k for k in every if k[1:] != ("offset", "float32 dz") and k[2] not in left_out}
-    assert max(kernel.opcodes.total() for kernel in kernels) <= 8000
-    unsound = [str(kernel) for kernel in kernels if kernel.problems()]
-    assert not unsound, "\n".join(unsound)
+    kernel = cuda_report.inspect(compilation)
+    assert not kernel.problems(), str(kernel)
+    assert kernel.opcodes.total() <= 8000
 
 
 GOOD = Kernel(
-    *("128x128", "Bfloat16", "offset", "dz", 168, 0, 230_000),
-    Counter({"HGMMA": 24, "UTMALDG": 14, "USETMAXREG": 2, "UTMASTG": 2, "STSM": 16}),
+    *(kernels.EVERY[0], 168, 0), Counter({"HGMMA": 24, "UTMALDG": 14, "USETMAXREG": 2, "UTMASTG": 2, "STSM": 16})
 )
 
 
@@ -134,20 +127,12 @@ GOOD = Kernel(
         (replace(GOOD, opcodes=GOOD.opcodes + Counter(LDL=3)), "3 local loads and stores, 0 bytes of stack"),
         (replace(GOOD, opcodes=GOOD.opcodes - Counter(HGMMA=24)), "no HGMMA instruction"),
         (replace(GOOD, opcodes=GOOD.opcodes - Counter(UTMASTG=2)), "no UTMASTG instruction"),
-        (replace(GOOD, configuration="128x128, multicast"), "no MULTICAST instruction"),
-        (replace(GOOD, shared=232_449), "232449 bytes of shared memory, 232448 fit"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_problems(bad: Kernel, problem: str) -> None:
     assert GOOD.problems() == []
     assert bad.problems() == [problem]
-
-
-def test_headers_are_named() -> None:
-    """A change in any of them builds anew."""
-    found = {str(path.relative_to(build.CSRC)) for kind in ("*.h", "*.cuh") for path in FOLDER.glob(kind)}
-    assert found == set(targets.TARGETS["cuda"].headers)
 
 
 def test_reasons() -> None:
@@ -169,9 +154,9 @@ def test_auto_takes_it_for_pairs_without_weights(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(kernel, "why_not", lambda problem: [])
     monkeypatch.setattr(kernel, "prepare", list)
     assert backends.choose("auto", ON_GPU) is kernel
-    weighted = ON_GPU._replace(has_weights=True, device=torch.device("cpu"))
-    assert backends.choose("auto", weighted).name != "cuda"
-    assert backends.choose("cuda", weighted) is kernel
+    for other in (ON_GPU._replace(has_weights=True), ON_GPU._replace(device=torch.device("cpu"))):
+        assert not kernel.is_automatic(other)
+        assert backends.choose("cuda", other) is kernel
 
 
 def test_blocks_fill_the_device() -> None:

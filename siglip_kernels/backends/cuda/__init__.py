@@ -1,0 +1,103 @@
+"""The block kernel in CUDA C++ for Hopper: csrc/cuda/sm90/, compiled by NVRTC on first use.
+
+tests/hopper/ runs it on an emulated Hopper; its code is checked by disassembly.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.backends.base import BlockTask, Problem
+from siglip_kernels.backends.cuda import driver, kernels, nvrtc
+from siglip_kernels.backends.cuda.kernels import Compilation
+from siglip_kernels.backends.gpu import GpuBlockKernel, reduce_partials
+from siglip_kernels.gemm import pad_to_alignment
+from siglip_kernels.stats import SIZE
+
+
+class CudaBlockKernel(GpuBlockKernel):
+    """TMA and WGMMA. The epilogue of one warpgroup overlaps with the products of the other."""
+
+    name = "cuda"
+
+    def is_automatic(self, problem: Problem) -> bool:
+        # With weights Triton's kernel is faster, measured on an H200.
+        return problem.device.type == "cuda" and not problem.has_weights
+
+    def why_not(self, problem: Problem) -> list[str]:
+        reasons = []
+        if problem.dtype not in (torch.float16, torch.bfloat16):
+            reasons.append(f"features are {problem.dtype}, expected float16 or bfloat16")
+        if problem.D < 1:
+            reasons.append(f"D = {problem.D}, expected at least 1")
+        if problem.device.type != "cuda":
+            reasons.append(f"features are on {problem.device.type}, expected a CUDA device")
+        elif not torch.cuda.is_available() or torch.version.hip:
+            reasons.append("no CUDA device")
+        else:
+            capability = torch.cuda.get_device_capability(problem.device)
+            if capability != (9, 0):
+                reasons.append("compute capability {}.{}, expected 9.0".format(*capability))
+        return reasons + list(filter(None, [nvrtc.why_not()]))
+
+    def prepare(self) -> list[str]:
+        reason = _why_not_run()
+        return [] if reason is None else [reason]
+
+    def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
+        partials = torch.empty(3 * kernels.num_partials(R, C), dtype=torch.float32, device=problem.device)
+        return Workspace(partials, problem.dtype)
+
+    def variant(self, task: BlockTask) -> Variant:
+        pairs, dz, stats = task.pairs, task.dz, task.stats is not None
+        in_float32 = dz is not None and dz.dtype is torch.float32
+        output = "kLoss" if task.loss_only else "kSums" if dz is None else "kFloat32Dz" if in_float32 else "kDz"
+        is_general = pairs.has_ids or pairs.has_weights or in_float32
+        kind = "kStats" if stats else "kGeneral" if is_general else "kOffset"
+        return Variant(
+            Compilation(task.workspace.dtype, kind, output),
+            ids="ignored" if pairs.ignore_ids else "given" if pairs.has_ids else "none",
+            weights=pairs.multi_positive or ("given" if pairs.has_weights else "none"),
+        )
+
+    def launch(self, variant: Any, task: BlockTask) -> None:
+        workspace: Workspace = task.workspace
+        width = kernels.num_partials(len(task.x), len(task.y))
+        partials = workspace.partials[: 3 * width].view(3, width)
+        stats = None if task.stats is None else partials.new_empty(SIZE, width)
+        # Features that the schedule has widened become what they were. They live until the launch, for the parameters
+        # hold only addresses; after it the stream keeps their memory.
+        x, y = (pad_to_alignment(features.to(workspace.dtype)) for features in (task.x, task.y))
+        kernels.launch(variant.compilation, task, x, y, partials, stats)
+        reduce_partials(task, partials, stats)
+
+
+class Variant(NamedTuple):
+    """What decides which code of the kernel runs."""
+
+    compilation: Compilation
+    ids: str
+    weights: str
+
+
+class Workspace(NamedTuple):
+    """What the kernel needs besides the task."""
+
+    partials: Tensor  # [3 · partials] float32: the sums of every warp in every tile
+    dtype: torch.dtype  # of the features, as the kernel takes them
+
+
+@functools.cache
+def _why_not_run() -> str | None:
+    """Why nothing can be compiled, or why the driver would not load it: it may be older than NVRTC."""
+    try:
+        compiler, newest = nvrtc.version(), driver.version()
+    except (nvrtc.CompileError, driver.DriverError) as error:
+        return str(error)
+    if newest[0] < compiler[0]:
+        return "the driver is for CUDA {}.{}, NVRTC of CUDA {}.{}".format(*newest, *compiler)
+    return None
