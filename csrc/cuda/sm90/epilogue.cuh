@@ -176,11 +176,12 @@ class Epilogue {
   template <int kCount>
   __device__ void store_and_add(const float (&u)[kCount], const float (&dz)[kCount], int row, int column,
                                 uint32_t dz_smem) {
-    if constexpr (kLossOnly) return;
-    SIGLIP_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      sums_.dz_u = fmaf(dz[i], u[i], sums_.dz_u);
-      sums_.dz += dz[i];
+    if constexpr (!kLossOnly) {
+      SIGLIP_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        sums_.dz_u = fmaf(dz[i], u[i], sums_.dz_u);
+        sums_.dz += dz[i];
+      }
     }
     if constexpr (kOutput == Output::kDz) store_dz(dz, dz_smem, column);
     if constexpr (kOutput == Output::kFloat32Dz) store_float32_dz(dz, row, column);

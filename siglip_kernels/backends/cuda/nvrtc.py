@@ -28,6 +28,9 @@ def load() -> ctypes.CDLL:
     reasons = []
     for path in found:
         try:
+            # It looks for this one by name alone, and that of CUDA 13.0 not in its own folder.
+            for builtins in Path(path).parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(builtins))
             library = ctypes.CDLL(path)
         except OSError as error:
             reasons.append(str(error))

@@ -131,7 +131,7 @@ def test_the_nvrtc_of_torch_is_taken(
     monkeypatch.setattr(ctypes, "CDLL", loaded)
     monkeypatch.setattr(torch.version, "cuda", torchs)
     nvrtc.load()
-    assert [Path(path).name for path in asked] == [f"libnvrtc.so.{first}"]
+    assert [Path(path).name for path in asked] == [f"libnvrtc-builtins.so.{first}.0", f"libnvrtc.so.{first}"]
 
 
 # ---- the cache ----
