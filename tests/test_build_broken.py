@@ -117,7 +117,7 @@ def test_a_library_that_does_not_load(
         assert second.is_relative_to(shared)
     assert place.compilations == 2
     assert in_child(lambda: main(["build"])) == 0
-    assert capfd.readouterr().out == f"tiny: cached: {second}\n"
+    assert capfd.readouterr().out == f"tiny: cached: {second}\ncuda: left out: not here\n"
     unloadable(second)
     assert in_child(lambda: [build.is_built(TARGET), place.compilations]) == [False, 2]
     assert in_child(lambda: main(["build"])) == 0
