@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels.pairs import ANCHORS, PairSpec
-from siglip_kernels.reference import denominator, masses, pair_weights, sigmoid_loss_reference
+from siglip_kernels.pairs import ANCHORS
+from siglip_kernels.reference import sigmoid_loss_reference
+from siglip_kernels.terms import Scalars, feature_grads_of_rounded_dz, scalar_terms
 
 
 class Regime(NamedTuple):
@@ -39,6 +40,10 @@ REGIMES = {
     "flat": Regime(0.01, 3.0, 0.1),
 }
 ENOUGH_PAIRS = 1000  # needed for a comparison with eager
+HALF = (torch.float16, torch.bfloat16)
+# Where eager's rounding came out better by luck, an error may be that of an exact dz rounded once, and a little more.
+# With masses, or at a scale near 0, many pairs have one dz, and its rounding does not average out.
+ROUNDED_DZ = 1.02
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # (M, N, D): one pair; one image; one below and one above a 128-tile, with D no multiple of 16; several tiles; on each
 # side several of every backend's smallest blocks.
@@ -118,11 +123,6 @@ class Grads(NamedTuple):
 COLUMNS = ("loss", "dx", "dy", "dscale", "dbias")
 
 
-class Scalars(NamedTuple):
-    logit_scale: float
-    logit_bias: float
-
-
 def differentiate(loss_fn: Callable[..., Tensor], inputs: Inputs, upstream: float = 1.0, **arguments: Any) -> Grads:
     """The value of ``loss_fn(*inputs, **arguments)`` and ``upstream`` times its gradients."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
@@ -134,26 +134,6 @@ def differentiate(loss_fn: Callable[..., Tensor], inputs: Inputs, upstream: floa
 def gold(inputs: Inputs, upstream: float = 1.0, **arguments: Any) -> Grads:
     """The definition, in float64, on exactly these inputs."""
     return differentiate(sigmoid_loss_reference, Inputs(*(t.double() for t in inputs)), upstream, **arguments)
-
-
-def scalar_terms(inputs: Inputs, upstream: float = 1.0, reduction: str = "batchmean", **pairs: Any) -> Scalars:
-    """Σ|terms| of dscale and of dbias in float64. The terms of these sums cancel, so their errors are judged by it."""
-    x, y, scale, bias = (t.double() for t in inputs)
-    spec = PairSpec(**pairs)
-    inner = x @ y.T
-    z = scale * inner + bias
-    positive = spec.positive_mask(x.shape[0], y.shape[0], z.device)
-    dz = torch.sigmoid(torch.where(positive, -z, z))
-    weights = pair_weights(spec, x, y)
-    if spec.multi_positive is not None:
-        mass = masses(positive, *weights, spec.anchors)
-        rest = (1 - mass) * torch.sigmoid(z) if spec.multi_positive == "soft_targets" else 0.0
-        dz = torch.where(positive, mass * dz + rest, dz)
-    ignored = spec.ignored_mask(*z.shape)
-    if ignored is not None:
-        dz = dz.masked_fill(ignored, 0.0)
-    dz *= weights[0][:, None] * weights[1] * (abs(upstream) / denominator(*weights, reduction))
-    return Scalars(float((dz * inner).abs().sum()), float(dz.sum()))
 
 
 def relative_l2(value: Tensor, expected: Tensor) -> float:
@@ -299,8 +279,12 @@ def judge(loss_fn: Callable[..., Tensor], case: Case, device: torch.device | str
     features = (("dx", 1), ("dy", 2)) if math.prod(case.shape[:2]) >= ENOUGH_PAIRS else ()
     for name, index in features:
         for measure, what in ((relative_l2, "against eager"), (worst_rows, "worst 64 rows against eager")):
+            error = measure(ours[index], expected[index])
             bound = _yardstick(case.dtype, measure(eager[index], expected[index]))
-            measured.append((name, f"{name}, {what},", measure(ours[index], expected[index]), bound))
+            if error > bound and case.dtype in HALF:
+                rounded = feature_grads_of_rounded_dz(*inputs, upstream, **arguments)[index - 1]
+                bound = max(bound, ROUNDED_DZ * measure(rounded, expected[index]))
+            measured.append((name, f"{name}, {what},", error, bound))
     failures = [
         f"{case}: {what} {error:.2e} > {bound:.2e}" + _worst_coordinate(name, ours, expected)
         for name, what, error, bound in measured

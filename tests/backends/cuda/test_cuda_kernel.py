@@ -168,7 +168,8 @@ def test_blocks_fill_the_device() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients(dtype: torch.dtype) -> None:
-    shapes = [(127, 129, 100), (300, 200, 768), (1100, 2100, 64), (513, 700, 1152), (33, 4097, 8)]
+    # With 8 features in place of 24 the rounding of dz alone exceeds the limit where all pairs have nearly one dz.
+    shapes = [(127, 129, 100), (300, 200, 768), (1100, 2100, 64), (513, 700, 1152), (33, 4097, 24)]
     report = check(partial(sigmoid_loss, backend="cuda"), device="cuda", dtypes=[dtype], shapes=[*shapes, (16, 31, 40)])
     assert report.ok, report
 

@@ -1,0 +1,72 @@
+"""The terms of the loss, pair by pair in float64: the scale of sums that cancel, and what rounding dz costs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.pairs import PairSpec
+from siglip_kernels.reference import denominator, masses, pair_weights
+
+
+class Scalars(NamedTuple):
+    logit_scale: float
+    logit_bias: float
+
+
+class Terms(NamedTuple):
+    """The parts of dz, without the denominator; dz is their difference."""
+
+    negative: Tensor  # [M, N] float64: weight · (1 - target) · σ(z)
+    positive: Tensor  # [M, N] float64: weight · target · σ(-z)
+    denominator: Tensor | float  # of the loss
+
+
+def scalar_terms(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], upstream: float = 1.0, reduction: str = "batchmean", **pairs: Any
+) -> Scalars:
+    """Σ|terms| of dscale and of dbias in float64. The terms of these sums cancel, so their errors are judged by it."""
+    x, y, scale, bias = (t.double() for t in inputs)
+    terms = _terms(x, y, scale, bias, reduction, PairSpec(**pairs))
+    size = (terms.negative + terms.positive) * (abs(upstream) / terms.denominator)
+    return Scalars(float((size * (x @ y.T)).abs().sum()), float(size.sum()))
+
+
+def feature_grads_of_rounded_dz(
+    x: Tensor,  # [M, D] float16 or bfloat16
+    y: Tensor,  # [N, D] the same
+    scale: Tensor,
+    bias: Tensor,
+    upstream: float,
+    reduction: str = "batchmean",
+    **pairs: Any,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dy) in the features' dtype if nothing is rounded but dz and they: the best that half precision can do."""
+    dtype, spec = x.dtype, PairSpec(**pairs)
+    x, y, scale, bias = (t.double() for t in (x, y, scale, bias))
+    terms = _terms(x, y, scale, bias, reduction, spec)
+    # A power of two that keeps float16 from underflow, as in schedule.py.
+    exponent = 14 - sum(int(torch.frexp(w.max()).exponent) for w in pair_weights(spec, x, y))
+    dz_scale = 2.0**exponent if dtype is torch.float16 else 1.0
+    dz = ((terms.negative - terms.positive) * dz_scale).to(dtype).double() / dz_scale
+    factor = upstream * scale / terms.denominator
+    return (factor * (dz @ y)).to(dtype), (factor * (dz.T @ x)).to(dtype)
+
+
+def _terms(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, reduction: str, pairs: PairSpec) -> Terms:
+    z = scale * (x @ y.T) + bias
+    is_positive = pairs.positive_mask(x.shape[0], y.shape[0], z.device)
+    weights = u, v = pair_weights(pairs, x, y)
+    mass: Tensor | float = 1.0
+    if pairs.multi_positive is not None:
+        mass = masses(is_positive, u, v, pairs.anchors)
+    rest = 1 - mass if pairs.multi_positive == "soft_targets" else 0.0
+    negative = torch.where(is_positive, rest, 1.0) * torch.sigmoid(z)
+    positive = torch.where(is_positive, mass, 0.0) * torch.sigmoid(-z)
+    weight = u[:, None] * v
+    ignored = pairs.ignored_mask(*z.shape)
+    if ignored is not None:
+        weight = weight.masked_fill(ignored, 0.0)
+    return Terms(weight * negative, weight * positive, denominator(*weights, reduction))
