@@ -13,6 +13,10 @@ them: pair (i, j) has the mass m_ij = ½ (1/k_i + 1/k_j), or 1/k of one side. A 
     "weights"         term  w m softplus(−z)                            dz  −w m σ(−z)
     "soft_targets"    term  w (m softplus(−z) + (1 − m) softplus(z))    dz  w ((1 − m) σ(z) − m σ(−z))
 
+With positive_weight p and label_smoothing ε a pair with the target τ (1, 0 or m) has τ' = ε + (1 − 2ε) τ, and
+
+    term  w (p τ' softplus(−z) + (1 − τ') softplus(z))    dz  w ((1 − τ') σ(z) − p τ' σ(−z))
+
 Source: Zhai et al. 2023, arXiv 2303.15343, Algorithm 1: t = exp(t'), t' starts at log 10, b at −10, denominator = batch
 size. The M×N logits exist only tile by tile, and the gradients are formed in the forward pass (see ``schedule.py``).
 """
@@ -63,6 +67,8 @@ class LossArguments(TypedDict, total=False):
     ignore_ids: bool
     multi_positive: MultiPositive | None
     anchors: Anchors
+    positive_weight: float
+    label_smoothing: float
     reduction: Reduction
     backend: Backend
     process_group: ProcessGroup | DeviceMesh | Exchange | None
@@ -112,6 +118,8 @@ def sigmoid_loss(
     ignore_ids: bool = False,
     multi_positive: MultiPositive | None = None,
     anchors: Anchors = "both",
+    positive_weight: float = 1.0,
+    label_smoothing: float = 0.0,
     return_stats: bool = False,
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
@@ -140,6 +148,9 @@ def sigmoid_loss(
             still multiply every term. Over a group, k counts the positives on every rank.
         anchors: the source of a positive pair's mass. "images": 1/k of its image; "texts": 1/k of its text; "both":
             half of each.
+        positive_weight: a factor of the positive part of every term, as ``pos_weight`` of torch's
+            BCEWithLogitsLoss: above 1 it favours recall. At least 0, finite; the divisor does not contain it.
+        label_smoothing: ε, from 0 to 1: the target is 1 − ε for a positive pair and ε for a negative one.
         return_stats: also return :class:`~siglip_kernels.LogitStats`, from the same pass: mean, least and largest logit
             and number, of the positive pairs and of the negative ones. With a group, they cover this rank's images
             against the texts of all ranks.
@@ -180,6 +191,8 @@ def sigmoid_loss(
         ignore_ids=ignore_ids,
         multi_positive=multi_positive,
         anchors=anchors,
+        positive_weight=positive_weight,
+        label_smoothing=label_smoothing,
         return_stats=return_stats,
         reduction=reduction,
         backend=backend,
@@ -233,6 +246,8 @@ def sigmoid_loss_and_grads(
     ignore_ids: bool = False,
     multi_positive: MultiPositive | None = None,
     anchors: Anchors = "both",
+    positive_weight: float = 1.0,
+    label_smoothing: float = 0.0,
     return_stats: bool = False,
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
@@ -259,6 +274,8 @@ def sigmoid_loss_and_grads(
         ignore_ids=ignore_ids,
         multi_positive=multi_positive,
         anchors=anchors,
+        positive_weight=positive_weight,
+        label_smoothing=label_smoothing,
         return_stats=return_stats,
         reduction=reduction,
         backend=backend,

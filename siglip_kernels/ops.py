@@ -33,7 +33,8 @@ _library = torch.library.Library("siglip_kernels", "DEF")
 _ARGUMENTS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, SymInt? positive_offset,"
     " Tensor? image_ids, Tensor? text_ids, Tensor? image_weights, Tensor? text_weights,"
-    " bool ignore_ids, str? multi_positive, str anchors, str reduction, str backend, bool return_stats,"
+    " bool ignore_ids, str? multi_positive, str anchors, float positive_weight, float label_smoothing,"
+    " str reduction, str backend, bool return_stats,"
     " str group_names, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
     " bool needs_dx, bool needs_dy, bool needs_dscale, bool needs_dbias, Tensor? upstream"
 )
@@ -67,6 +68,8 @@ def _flatten(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -
         "ignore_ids": pairs.ignore_ids,
         "multi_positive": pairs.multi_positive,
         "anchors": pairs.anchors,
+        "positive_weight": pairs.positive_weight,
+        "label_smoothing": pairs.label_smoothing,
         "reduction": request.reduction,
         "backend": request.backend,
         "return_stats": request.return_stats,
@@ -95,6 +98,8 @@ def _restore(
     ignore_ids: bool,
     multi_positive: str | None,
     anchors: str,
+    positive_weight: float,
+    label_smoothing: float,
     reduction: str,
     backend: str,
     return_stats: bool,
@@ -118,6 +123,8 @@ def _restore(
         ignore_ids=ignore_ids,
         multi_positive=multi_positive,
         anchors=anchors,
+        positive_weight=positive_weight,
+        label_smoothing=label_smoothing,
     )
     exchange = ExchangeSpec(group_names, algorithm, text_gradient_dtype, same_upstream)
     request = Request(x, y, scale, bias, pairs, reduction, backend, return_stats, exchange)

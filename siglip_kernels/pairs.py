@@ -24,6 +24,9 @@ class PairSpec(NamedTuple):
     With ``multi_positive`` a positive pair has the mass ``image_masses[i] + text_masses[j]``. It is a factor of the
     pair's weight ("weights"), or the target of its sigmoid ("soft_targets"). :meth:`prepared` computes masses that are
     absent.
+
+    The target of a pair is its label: 1, 0 or, with "soft_targets", the mass of a positive one. ``label_smoothing`` ε
+    makes it ε + (1 - 2 ε) label. ``positive_weight`` is a factor of the part of every term that the target weighs.
     """
 
     positive_offset: int | None = 0
@@ -36,6 +39,8 @@ class PairSpec(NamedTuple):
     anchors: str = "both"
     image_masses: Tensor | None = None  # [M] floating
     text_masses: Tensor | None = None  # [N] floating
+    positive_weight: float = 1.0
+    label_smoothing: float = 0.0
 
     @property
     def has_ids(self) -> bool:
@@ -44,6 +49,16 @@ class PairSpec(NamedTuple):
     @property
     def has_weights(self) -> bool:
         return self.image_weights is not None or self.text_weights is not None
+
+    @property
+    def has_balance(self) -> bool:
+        """Whether ``positive_weight`` or ``label_smoothing`` changes anything."""
+        return self.positive_weight != 1.0 or self.label_smoothing != 0.0
+
+    @property
+    def has_two_parts(self) -> bool:
+        """Whether the terms of some pairs have softplus(z) and softplus(-z) in them."""
+        return self.multi_positive == "soft_targets" or self.label_smoothing != 0.0
 
     def block(self, rows: slice, cols: slice) -> PairSpec:
         """The pairs of images ``rows`` and texts ``cols``, numbered from the block's own corner."""
@@ -63,14 +78,14 @@ class PairSpec(NamedTuple):
     def prepared(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> PairSpec:
         """What block kernels take: contiguous vectors, int64 ids, weights of ``dtype`` on both sides or on neither.
 
-        With ``multi_positive`` there are also masses of ``dtype``, and always weights.
+        With ``multi_positive`` there are also masses of ``dtype``; with them, or with a balance, always weights.
         """
-        if not self.has_ids and not self.has_weights:
+        if not self.has_ids and not self.has_weights and not self.has_balance:
             return self
         spec = self
         if self.multi_positive is not None and self.image_masses is None:
             spec = self.with_masses(dtype)
-        weighted = self.has_weights or self.multi_positive is not None
+        weighted = self.has_weights or self.multi_positive is not None or self.has_balance
         return spec._replace(
             image_ids=None if self.image_ids is None else self.image_ids.to(torch.int64).contiguous(),
             text_ids=None if self.text_ids is None else self.text_ids.to(torch.int64).contiguous(),

@@ -30,6 +30,8 @@ def sigmoid_loss_reference(
     ignore_ids: bool = False,
     multi_positive: str | None = None,
     anchors: str = "both",
+    positive_weight: float = 1.0,
+    label_smoothing: float = 0.0,
     return_stats: bool = False,
     reduction: str = "batchmean",
 ) -> Any:
@@ -48,18 +50,24 @@ def sigmoid_loss_reference(
         ignore_ids=ignore_ids,
         multi_positive=multi_positive,
         anchors=anchors,
+        positive_weight=positive_weight,
+        label_smoothing=label_smoothing,
     )
 
     z = _scalar(logit_scale, x) * (x @ y.T)
     if logit_bias is not None:
         z = z + _scalar(logit_bias, x)
     mask = pairs.positive_mask(x.shape[0], y.shape[0], x.device)
-    terms = -F.logsigmoid(torch.where(mask, z, -z))
     u, v = pair_weights(pairs, x, y)
-    if multi_positive is not None:
-        mass = masses(mask, u, v, anchors).to(z.dtype)
-        rest = -(1 - mass) * F.logsigmoid(-z) if multi_positive == "soft_targets" else 0.0
-        terms = torch.where(mask, mass * terms + rest, terms)
+    if multi_positive is None and not pairs.has_balance:
+        terms = -F.logsigmoid(torch.where(mask, z, -z))
+    else:
+        mass = torch.ones_like(z) if multi_positive is None else masses(mask, u, v, anchors).to(z.dtype)
+        is_soft = multi_positive == "soft_targets"
+        label = mask * mass if is_soft else mask.to(z.dtype)
+        target = label_smoothing + (1 - 2 * label_smoothing) * label
+        terms = -positive_weight * target * F.logsigmoid(z) - (1 - target) * F.logsigmoid(-z)
+        terms = terms if is_soft else torch.where(mask, mass * terms, terms)
     ignored = pairs.ignored_mask(*z.shape)
     if ignored is not None:
         terms = terms.masked_fill(ignored, 0.0)

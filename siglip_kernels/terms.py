@@ -20,7 +20,7 @@ class Terms(NamedTuple):
     """The parts of dz, without the denominator; dz is their difference."""
 
     negative: Tensor  # [M, N] float64: weight · (1 - target) · σ(z)
-    positive: Tensor  # [M, N] float64: weight · target · σ(-z)
+    positive: Tensor  # [M, N] float64: weight · positive_weight · target · σ(-z)
     denominator: Tensor | float  # of the loss
 
 
@@ -59,13 +59,15 @@ def _terms(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, reduction: str, pa
     z = scale * (x @ y.T) + bias
     is_positive = pairs.positive_mask(x.shape[0], y.shape[0], z.device)
     weights = u, v = pair_weights(pairs, x, y)
-    mass: Tensor | float = 1.0
-    if pairs.multi_positive is not None:
-        mass = masses(is_positive, u, v, pairs.anchors)
-    rest = 1 - mass if pairs.multi_positive == "soft_targets" else 0.0
-    negative = torch.where(is_positive, rest, 1.0) * torch.sigmoid(z)
-    positive = torch.where(is_positive, mass, 0.0) * torch.sigmoid(-z)
+    mass = masses(is_positive, u, v, pairs.anchors) if pairs.multi_positive is not None else torch.ones_like(z)
+    is_soft = pairs.multi_positive == "soft_targets"
+    smoothing = pairs.label_smoothing
+    label = is_positive * mass if is_soft else is_positive.to(z.dtype)
+    target = smoothing + (1 - 2 * smoothing) * label
+    negative, positive = (1 - target) * torch.sigmoid(z), pairs.positive_weight * target * torch.sigmoid(-z)
     weight = u[:, None] * v
+    if not is_soft:
+        weight = torch.where(is_positive, mass, 1.0) * weight
     ignored = pairs.ignored_mask(*z.shape)
     if ignored is not None:
         weight = weight.masked_fill(ignored, 0.0)

@@ -228,6 +228,19 @@ PAIRS: dict[str, Callable[[int, int, torch.device], dict[str, Any]]] = {
     },
     "multi-positive weights": lambda M, N, device: _multi_positive(M, N, device, "weights"),
     "soft targets": lambda M, N, device: _multi_positive(M, N, device, "soft_targets"),
+    "balance": lambda M, N, device: {
+        "positive_offset": min(3, N - 1),
+        "positive_weight": 2.5,
+        "label_smoothing": 0.1,
+        "ignore_ids": True,
+        "image_ids": _counted(M, device) % 61,
+        "text_ids": _counted(N, device) % 67,
+    },
+    "soft targets, balance": lambda M, N, device: {
+        **_multi_positive(M, N, device, "soft_targets"),
+        "positive_weight": 0.5,
+        "label_smoothing": 0.05,
+    },
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from numbers import Real
 from typing import Any
@@ -34,6 +35,8 @@ def validate(
     ignore_ids: Any,
     multi_positive: Any,
     anchors: Any,
+    positive_weight: Any,
+    label_smoothing: Any,
     return_stats: Any,
     reduction: Any,
     backend: Any,
@@ -62,6 +65,8 @@ def validate(
             ignore_ids=ignore_ids,
             multi_positive=multi_positive,
             anchors=anchors,
+            positive_weight=_number("positive_weight", positive_weight, math.inf),
+            label_smoothing=_number("label_smoothing", label_smoothing, 1.0),
         ),
         reduction=reduction,
         backend=backend,
@@ -120,6 +125,17 @@ def _scalar(name: str, value: Any, x: Tensor) -> Tensor:
         number: Any = value  # an input of the graph; new_full would make it a constant: each value would recompile
         return x.new_ones((), dtype=dtype).mul(number)
     return x.new_full((), float(value), dtype=dtype)
+
+
+def _number(name: str, value: Any, most: float) -> float:
+    """A finite float from 0 to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    number = float(value)
+    if not (0 <= number <= most and number < math.inf):
+        bound = "finite" if most == math.inf else f"at most {most:g}"
+        raise ValueError(f"{name} must be at least 0 and {bound}, got {value!r}")
+    return number
 
 
 def _kinds(ignore_ids: Any, multi_positive: Any, anchors: Any, return_stats: Any, has_ids: bool) -> None:

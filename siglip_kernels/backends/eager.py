@@ -57,10 +57,10 @@ class EagerBlockKernel(BlockKernel):
             measure_logits(a, pairs, task.stats)
         positive.negate_(a)
         positive.exclude_(a)
-        masses = None if pairs.image_masses is None else _Masses(pairs, positive.mask, a)
+        parts = _Parts(pairs, a, positive.ignored) if pairs.multi_positive or pairs.has_balance else None
         torch.ops.aten.softplus.out(a, 1, 40, out=terms)
-        if masses is not None:
-            masses.share_terms_(terms)
+        if parts is not None:
+            parts.weigh_terms_(terms)
         sums[0] = _weight_(terms, pairs).sum()
         if task.loss_only:
             return
@@ -68,8 +68,8 @@ class EagerBlockKernel(BlockKernel):
         # Write directly into dz if its dtype, scale and layout allow it.
         g = dz if dz is not None and dz_scale is None and dz.dtype is a.dtype and dz.is_contiguous() else a
         torch.sigmoid(a, out=g)
-        if masses is not None:
-            masses.share_gradient_(g)
+        if parts is not None:
+            parts.weigh_gradient_(g)
         positive.negate_(g)
         _weight_(g, pairs)
         # Not torch.dot: over a block its accumulation errs by 5e-6 of Σ|terms|, the cascade of sum by 4e-8.
@@ -99,30 +99,34 @@ class _Positives:
             a.masked_fill_(self.ignored, -math.inf)
 
 
-class _Masses:
-    """The mass f of every positive pair, from its two anchors; 1 for every other pair.
+class _Parts:
+    """With masses or a balance the term is f·softplus(a) + g·softplus(-a), dz is f·σ(a) - g·σ(-a)."""
 
-    "weights": term and dz are multiplied by f. "soft_targets": the term is f·softplus(a) + (1 - f)·softplus(-a), dz is
-    f·σ(a) - (1 - f)·σ(-a).
-    """
+    def __init__(self, pairs: PairSpec, a: Tensor, ignored: Tensor | None) -> None:
+        positive = pairs.positive_mask(a.shape[0], a.shape[1], a.device)
+        mass = torch.ones_like(a)
+        if pairs.image_masses is not None and pairs.text_masses is not None:
+            mass = pairs.image_masses[:, None] + pairs.text_masses
+        smoothing, is_soft = pairs.label_smoothing, pairs.multi_positive == "soft_targets"
+        target = smoothing + (1 - 2 * smoothing) * mass if is_soft else torch.full_like(a, 1 - smoothing)
+        factor = pairs.positive_weight if is_soft else mass * pairs.positive_weight
+        self.f = torch.where(positive, factor * target, 1 - smoothing)
+        self.g = self.opposite = None
+        if pairs.has_two_parts:
+            rest = 1 - target if is_soft else mass * (1 - target)
+            self.g = torch.where(positive, rest, pairs.positive_weight * smoothing)
+            # A pair that is left out has no such part either: softplus and sigmoid of -inf are 0.
+            self.opposite = -a if ignored is None else (-a).masked_fill_(ignored, -math.inf)
 
-    def __init__(self, pairs: PairSpec, positive: Tensor | None, a: Tensor) -> None:
-        assert positive is not None
-        assert pairs.image_masses is not None
-        assert pairs.text_masses is not None
-        self.f = torch.where(positive, pairs.image_masses[:, None] + pairs.text_masses, 1.0)
-        # Other pairs have no such part: softplus and sigmoid of -inf are 0.
-        self.opposite = torch.where(positive, -a, -math.inf) if pairs.multi_positive == "soft_targets" else None
-
-    def share_terms_(self, terms: Tensor) -> None:
+    def weigh_terms_(self, terms: Tensor) -> None:
         terms.mul_(self.f)
-        if self.opposite is not None:
-            terms.addcmul_(torch.ops.aten.softplus(self.opposite, 1, 40), 1 - self.f)
+        if self.g is not None:
+            terms.addcmul_(torch.ops.aten.softplus(self.opposite, 1, 40), self.g)
 
-    def share_gradient_(self, g: Tensor) -> None:
-        g.mul_(self.f)
-        if self.opposite is not None:
-            g.addcmul_(self.opposite.sigmoid(), 1 - self.f, value=-1)
+    def weigh_gradient_(self, dz: Tensor) -> None:
+        dz.mul_(self.f)
+        if self.g is not None and self.opposite is not None:
+            dz.addcmul_(self.opposite.sigmoid(), self.g, value=-1)
 
 
 def _weight_(a: Tensor, pairs: PairSpec) -> Tensor:

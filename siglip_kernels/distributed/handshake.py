@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 ALGORITHMS = ("ring", "gather")
+
+
+def bits_of_float(value: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def float_of_bits(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
 class RankMetadata(NamedTuple):
@@ -39,6 +48,8 @@ class RankMetadata(NamedTuple):
     ignore_ids: int = 0
     multi_positive: int = 0  # in MULTI_POSITIVE
     anchors: int = 0  # in ANCHORS
+    positive_weight: int = 0  # bits of a double
+    label_smoothing: int = 0  # the same
 
 
 # What must be the same on every rank: its name in an error, and its value. Only the first difference is reported, so
@@ -54,6 +65,8 @@ MUST_MATCH: dict[str, tuple[str, Callable[[int], Any]]] = {
     "ignore_ids": ("ignore_ids", bool),
     "multi_positive": ("multi_positive", MULTI_POSITIVE.__getitem__),
     "anchors": ("anchors", tuple(ANCHORS).__getitem__),
+    "positive_weight": ("positive_weight", float_of_bits),
+    "label_smoothing": ("label_smoothing", float_of_bits),
 }
 
 

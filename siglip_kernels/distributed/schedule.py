@@ -12,7 +12,7 @@ from torch import Tensor
 from siglip_kernels import schedule
 from siglip_kernels.backends.base import BlockKernel, Problem
 from siglip_kernels.distributed.gather import gather, pad
-from siglip_kernels.distributed.handshake import ALGORITHMS, RankMetadata, all_gather, handshake
+from siglip_kernels.distributed.handshake import ALGORITHMS, RankMetadata, all_gather, bits_of_float, handshake
 from siglip_kernels.distributed.ring import RingAxis, RingTopology, TextShard, ring
 from siglip_kernels.pairs import ANCHORS, MULTI_POSITIVE, PairSpec, ids_and_validity
 from siglip_kernels.request import NeedsGrad, Request
@@ -85,6 +85,8 @@ def _metadata(request: Request, needs_grad: NeedsGrad, grad_dtype: torch.dtype, 
         ignore_ids=pairs.ignore_ids,
         multi_positive=MULTI_POSITIVE.index(pairs.multi_positive),
         anchors=tuple(ANCHORS).index(pairs.anchors),
+        positive_weight=bits_of_float(pairs.positive_weight),
+        label_smoothing=bits_of_float(pairs.label_smoothing),
     )
 
 
