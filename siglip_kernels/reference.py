@@ -66,7 +66,9 @@ def sigmoid_loss_reference(
         is_soft = multi_positive == "soft_targets"
         label = mask * mass if is_soft else mask.to(z.dtype)
         target = label_smoothing + (1 - 2 * label_smoothing) * label
-        terms = -positive_weight * target * F.logsigmoid(z) - (1 - target) * F.logsigmoid(-z)
+        # Of 0 times infinity nothing is left.
+        terms = -torch.where(target == 0, 0.0, positive_weight * target * F.logsigmoid(z))
+        terms = terms - torch.where(target == 1, 0.0, (1 - target) * F.logsigmoid(-z))
         terms = terms if is_soft else torch.where(mask, mass * terms, terms)
     ignored = pairs.ignored_mask(*z.shape)
     if ignored is not None:

@@ -11,6 +11,7 @@ to the float32 accumulators: it is the ``grad_scale`` of the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,9 +23,9 @@ from siglip_kernels.pairs import PairSpec
 from siglip_kernels.request import NeedsGrad, Request
 from siglip_kernels.stats import SIZE, reduce_stats
 
-# |dz| is at most max(u)·max(v), the largest weights of the images and the texts. In float16 it is stored times
-# 2^(14 - e(u) - e(v)), with max(u) < 2^e(u) (torch.frexp; 0 without weights). So it stays below 65504, and a sigmoid
-# of 2^-36 under the largest weights is not yet 0.
+# |dz| is at most max(u)·max(v)·max(p, 1): the largest weights of the images and the texts, and positive_weight. In
+# float16 it is stored times 2^(14 - e(u) - e(v) - e(p)), with max(u) < 2^e(u) (torch.frexp; 0 without weights) and
+# p <= 2^e(p). So it stays below 65504, and a sigmoid of 2^-36 under the largest weights is not yet 0.
 FLOAT16_DZ_EXPONENT = 14
 # Rows of the dz buffer start on multiples of 16 elements, for TMA and the library's fastest GEMMs. TMA writes the last
 # 16 bytes of a row whole: up to seven elements of this padding.
@@ -90,6 +91,7 @@ class BlockLoop:
         self.dz_scale: Tensor | None = None
         self.dx = self.new_rows(problem.M if needs_grad.x else 0)
         self.may_replace = request.backend == "auto"
+        self.positive_weight = request.pairs.positive_weight
         self.counts: tuple[int, int] | None = None  # the denominator's factors, if the kernel may write the result
         self.written: LossTask | None = None  # the result that the kernel has written, as the loss was one block
         self.accumulate_dx = False  # whether dx holds something to add to
@@ -103,7 +105,8 @@ class BlockLoop:
     def scale_dz(self, largest_weights: Iterable[Tensor]) -> None:
         """Choose a scale that keeps a float16 dz from underflow. ``largest_weights``: [] for each weighted side."""
         if self.problem.needs_dz and self.operand is torch.float16:
-            self.dz_scale = _dz_scale(largest_weights, self.x.device)
+            exponent = FLOAT16_DZ_EXPONENT - math.ceil(math.log2(max(1.0, self.positive_weight)))
+            self.dz_scale = _dz_scale(exponent, largest_weights, self.x.device)
 
     def add(
         self, y: Tensor, pairs: PairSpec, dy: Tensor | None, *, rows: slice | None = None, accumulate_dy: bool = False
@@ -218,9 +221,9 @@ def _blocks(rows: slice, N: int, R: int, C: int) -> Iterator[tuple[slice, slice]
             yield slice(row, min(row + R, rows.stop)), slice(col, min(col + C, N))
 
 
-def _dz_scale(largest_weights: Iterable[Tensor], device: torch.device) -> Tensor:
-    """[] float32, a power of two: max(w)·dz_scale fits into float16."""
-    exponent = torch.full((), FLOAT16_DZ_EXPONENT, dtype=torch.int32, device=device)
+def _dz_scale(largest: int, largest_weights: Iterable[Tensor], device: torch.device) -> Tensor:
+    """[] float32, a power of two: 2^largest without weights, and so much less with them."""
+    exponent = torch.full((), largest, dtype=torch.int32, device=device)
     for weight in largest_weights:
         exponent = exponent - torch.frexp(weight).exponent
     # Built from its bits: torch.ldexp and pow use the default dtype. float32 has exponents from -126 to 127.

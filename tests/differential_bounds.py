@@ -50,12 +50,14 @@ def expected(arguments: dict[str, Any], dtype: torch.dtype) -> Expected:
             factor = torch.where(positive, mass, 1.0)
         else:
             target = torch.where(positive, mass, 0.0)
+    p, smoothing = arguments.get("positive_weight", 1.0), arguments.get("label_smoothing", 0.0)
+    target = smoothing + (1 - 2 * smoothing) * target
     ignored = pairs.ignored_mask(*z.shape)
     if ignored is not None:
         factor = factor.masked_fill(ignored, 0.0)
     over = weight * factor / denominator(u, v, arguments["reduction"])
-    terms = -over * (target * F.logsigmoid(z) + (1 - target) * F.logsigmoid(-z))
-    parts = over * (1 - target) * z.sigmoid(), over * target * (-z).sigmoid()
+    terms = -over * (p * target * F.logsigmoid(z) + (1 - target) * F.logsigmoid(-z))
+    parts = over * (1 - target) * z.sigmoid(), over * p * target * (-z).sigmoid()
     dz, size = parts[0] - parts[1], parts[0] + parts[1]
 
     eps, tiny = torch.finfo(wide).eps, over.abs() * torch.finfo(wide).tiny  # below it exp may be 0

@@ -29,7 +29,7 @@ def calls(draw: Callable[..., Any]) -> Call:
         scalar_dtype = torch.bfloat16 if form == "half" else one_of(torch.float32, torch.float64, dtype)
         made = torch.full(one_of((), (), (1,), (1, 1)), value, dtype=scalar_dtype)
         arguments[name] = {"float": value, "none": None}.get(form, made)
-    arguments |= draw(labels(M, N)) | draw(weights(M, N))
+    arguments |= draw(labels(M, N)) | draw(weights(M, N)) | draw(balance())
     arguments["reduction"] = one_of("batchmean", "mean", "sum")
     arguments["return_stats"] = one_of(False, False, True)
     given_tensors = [name for name in TENSORS if isinstance(arguments.get(name), Tensor)]
@@ -59,6 +59,15 @@ def labels(draw: Callable[..., Any], M: int, N: int) -> dict[str, Any]:
     if kind == "ids":
         return found
     return {**found, "multi_positive": kind, "anchors": draw(st.sampled_from(["both", "images", "texts"]))}
+
+
+@st.composite
+def balance(draw: Callable[..., Any]) -> dict[str, float]:
+    """positive_weight and label_smoothing, in one call of three."""
+    if draw(st.integers(0, 2)):
+        return {}
+    weight, smoothing = draw(st.sampled_from([0.0, 0.3, 1.0, 7.0])), draw(st.sampled_from([0.0, 0.01, 0.3, 1.0]))
+    return {"positive_weight": weight, "label_smoothing": smoothing}
 
 
 @st.composite

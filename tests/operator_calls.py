@@ -38,10 +38,11 @@ def pairs_of(kind: str, M: int, N: int) -> dict[str, Any]:
             "text_weights": torch.arange(N) % 2,
             "multi_positive": "soft_targets",
         },
+        "balance": {"positive_offset": 1, "positive_weight": 3.0, "label_smoothing": 0.125},
     }[kind]
 
 
-PAIRS = ("offset", "none", "ids", "weights", "ignore ids", "multi-positive", "soft targets")
+PAIRS = ("offset", "none", "ids", "weights", "ignore ids", "multi-positive", "soft targets", "balance")
 
 
 class RecordingKernel(EagerBlockKernel):

@@ -59,6 +59,7 @@ def pairs(M: int, N: int) -> dict[str, dict[str, Any]]:
         "left out": {**ids, "ignore_ids": True, "reduction": "sum"},
         "masses": {**ids, **weights, "multi_positive": "weights"},
         "soft targets": {**ids, "multi_positive": "soft_targets", "anchors": "images"},
+        "balance": {"positive_weight": 4.0, "label_smoothing": 0.1},
     }
 
 

@@ -128,6 +128,36 @@ class TargetsAreWeights(Kernel):
         super().block(task._replace(pairs=task.pairs._replace(multi_positive=kind)))
 
 
+class PositiveWeightIgnored(Kernel):
+    def block(self, task: BlockTask) -> None:
+        super().block(task._replace(pairs=task.pairs._replace(positive_weight=1.0)))
+
+
+class SmoothingIgnored(Kernel):
+    def block(self, task: BlockTask) -> None:
+        super().block(task._replace(pairs=task.pairs._replace(label_smoothing=0.0)))
+
+
+class _WeighsNegatives(eager._Parts):
+    """positive_weight weighs the wrong part of every term."""
+
+    def __init__(self, pairs: PairSpec, a: Tensor, ignored: Tensor | None) -> None:
+        super().__init__(pairs._replace(positive_weight=1.0), a, ignored)
+        positive = pairs.positive_mask(a.shape[0], a.shape[1], a.device)
+        self.f = torch.where(positive, self.f, pairs.positive_weight * self.f)
+        if self.g is not None:
+            self.g = torch.where(positive, pairs.positive_weight * self.g, self.g)
+
+
+class _SmoothsPositivesOnly(eager._Parts):
+    def __init__(self, pairs: PairSpec, a: Tensor, ignored: Tensor | None) -> None:
+        super().__init__(pairs, a, ignored)
+        positive = pairs.positive_mask(a.shape[0], a.shape[1], a.device)
+        self.f = torch.where(positive, self.f, 1.0)
+        if self.g is not None:
+            self.g = torch.where(positive, self.g, 0.0)
+
+
 class IgnoredPairsAreNegative(Kernel):
     def block(self, task: BlockTask) -> None:
         if task.pairs.ignore_ids:
@@ -172,6 +202,8 @@ KERNEL_MUTANTS = [
     OneImageMass,
     TextMassDropped,
     TargetsAreWeights,
+    PositiveWeightIgnored,
+    SmoothingIgnored,
     IgnoredPairsAreNegative,
     IgnoredPairsArePositive,
     DiagonalIgnoredToo,
@@ -185,6 +217,16 @@ def test_a_mutated_kernel_fails(
 ) -> None:
     report = run_check(monkeypatch, mutant(), dtypes=[dtype])
     assert report.failures, f"{mutant.__name__} goes unnoticed in {dtype}"
+
+
+@pytest.mark.parametrize("mutant", [_WeighsNegatives, _SmoothsPositivesOnly])
+def test_a_mutated_balance_fails(monkeypatch: pytest.MonkeyPatch, mutant: type[eager._Parts]) -> None:
+    monkeypatch.setattr(eager, "_Parts", mutant)
+    report = run_check(monkeypatch, Kernel())
+    assert {verdict.case.pairs for verdict in report.verdicts if verdict.failures} == {
+        "balance",
+        "soft targets, balance",
+    }
 
 
 def test_dropped_negatives_fail_at_the_start_of_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,8 @@ def operands(
     labels = [arguments.get(name) for name in ("positive_offset", "image_ids", "text_ids")]
     weights = [arguments.get(name) for name in ("image_weights", "text_weights")]
     kinds = [arguments.get("ignore_ids", False), arguments.get("multi_positive"), arguments.get("anchors", "both")]
-    pairs = (*labels, *weights, *kinds)
+    balance = arguments.get("positive_weight", 1.0), arguments.get("label_smoothing", 0.0)
+    pairs = (*labels, *weights, *kinds, *balance)
     return (x, y, t, b if bias else None, *pairs, arguments["reduction"], "eager", stats, *ONE_PROCESS, *wanted, None)
 
 

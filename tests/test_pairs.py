@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from siglip_kernels import backends, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.backends.base import Problem
+from siglip_kernels.pairs import PairSpec
 from siglip_kernels.reference import sigmoid_loss_reference
 from siglip_kernels.testing import gold, make_inputs, relative_l2
 
@@ -62,3 +64,15 @@ def test_soft_targets_leave_infinite_negatives_alone(backend: Any) -> None:
     right = sigmoid_loss_reference(x, y.abs(), -10.0, -10.0, **pairs)
     assert torch.isfinite(right)
     assert relative_l2(sigmoid_loss(x, y.abs(), -10.0, -10.0, **pairs, backend=backend), right) < 1e-5
+
+
+@pytest.mark.parametrize("labels", [{}, {"positive_offset": 3}, {"image_ids": 7, "text_ids": 5}], ids=str)
+def test_balance_is_what_torch_has(backend: Any, labels: dict[str, Any]) -> None:
+    """positive_weight is pos_weight of torch's loss, label_smoothing moves its targets."""
+    x, y, scale, bias = make_inputs(B, B, D, torch.float32, "trained")
+    pairs = {k: torch.arange(B) % v if "ids" in k else v for k, v in labels.items()}
+    target = 0.1 + 0.8 * PairSpec(**pairs).positive_mask(B, B).double()
+    z = scale.double() * (x.double() @ y.double().T) + bias.double()
+    right = F.binary_cross_entropy_with_logits(z, target, pos_weight=torch.tensor(2.5), reduction="sum") / B
+    found = sigmoid_loss(x, y, scale, bias, **pairs, positive_weight=2.5, label_smoothing=0.1, backend=backend)
+    assert relative_l2(found, right) < 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,6 +70,15 @@ def cases() -> list[Bad]:
         ),
         Bad({**IDS, "multi_positive": "weights", "anchors": "text"}, ValueError, ("anchors", "'text'", "'texts'")),
         Bad({**IDS, "anchors": "images"}, ValueError, ("anchors", "'images'", "without multi_positive")),
+        Bad({"positive_weight": "2"}, TypeError, ("positive_weight", "str", "float")),
+        Bad({"positive_weight": True}, TypeError, ("positive_weight", "bool", "float")),
+        Bad({"positive_weight": torch.ones(())}, TypeError, ("positive_weight", "Tensor", "float")),
+        Bad({"positive_weight": -1.0}, ValueError, ("positive_weight", "-1.0", "at least 0", "finite")),
+        Bad({"positive_weight": math.inf}, ValueError, ("positive_weight", "inf", "finite")),
+        Bad({"positive_weight": math.nan}, ValueError, ("positive_weight", "nan", "finite")),
+        Bad({"label_smoothing": None}, TypeError, ("label_smoothing", "NoneType", "float")),
+        Bad({"label_smoothing": 1.5}, ValueError, ("label_smoothing", "1.5", "at least 0", "at most 1")),
+        Bad({"label_smoothing": -0.1}, ValueError, ("label_smoothing", "-0.1", "at least 0")),
         Bad({"return_stats": "yes"}, TypeError, ("return_stats", "str", "bool")),
     ]
     for name, rows in (("image_features", M), ("text_features", N)):

@@ -95,8 +95,10 @@ def _errors(task: BlockTask) -> dict[str, float]:
     def inspect(rows: slice, part: PairSpec, expected: Tensor) -> None:
         nonlocal worst, total
         size = expected.abs()
-        if pairs.multi_positive == "soft_targets":  # a difference of terms up to the weight
-            size += part.positive_mask(*size.shape) * weight * dz_scale
+        if pairs.has_two_parts:  # a difference of terms: up to the weight for positives, and for others their target
+            target = pairs.positive_weight * pairs.label_smoothing
+            positive = part.positive_mask(size.shape[0], size.shape[1], size.device)
+            size += torch.where(positive, 1.0, target) * weight * dz_scale
         total = total + (size.sum(dtype=total.dtype) / dz_scale)
         if dz is not None:
             allowed = torch.addcmul(negligible, size, rounding + z_error)

@@ -115,8 +115,10 @@ class _Parts:
         if pairs.has_two_parts:
             rest = 1 - target if is_soft else mass * (1 - target)
             self.g = torch.where(positive, rest, pairs.positive_weight * smoothing)
-            # A pair that is left out has no such part either: softplus and sigmoid of -inf are 0.
-            self.opposite = -a if ignored is None else (-a).masked_fill_(ignored, -math.inf)
+            if ignored is not None:
+                self.g.masked_fill_(ignored, 0.0)
+            # Of 0 times infinity nothing is left: softplus and sigmoid of -inf are 0.
+            self.opposite = torch.where(self.g == 0, -math.inf, -a)
 
     def weigh_terms_(self, terms: Tensor) -> None:
         terms.mul_(self.f)

@@ -28,6 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "masses of images": {"multi_positive": "weights", "anchors": "images"},
     "soft targets": {"multi_positive": "soft_targets"},
     "soft targets of texts": {"multi_positive": "soft_targets", "anchors": "texts"},
+    "balance": {"ignore_ids": True, "positive_weight": 3.0, "label_smoothing": 0.1},
+    "soft targets, balance": {"multi_positive": "soft_targets", "positive_weight": 0.5, "label_smoothing": 0.2},
 }
 
 
@@ -119,8 +121,8 @@ def gold(batch: Batch, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]
             positive[r, c].fill_diagonal_(True)
     u = labels.get("image_weights", torch.ones(M)).to(dtype)
     v = labels.get("text_weights", torch.ones(N)).to(dtype)
-    z = torch.where(positive, 1.0, -1.0) * (t * x @ y.T + b)
-    terms = -F.logsigmoid(z)
+    z = t * x @ y.T + b
+    target, factor = positive.to(dtype), torch.ones(M, N, dtype=dtype)
     if "multi_positive" in kind:
         counted = positive & (u > 0)[:, None] & (v > 0)
         k_i, k_j = counted.sum(1).clamp(min=1)[:, None], counted.sum(0).clamp(min=1)
@@ -130,8 +132,13 @@ def gold(batch: Batch, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]
             "texts": 1 / k_j.to(dtype),
         }
         m = by[kind.get("anchors", "both")].expand(M, N)
-        rest = -(1 - m) * F.logsigmoid(-z) if kind["multi_positive"] == "soft_targets" else 0.0
-        terms = torch.where(positive, m * terms + rest, terms)
+        if kind["multi_positive"] == "soft_targets":
+            target = positive * m
+        else:
+            factor = torch.where(positive, m, 1.0)
+    p, smoothing = kind.get("positive_weight", 1.0), kind.get("label_smoothing", 0.0)
+    target = smoothing + (1 - 2 * smoothing) * target
+    terms = -factor * (p * target * F.logsigmoid(z) + (1 - target) * F.logsigmoid(-z))
     if "ignore_ids" in kind:
         equal = labels["image_ids"][:, None] == labels["text_ids"]
         terms = torch.where(equal & ~positive, 0.0, terms)

@@ -221,7 +221,7 @@ class Epilogue {
   __device__ void accumulate_weighted_pairs(const float (&a)[kChunkPairs], float (&sigmoid)[kChunkPairs]) {
     SIGLIP_UNROLL
     for (int i = 0; i < kChunkPairs; ++i) {
-      const float mass = pairs_.mass(i), opposite = params_.soft_targets ? 1 - mass : 0;
+      const auto [mass, opposite] = pairs_.parts(i);
       sigmoid[i] = accumulate_weighted_pair<kLossOnly>(a[i], pairs_.weight(i), mass, opposite, sums_);
     }
   }

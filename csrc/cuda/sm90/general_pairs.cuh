@@ -91,9 +91,20 @@ class GeneralPairs {
       mask |= uint32_t(rows_.weights[thread_row(i)] != 0 && columns_.weights[thread_column(i)] != 0) << i;
     return mask & counted;
   }
-  __device__ float mass(int i) const {
-    const bool shares = params_.image_masses && positive >> i & 1;
-    return shares ? rows_.masses[thread_row(i)] + columns_.masses[thread_column(i)] : 1.0f;
+  // The factors of softplus(a) and of softplus(-a) in a pair's term, both 0 for a pair that does not count.
+  struct Parts {
+    float mass, opposite;
+  };
+  __device__ Parts parts(int i) const {
+    const bool is_positive = positive >> i & 1;
+    const bool shares = params_.image_masses && is_positive;
+    const float mass = shares ? rows_.masses[thread_row(i)] + columns_.masses[thread_column(i)] : 1.0f;
+    const float label = !is_positive ? 0.0f : params_.soft_targets ? mass : 1.0f;
+    const float target = fmaf(1 - 2 * params_.label_smoothing, label, params_.label_smoothing);
+    const float factor = params_.soft_targets ? 1.0f : mass;
+    const float toward = params_.positive_weight * target, away = 1 - target;
+    const float counts = counted >> i & 1 ? factor : 0.0f;
+    return {counts * (is_positive ? toward : away), counts * (is_positive ? away : toward)};
   }
 
  private:

@@ -29,6 +29,8 @@ struct BlockParams {
   int32_t offset;               // (i, i + offset) is positive, unless ids say it
   int32_t ignore_ids;           // the offset says it, and other pairs of equal ids are left out
   int32_t soft_targets;         // masses are targets, not factors of the weight
+  float positive_weight;        // other than 1 only with weights; so
+  float label_smoothing;        // other than 0
 };
 
 }  // namespace siglip::sm90

@@ -83,11 +83,12 @@ SIGLIP_HOST_DEVICE float log1p_unit(float e) {
 }
 
 // Adds weight · (mass · softplus(a) + opposite · softplus(-a)) to `sums` and returns its derivative by a. Mass and
-// opposite are 1 and 0 but for positives that share a mass.
+// opposite are 1 and 0 but with masses, a positive_weight or a label_smoothing.
 template <bool kLossOnly>
 SIGLIP_HOST_DEVICE float accumulate_weighted_pair(float a, float weight, float mass, float opposite, Sums& sums) {
   const float e = exp2_approx(-fabsf(a) * kLog2E);
-  const float hinges = mass * fmaxf(a, 0) + opposite * fmaxf(-a, 0);
+  // Of 0 times infinity nothing is left.
+  const float hinges = mass * fmaxf(a, 0) + (opposite == 0 ? 0 : opposite * fmaxf(-a, 0));
   sums.loss = fmaf(weight, fmaf(mass + opposite, log1p_unit(e), hinges), sums.loss);
   if (kLossOnly) return 0;
   const float parts = mass * (a < 0 ? e : 1) - opposite * (a < 0 ? 1 : e);

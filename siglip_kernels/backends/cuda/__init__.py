@@ -62,6 +62,7 @@ class CudaBlockKernel(GpuBlockKernel):
             Compilation(task.workspace.dtype, kind, output),
             ids="ignored" if pairs.ignore_ids else "given" if pairs.has_ids else "none",
             weights=pairs.multi_positive or ("given" if pairs.has_weights else "none"),
+            balance=pairs.has_balance,
         )
 
     def launch(self, variant: Any, task: BlockTask) -> None:
@@ -82,6 +83,7 @@ class Variant(NamedTuple):
     compilation: Compilation
     ids: str
     weights: str
+    balance: bool
 
 
 class Workspace(NamedTuple):

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import itertools
 from contextlib import suppress
-from ctypes import Structure, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
@@ -69,6 +69,8 @@ class BlockParams(Structure):
         ("offset", c_int32),
         ("ignore_ids", c_int32),
         ("soft_targets", c_int32),
+        ("positive_weight", c_float),
+        ("label_smoothing", c_float),
     )
 
 
@@ -144,6 +146,8 @@ def launch(
         offset=pairs.offset_within(R, C),
         ignore_ids=pairs.ignore_ids,
         soft_targets=pairs.multi_positive == "soft_targets",
+        positive_weight=pairs.positive_weight,
+        label_smoothing=pairs.label_smoothing,
     )
     box = TILE, BOX_COLUMNS
     x_map = driver.tensor_map(dtype, x.data_ptr(), R, D, x.stride(0), box)
