@@ -22,7 +22,7 @@ from torch import Tensor
 from siglip_kernels import backends, dispatch, schedule
 from siglip_kernels.distributed import schedule as distributed_schedule
 from siglip_kernels.distributed.handshake import propagate_errors
-from siglip_kernels.gradients import LossAndGrads, copied, scaled, scaled_out_of_place, scaled_scalars
+from siglip_kernels.gradients import LossAndGrads, copied, scaled, scaled_out_of_place, scaled_scalars, shaped
 from siglip_kernels.host_read import is_capturing
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.request import NO_GRAD, TENSOR_NAMES, ExchangeSpec, NeedsGrad, Request
@@ -240,8 +240,8 @@ class _SigmoidLoss(torch.autograd.Function):
         return (
             scale(dx, dx_scale, ctx.dtype, overwrite) if needs_grad.x else None,
             scale(dy, dy_scale, ctx.dtype, overwrite) if needs_grad.y else None,
-            dscale.to(ctx.scale[0]).reshape(ctx.scale[1]) if needs_grad.scale else None,
-            dbias.to(ctx.bias[0]).reshape(ctx.bias[1]) if needs_grad.bias else None,
+            shaped(dscale, *ctx.scale) if needs_grad.scale else None,
+            shaped(dbias, *ctx.bias) if needs_grad.bias else None,
             None,
             None,
             None,
