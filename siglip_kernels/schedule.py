@@ -62,8 +62,9 @@ def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: Nee
     loop.add(y, pairs, dy if needs_grad.y else None)
     if loop.written is not None:
         return Result(loop.written.loss, loop.written.scalars, loop.dx, dy, loop.total_stats())
-    images = problem.M if pairs.image_weights is None else total_weight(pairs.image_weights)
-    texts = problem.N if pairs.text_weights is None else total_weight(pairs.text_weights)
+    # Floats: torch takes longer to divide by an int.
+    images = float(problem.M) if pairs.image_weights is None else total_weight(pairs.image_weights)
+    texts = float(problem.N) if pairs.text_weights is None else total_weight(pairs.text_weights)
     return loop.result(denominator(request.reduction, images, texts), dy)
 
 
