@@ -38,6 +38,11 @@ def scaled(accumulator: Tensor, factor: Tensor, dtype: torch.dtype, overwrite: b
     return out
 
 
+def may_reuse(accumulator: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``scaled`` gains from overwriting the accumulator."""
+    return accumulator.dtype is dtype or accumulator.is_cpu
+
+
 def _round_in_chunks(accumulator: Tensor, factor: Tensor, out: Tensor, overwrite: bool) -> None:
     """``scaled`` on the CPU, where rounding needs a temporary unless the accumulator may be overwritten."""
     rows = max(1, CPU_CHUNK // max(1, out.shape[1]))
