@@ -11,6 +11,7 @@ to the float32 accumulators: it is the ``grad_scale`` of the result.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ class BlockLoop:
         R, C = kernel.block_shape(problem)
         self.block_shape = R, C = min(R, problem.M), min(C, problem.N)
         row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
-        self.dz = self._new((R if problem.needs_dz else 0, row), self.operand)
+        self.dz = self._new(R if problem.needs_dz else 0, row, dtype=self.operand)
         self.workspace = kernel.workspace(problem, R, C)
         self.scale = _scalar(request.scale, self.dtype)
         self.bias = x.new_zeros((), dtype=self.dtype) if request.bias is None else _scalar(request.bias, self.dtype)
@@ -96,7 +97,7 @@ class BlockLoop:
 
     def new_rows(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """[rows, D] for a gradient, uninitialised. The default dtype is that of the accumulators."""
-        return self._new((rows, self.problem.D), dtype)
+        return self._new(rows, self.problem.D, dtype=dtype)
 
     def scale_dz(self, largest_weights: Iterable[Tensor]) -> None:
         """Choose a scale that keeps a float16 dz from underflow. ``largest_weights``: [] for each weighted side."""
@@ -117,14 +118,13 @@ class BlockLoop:
             return
 
         is_one = len(blocks) == 1  # without the views that it can do without: each costs as much as a small GEMM
-        sums = self._new((4,) if is_one else (len(blocks), 4), self.sum_dtype)
+        sums = self._new(4, dtype=self.sum_dtype) if is_one else self._new(len(blocks), 4, dtype=self.sum_dtype)
         sums_of_blocks = (sums,) if is_one else sums.unbind()
         pairs = pairs.prepared(self.x, y, self.dtype)
         stats = self._new_stats(len(blocks)) if self.return_stats else None
         needs_dx, loss_only = self.needs_grad.x, not (self.problem.needs_dz or self.needs_grad.any)
         if is_one and self.counts is not None:
-            loss, scalars = self._new(()), self._new((4,))
-            self.written = LossTask(loss, scalars, *self.counts)
+            self.written = LossTask(torch.empty_like(self.scale), self._new(4), *self.counts)
 
         for index, (r, c) in enumerate(blocks):
             if c.start == 0:
@@ -161,16 +161,16 @@ class BlockLoop:
         """The loss and the gradients of all that was added; ``denominator``: of the loss."""
         totals = self._totals()
         totals[3] = self.dx_scale()
-        scalars = torch.div(totals, denominator, out=self._new((4,)))
+        scalars = torch.div(totals, denominator, out=self._new(4))
         return Result(torch.select_copy(scalars, 0, 0), scalars, self.dx, dy, self.total_stats())
 
     def total_stats(self) -> Tensor | None:
         """[8] of all that was added, with return_stats."""
         return reduce_stats(self.stats, self.x.device, self.sum_dtype) if self.return_stats else None
 
-    def _new(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised. The default dtype is that of the accumulators."""
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.problem.device)
+        return torch.empty(*shape, dtype=dtype or self.dtype, device=self.problem.device)
 
     def _block_dz(self, r: int, c: int) -> Tensor | None:
         """The dz buffer [r, c] of a block; None if dz itself is not needed."""
@@ -180,7 +180,7 @@ class BlockLoop:
 
     def _new_stats(self, blocks: int) -> Tensor:
         """[blocks, 8], uninitialised; ``result`` combines them."""
-        self.stats.append(self._new((blocks, SIZE), self.sum_dtype))
+        self.stats.append(self._new(blocks, SIZE, dtype=self.sum_dtype))
         return self.stats[-1]
 
     def _totals(self) -> Tensor:
@@ -195,6 +195,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+@functools.cache
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which the blocks' sums are added: float64; float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

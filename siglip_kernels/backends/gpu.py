@@ -20,6 +20,7 @@ from siglip_kernels.stats import reduce_stats
 DZ_BYTES = 256 * 2**20
 # Block sizes are multiples of the largest tile.
 TILE = 128
+_NOTHING = contextlib.nullcontext()
 
 
 class GpuBlockKernel(BlockKernel):
@@ -58,7 +59,7 @@ class GpuBlockKernel(BlockKernel):
 def _selected(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Makes the device of ``x`` the current one, if it is a GPU and is not that already."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _NOTHING
     return torch.cuda.device(x.device)
 
 
