@@ -198,9 +198,10 @@ class _SigmoidLoss(torch.autograd.Function):
         y: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        call: tuple[Request, NeedsGrad, Compute],
+        request: Request,
+        needs_grad: NeedsGrad,
+        compute: Compute,
     ) -> Any:
-        request, needs_grad, compute = call
         loss, scalars, dx, dy, stats = compute(request, needs_grad, None)
         outputs: Any = loss
         if request.return_stats:
@@ -242,6 +243,8 @@ class _SigmoidLoss(torch.autograd.Function):
             scale(dy, dy_scale, ctx.dtype, overwrite) if needs_grad.y else None,
             gradients.shaped(dscale, *ctx.scale) if needs_grad.scale else None,
             gradients.shaped(dbias, *ctx.bias) if needs_grad.bias else None,
+            None,
+            None,
             None,
         )
 
@@ -287,8 +290,8 @@ def loss_and_grads(request: Request, x_dtype: torch.dtype, y_dtype: torch.dtype)
 
 def _apply(request: Request, needs_grad: NeedsGrad, compute: Compute) -> tuple[Tensor, Tensor | None]:
     # autograd sees only tensors that a Function takes as arguments of its own, or returns.
-    call = request, needs_grad, compute
-    outputs = _SigmoidLoss.apply(request.x, request.y, request.scale, request.bias, call)
+    tensors = request.x, request.y, request.scale, request.bias
+    outputs = _SigmoidLoss.apply(*tensors, request, needs_grad, compute)
     return outputs if request.return_stats else (outputs, None)
 
 
