@@ -16,15 +16,15 @@ def accumulates_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     It is tried once on each device: old devices and some builds for ROCm refuse, and so does torch for float16 while
     the user allows float16 sums.
     """
-    if device.type != "cuda":
-        return False
     if dtype is torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:
         return False
-    if (dtype, device) not in _found:
-        if is_capturing(device):
+    found = _found.get((dtype, device))
+    if found is None:
+        if device.type == "cuda" and is_capturing(device):
             return torch.version.hip is None
-        _found[dtype, device] = _multiplies_into_float32(dtype, device)
-    return _found[dtype, device]
+        found = device.type == "cuda" and _multiplies_into_float32(dtype, device)
+        _found[dtype, device] = found
+    return found
 
 
 def _multiplies_into_float32(dtype: torch.dtype, device: torch.device) -> bool:
@@ -32,8 +32,8 @@ def _multiplies_into_float32(dtype: torch.dtype, device: torch.device) -> bool:
     a[:, 0] = 2048.0  # Σ is 2063, and twice that 4126: neither is a number of half precision
     out = torch.empty(16, 16, dtype=torch.float32, device=device)
     try:
-        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        torch.mm(a, b, out.dtype, out=out)
+        torch.addmm(out, a, b, out.dtype, out=out)
     except (RuntimeError, NotImplementedError):
         return False
     return set(read(out.flatten())) == {4126.0}
@@ -48,9 +48,9 @@ def gemm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> Non
     """``out = a @ b``, or ``out += a @ b``: a [m, k] and b [k, n] of one dtype; out [m, n] of that dtype or float32."""
     if a.dtype is not out.dtype and accumulates_in_float32(a.dtype, out.device):
         if accumulate:
-            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+            torch.addmm(out, a, b, out.dtype, out=out)
         else:
-            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+            torch.mm(a, b, out.dtype, out=out)
         return
     if a.dtype is not out.dtype:
         a, b = a.to(out.dtype), b.to(out.dtype)

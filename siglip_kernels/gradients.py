@@ -30,18 +30,31 @@ def scaled(accumulator: Tensor, factor: Tensor, dtype: torch.dtype, overwrite: b
     if accumulator.dtype is dtype:
         # Nobody else holds a detached tensor, so autograd takes it as .grad. It would copy any other.
         return accumulator.mul_(factor).detach() if overwrite else accumulator * factor
-    out = accumulator.new_empty(accumulator.shape, dtype=dtype)
-    if out.is_cuda and triton.scale_and_round(accumulator, factor, out):
-        return out
-    # On the CPU rounding does need a temporary, so it works a chunk at a time.
-    rows = max(1, CPU_CHUNK // max(1, out.shape[1]) if out.device.type == "cpu" else len(out))
-    in_place = overwrite and out.device.type == "cpu"  # needs no temporary
-    for chunk, rounded in zip(accumulator.split(rows), out.split(rows), strict=True):
-        if in_place:
+    out = torch.empty_like(accumulator, dtype=dtype)
+    if out.is_cpu:
+        _round_in_chunks(accumulator, factor, out, overwrite)
+    elif not (out.is_cuda and triton.scale_and_round(accumulator, factor, out)):
+        torch.mul(accumulator, factor, out=out)
+    return out
+
+
+def may_reuse(accumulator: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``scaled`` gains from overwriting the accumulator."""
+    return accumulator.dtype is dtype or accumulator.is_cpu
+
+
+def _round_in_chunks(accumulator: Tensor, factor: Tensor, out: Tensor, overwrite: bool) -> None:
+    """``scaled`` on the CPU, where rounding needs a temporary unless the accumulator may be overwritten."""
+    rows = max(1, CPU_CHUNK // max(1, out.shape[1]))
+    if len(out) <= rows:
+        chunks = [(accumulator, out)]  # without views
+    else:
+        chunks = list(zip(accumulator.split(rows), out.split(rows), strict=True))
+    for chunk, rounded in chunks:
+        if overwrite:
             rounded.copy_(chunk.mul_(factor))
         else:
             torch.mul(chunk, factor, out=rounded)
-    return out
 
 
 def scaled_out_of_place(accumulator: Tensor, factor: Tensor, dtype: torch.dtype, _overwrite: bool) -> Tensor:
@@ -62,5 +75,10 @@ def scaled_scalars(scalars: Tensor, factor: Tensor, is_plain: bool) -> tuple[Ten
 
 def copied(value: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     """A copy of the scalar in ``dtype`` and ``shape``."""
-    copy = value.clone() if value.dtype is dtype else value.to(dtype)
-    return copy.reshape(shape) if shape else copy
+    return shaped(value.clone() if value.dtype is dtype else value, dtype, shape)
+
+
+def shaped(value: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """The scalar in ``dtype`` and ``shape``; itself if it has them."""
+    value = value if value.dtype is dtype else value.to(dtype)
+    return value.reshape(shape) if shape else value

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from siglip_kernels import backends, dispatch, schedule
+from siglip_kernels import backends, dispatch, gradients, schedule
 from siglip_kernels.distributed import schedule as distributed_schedule
 from siglip_kernels.distributed.handshake import propagate_errors
-from siglip_kernels.gradients import LossAndGrads, copied, scaled, scaled_out_of_place, scaled_scalars
+from siglip_kernels.gradients import LossAndGrads
 from siglip_kernels.host_read import is_capturing
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.request import NO_GRAD, TENSOR_NAMES, ExchangeSpec, NeedsGrad, Request
@@ -236,22 +236,21 @@ class _SigmoidLoss(torch.autograd.Function):
         if argument is not None:
             grad = torch.ops.siglip_kernels.first_derivative(grad, argument)
         in_place = ctx.compute is _compute and dispatch.has_no_mode() and dispatch.are_ordinary((grad,))
-        dscale, dbias, dx_scale = scaled_scalars(scalars, grad, in_place)
+        dscale, dbias, dx_scale = gradients.scaled_scalars(scalars, grad, in_place)
         dy_scale = dx_scale
         if tensors:
             dispatch.refuse_transforms()
             dy = ctx.compute(ctx.request.with_tensors(tensors), NO_GRAD._replace(y=True), grad).dy
             dy_scale = torch.ones_like(dx_scale)  # dy contains each rank's own upstream gradient
-        scale, overwrite = scaled if in_place else scaled_out_of_place, in_place and _is_last_backward(dx)
+        scale = gradients.scaled if in_place else gradients.scaled_out_of_place
+        overwrite = in_place and gradients.may_reuse(dx, ctx.dtype) and _is_last_backward(dx)
         needs_grad = ctx.needs_grad
         return (
             scale(dx, dx_scale, ctx.dtype, overwrite) if needs_grad.x else None,
             scale(dy, dy_scale, ctx.dtype, overwrite) if needs_grad.y else None,
-            dscale.to(ctx.scale[0]).reshape(ctx.scale[1]) if needs_grad.scale else None,
-            dbias.to(ctx.bias[0]).reshape(ctx.bias[1]) if needs_grad.bias else None,
-            None,
-            None,
-            None,
+            gradients.shaped(dscale, *ctx.scale) if needs_grad.scale else None,
+            gradients.shaped(dbias, *ctx.bias) if needs_grad.bias else None,
+            *[None] * 3,  # of the arguments after the bias
         )
 
 
@@ -283,13 +282,13 @@ def loss_and_grads(request: Request, x_dtype: torch.dtype, y_dtype: torch.dtype)
     compute: Compute = _compute if direct else _dispatched
     loss, scalars, dx, dy, stats = compute(request, NeedsGrad(bias=bias is not None), None)
     _, dscale, dbias, grad_scale = scalars.unbind()
-    rounded = scaled if direct else scaled_out_of_place
+    rounded = gradients.scaled if direct else gradients.scaled_out_of_place
     return LossAndGrads(
         loss=loss,
         dx=rounded(dx, grad_scale, x_dtype, direct),
         dy=rounded(dy, grad_scale, y_dtype, direct),
-        dscale=copied(dscale, *_like(scale)),
-        dbias=None if bias is None else copied(dbias, *_like(bias)),
+        dscale=gradients.copied(dscale, *_like(scale)),
+        dbias=None if bias is None else gradients.copied(dbias, *_like(bias)),
         stats=stats if request.return_stats else None,
     )
 

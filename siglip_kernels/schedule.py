@@ -11,6 +11,7 @@ to the float32 accumulators: it is the ``grad_scale`` of the result.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -62,8 +63,11 @@ def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: Nee
     if kernel.writes_result and not pairs.has_weights:
         loop.counts = denominator_factors(request.reduction, problem.M, problem.N)
     loop.add(y, pairs, dy if needs_grad.y else None)
-    images = problem.M if pairs.image_weights is None else total_weight(pairs.image_weights)
-    texts = problem.N if pairs.text_weights is None else total_weight(pairs.text_weights)
+    if loop.written is not None:
+        return Result(loop.written.loss, loop.written.scalars, loop.dx, dy, loop.total_stats())
+    # Floats: torch takes longer to divide by an int.
+    images = float(problem.M) if pairs.image_weights is None else total_weight(pairs.image_weights)
+    texts = float(problem.N) if pairs.text_weights is None else total_weight(pairs.text_weights)
     return loop.result(denominator(request.reduction, images, texts), dy)
 
 
@@ -72,19 +76,15 @@ class BlockLoop:
 
     def __init__(self, kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> None:
         """``problem``: its N is the largest number of texts that one ``add`` will get."""
-        self.kernel, self.problem, self.needs_grad, self.return_stats = (
-            kernel,
-            problem,
-            needs_grad,
-            request.return_stats,
-        )
+        self.kernel, self.problem, self.needs_grad = kernel, problem, needs_grad
+        self.return_stats = request.return_stats
         self.x = x = request.x.contiguous()
         self.dtype, self.sum_dtype = accumulator_dtype(x.dtype), sum_dtype(x.device)
         self.operand = kernel.operand_dtype(problem)
         R, C = kernel.block_shape(problem)
         self.block_shape = R, C = min(R, problem.M), min(C, problem.N)
         row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
-        self.dz = torch.empty(R if problem.needs_dz else 0, row, dtype=self.operand, device=x.device)
+        self.dz = self._new(R if problem.needs_dz else 0, row, dtype=self.operand)
         self.workspace = kernel.workspace(problem, R, C)
         self.scale = _scalar(request.scale, self.dtype)
         self.bias = x.new_zeros((), dtype=self.dtype) if request.bias is None else _scalar(request.bias, self.dtype)
@@ -100,7 +100,7 @@ class BlockLoop:
 
     def new_rows(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """[rows, D] for a gradient, uninitialised. The default dtype is that of the accumulators."""
-        return torch.empty(rows, self.problem.D, dtype=dtype or self.dtype, device=self.x.device)
+        return self._new(rows, self.problem.D, dtype=dtype)
 
     def scale_dz(self, largest_weights: Iterable[Tensor]) -> None:
         """Choose a scale that keeps a float16 dz from underflow. ``largest_weights``: [] for each weighted side."""
@@ -122,14 +122,13 @@ class BlockLoop:
             return
 
         is_one = len(blocks) == 1  # without the views that it can do without: each costs as much as a small GEMM
-        sums = torch.empty((4,) if is_one else (len(blocks), 4), dtype=self.sum_dtype, device=y.device)
+        sums = self._new(4, dtype=self.sum_dtype) if is_one else self._new(len(blocks), 4, dtype=self.sum_dtype)
         sums_of_blocks = (sums,) if is_one else sums.unbind()
         pairs = pairs.prepared(self.x, y, self.dtype)
         stats = self._new_stats(len(blocks)) if self.return_stats else None
         needs_dx, loss_only = self.needs_grad.x, not (self.problem.needs_dz or self.needs_grad.any)
         if is_one and self.counts is not None:
-            loss, scalars = (torch.empty(shape, dtype=self.dtype, device=y.device) for shape in ((), (4,)))
-            self.written = LossTask(loss, scalars, *self.counts)
+            self.written = LossTask(torch.empty_like(self.scale), self._new(4), *self.counts)
 
         for index, (r, c) in enumerate(blocks):
             if c.start == 0:
@@ -164,13 +163,18 @@ class BlockLoop:
 
     def result(self, denominator: float | Tensor, dy: Tensor) -> Result:
         """The loss and the gradients of all that was added; ``denominator``: of the loss."""
-        stats = reduce_stats(self.stats, self.x.device, self.sum_dtype) if self.return_stats else None
-        if self.written is not None:
-            return Result(self.written.loss, self.written.scalars, self.dx, dy, stats)
         totals = self._totals()
         totals[3] = self.dx_scale()
-        scalars = torch.div(totals, denominator, out=self.x.new_empty(4, dtype=self.dtype))
-        return Result(torch.select_copy(scalars, 0, 0), scalars, self.dx, dy, stats)
+        scalars = torch.div(totals, denominator, out=self._new(4))
+        return Result(torch.select_copy(scalars, 0, 0), scalars, self.dx, dy, self.total_stats())
+
+    def total_stats(self) -> Tensor | None:
+        """[8] of all that was added, with return_stats."""
+        return reduce_stats(self.stats, self.x.device, self.sum_dtype) if self.return_stats else None
+
+    def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised. The default dtype is that of the accumulators."""
+        return torch.empty(*shape, dtype=dtype or self.dtype, device=self.problem.device)
 
     def _block_dz(self, r: int, c: int) -> Tensor | None:
         """The dz buffer [r, c] of a block; None if dz itself is not needed."""
@@ -180,7 +184,7 @@ class BlockLoop:
 
     def _new_stats(self, blocks: int) -> Tensor:
         """[blocks, 8], uninitialised; ``result`` combines them."""
-        self.stats.append(torch.empty(blocks, SIZE, dtype=self.sum_dtype, device=self.x.device))
+        self.stats.append(self._new(blocks, SIZE, dtype=self.sum_dtype))
         return self.stats[-1]
 
     def _totals(self) -> Tensor:
@@ -195,6 +199,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+@functools.cache
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which the blocks' sums are added: float64; float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

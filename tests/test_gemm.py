@@ -71,8 +71,8 @@ def products(rounded: torch.dtype) -> tuple[Callable[..., Tensor], Callable[...,
 @pytest.mark.parametrize("rounded", [torch.float32, *HALF])
 def test_the_trial(rounded: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     mm, addmm = products(rounded)
-    monkeypatch.setattr(torch.ops.aten.mm, "dtype_out", mm)
-    monkeypatch.setattr(torch.ops.aten.addmm, "dtype_out", addmm)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
     assert gemm._multiplies_into_float32(dtype, torch.device("cpu")) == (rounded is torch.float32)
 
 

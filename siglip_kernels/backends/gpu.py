@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from siglip_kernels.stats import reduce_stats
 DZ_BYTES = 256 * 2**20
 # Block sizes are multiples of the largest tile.
 TILE = 128
+_NOTHING = contextlib.nullcontext()
 
 
 class GpuBlockKernel(BlockKernel):
@@ -40,7 +42,7 @@ class GpuBlockKernel(BlockKernel):
 
     def block(self, task: BlockTask) -> None:
         variant = self.variant(task)
-        with torch.cuda.device(task.x.device) if task.x.is_cuda else contextlib.nullcontext():
+        with _selected(task.x):
             if (variant, task.x.device) in verification.proven:
                 self.launch(variant, task)
             else:
@@ -50,7 +52,15 @@ class GpuBlockKernel(BlockKernel):
         return problem.dtype if problem.rounds_out else torch.float32
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        return self.blocks or even_block_shape(problem, self.dz_bytes // self.operand_dtype(problem).itemsize)
+        pairs = self.dz_bytes // self.operand_dtype(problem).itemsize
+        return self.blocks or even_block_shape(problem.M, problem.N, pairs)
+
+
+def _selected(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Makes the device of ``x`` the current one, if it is a GPU and is not that already."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(x.device)
 
 
 def reduce_partials(task: BlockTask, partials: Tensor, stats_partials: Tensor | None) -> None:
@@ -59,7 +69,10 @@ def reduce_partials(task: BlockTask, partials: Tensor, stats_partials: Tensor | 
     ``partials`` is [3, parts] float32, of which with ``loss_only`` just the first row is written; ``stats_partials`` is
     [8, parts] float32, None without stats.
     """
-    if not _sum_by_triton(task, partials):
+    sum_by_triton = _sum_by_triton() if partials.is_cuda else None
+    if sum_by_triton is not None:
+        sum_by_triton(task, partials)
+    else:
         sums, written = task.sums, 1 if task.loss_only else 3
         torch.sum(partials[:written], dim=1, dtype=sums.dtype, out=sums[:written])
         if task.result is not None:
@@ -69,25 +82,26 @@ def reduce_partials(task: BlockTask, partials: Tensor, stats_partials: Tensor | 
         task.stats.copy_(reduce_stats([stats_partials.T.to(dtype)], task.stats.device, dtype))
 
 
-def _sum_by_triton(task: BlockTask, partials: Tensor) -> bool:
-    """The sums and the result by one kernel in place of five; False if Triton does not run here."""
-    if partials.device.type != "cuda" or not is_installed() or why_not_launch():
-        return False
+@functools.cache
+def _sum_by_triton() -> Callable[[BlockTask, Tensor], None] | None:
+    """One kernel for the sums and the result in place of five; None if Triton does not run here."""
+    if not is_installed() or why_not_launch():
+        return None
     from siglip_kernels.backends.triton.sums import sum_partials
 
-    sum_partials(task, partials)
-    return True
+    return sum_partials
 
 
-def even_block_shape(problem: Problem, pairs: int) -> tuple[int, int]:
+@functools.lru_cache(maxsize=4096)
+def even_block_shape(M: int, N: int, pairs: int) -> tuple[int, int]:
     """(R, C) of at most ``pairs`` pairs, in multiples of TILE, for a device that needs large blocks.
 
     Each side is cut evenly. If both are cut, a block has about twice as many texts as images.
     """
-    R = _even_cut(problem.M, math.isqrt(pairs // 2))
-    C = _even_cut(problem.N, pairs // R)
-    if problem.N <= C:
-        R = _even_cut(problem.M, pairs // C)
+    R = _even_cut(M, math.isqrt(pairs // 2))
+    C = _even_cut(N, pairs // R)
+    if N <= C:
+        R = _even_cut(M, pairs // C)
     return R, C
 
 

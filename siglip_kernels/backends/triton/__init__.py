@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,14 +56,18 @@ class TritonBlockKernel(GpuBlockKernel):
         return torch.empty(3 * configs.max_tiles(R, C, self.config), dtype=torch.float32, device=problem.device)
 
     def variant(self, task: BlockTask) -> configs.Variant:
-        from siglip_kernels.backends.triton.launch import variant_of
-
-        return variant_of(architecture(task.x.device), task, self.config)
+        return _launcher().variant_of(architecture(task.x.device), task, self.config)
 
     def launch(self, variant: Any, task: BlockTask) -> None:
-        from siglip_kernels.backends.triton.launch import launch_block
+        _launcher().launch_block(variant, task)
 
-        launch_block(variant, task)
+
+@functools.cache
+def _launcher() -> ModuleType:
+    """What needs Triton."""
+    from siglip_kernels.backends.triton import launch
+
+    return launch
 
 
 def architecture(device: torch.device) -> str:

@@ -29,7 +29,7 @@ def launch_block(variant: Variant, task: BlockTask) -> None:
     """Launch the kernel on one block, which needs ``variant``."""
     task = task._replace(x=pad_to_alignment(task.x), y=pad_to_alignment(task.y))
     programs = -(-len(task.x) // variant.config.block_m) * -(-len(task.y) // variant.config.block_n)
-    partials = task.workspace[: 3 * programs].view(3, programs)
+    partials = task.workspace.as_strided((3, programs), (programs, 1))
     stats_partials = None if task.stats is None else partials.new_empty(SIZE, programs)
     _kernels.launch(
         (variant, task.x.device),
