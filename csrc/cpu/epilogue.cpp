@@ -2,6 +2,7 @@
 //
 // With a = -s·z and e = exp(-|a|):  softplus(a) = max(a, 0) + log1p(e),  σ(a) = (a < 0 ? e : 1) / (1 + e).
 // Many pairs share one log1p: p = Π(1 + e) - 1 is accumulated as p ← p + (e + p·e).
+// With masses or a balance the term is f·softplus(a) + g·softplus(-a) instead, and dz is -s·(f·σ(a) - g·σ(-a)).
 
 #include "epilogue.h"
 
@@ -108,7 +109,7 @@ struct HalfDz {
   }
 };
 
-// kGeneral: also ignored pairs, masses and stats, and weights if there are any, all checked at run time.
+// kGeneral: also ignored pairs, masses, a balance and stats, and weights if there are any, all checked at run time.
 template <class T, class DzOutput, bool kWeights, bool kLossOnly, bool kGeneral = false>
 class TileEpilogue {
  public:
@@ -139,6 +140,10 @@ class TileEpilogue {
   }
 
   SIGLIP_INLINE bool has_weights() const { return kGeneral ? params_.image_weights != nullptr : kWeights; }
+  SIGLIP_INLINE bool has_parts() const { return kGeneral && (params_.image_masses || params_.has_balance); }
+  SIGLIP_INLINE bool has_second_part() const {
+    return params_.soft_targets || (params_.has_balance && params_.label_smoothing != 0);
+  }
 
   // Signs and masses of the pairs (i, cols). Ignored pairs have the sign 0.
   void fill_signs_and_masses(int64_t i, Range cols) {
@@ -149,6 +154,19 @@ class TileEpilogue {
       const bool positive = params_.ignore_ids ? i + params_.offset == j : same;
       signs_[j - cols.begin] = positive ? T(-1) : same ? T(0) : T(1);
       masses_[j - cols.begin] = positive && image_masses ? image_masses[i] + text_masses[j] : T(1);
+    }
+  }
+
+  // f and g of the terms of a vector, without their weights.
+  SIGLIP_INLINE void load_parts(Vector<T> sign, int64_t segment_offset, int lanes, Vector<T>& f, Vector<T>& g) const {
+    f = params_.image_masses ? load(masses_ + segment_offset, lanes) : broadcast(T(1));
+    g = params_.soft_targets ? 1 - f : Vector<T>{};
+    if (params_.has_balance) {
+      // Smoothing mixes them. positive_weight is a factor of softplus(-z): of f for a positive pair, else of g.
+      const T smoothing = T(params_.label_smoothing), rest = T(1 - params_.label_smoothing);
+      const Vector<T> unsmoothed = f, ones = broadcast(T(1)), positive_weight = broadcast(T(params_.positive_weight));
+      f = (sign < 0 ? positive_weight : ones) * (rest * unsmoothed + smoothing * g);
+      g = (sign < 0 ? ones : positive_weight) * (rest * g + smoothing * unsmoothed);
     }
   }
 
@@ -184,7 +202,7 @@ class TileEpilogue {
   SIGLIP_INLINE void run_vector(const T* u_src, int64_t i, int64_t j, int64_t segment_offset, int count) {
     const int lanes = kRagged ? count : kLanes<T>;
     const Vector<T> u = load(u_src, lanes);
-    Vector<T> a = u * scale_ + bias_, sign;
+    Vector<T> a = u * scale_ + bias_, sign = broadcast(T(1));
     if constexpr (kSigns) a *= sign = load(signs_ + segment_offset, lanes);
     if constexpr (kSigns && kGeneral) a = sign == 0 ? broadcast(-T(__builtin_inf())) : a;
     if constexpr (kRagged) a = lane_indices() < T(count) ? a : broadcast(-T(__builtin_inf()));  // adds 0 to every sum
@@ -192,20 +210,20 @@ class TileEpilogue {
     const auto negative = a < 0;
     const Vector<T> e = exp_nonpositive<T>(negative_abs<T>(a));
     const Vector<T> relu = negative ? Vector<T>{} : a;
-    Vector<T> weight, mass;
+    Vector<T> weight, f, g;
     if (has_weights()) {
       weight = static_cast<const T*>(params_.image_weights)[i] *
                load(static_cast<const T*>(params_.text_weights) + j, lanes);
       const Vector<T> log = log1p_nonnegative<T>(e);
       Vector<T> softplus = relu + log;
-      if constexpr (kSigns && kGeneral) {
-        if (params_.image_masses) {
-          mass = sign < 0 ? load(masses_ + segment_offset, lanes) : broadcast(T(1));
-          // Soft targets: mass·softplus(a) + (1 - mass)·softplus(-a), where only positives have the second term.
-          if (params_.soft_targets)
-            softplus = log + mass * relu + (negative & (sign < 0) ? (mass - 1) * a : Vector<T>{});
-          else
-            softplus *= mass;
+      if (has_parts()) {
+        load_parts(sign, segment_offset, lanes, f, g);
+        if (has_second_part()) {
+          // softplus(-a) = max(-a, 0) + log, but 0 for what is left out: pairs of sign 0, and past the row's end.
+          const auto counted = kSigns ? sign != 0 : lane_indices() < T(lanes);
+          softplus = f * relu + (f + g) * log + (negative & counted ? -g * a : Vector<T>{});
+        } else {
+          softplus *= f;
         }
       }
       sums_.relu += weight * softplus;
@@ -228,11 +246,9 @@ class TileEpilogue {
     if constexpr (kLossOnly) return;
 
     Vector<T> dz = (negative ? e : broadcast(T(1))) / (1 + e);
-    if constexpr (kSigns && kGeneral) {
-      if (params_.image_masses) {
-        dz *= mass;
-        if (params_.soft_targets) dz -= (1 - mass) * ((negative ? broadcast(T(1)) : e) / (1 + e));
-      }
+    if (has_parts()) {
+      dz *= f;
+      if (has_second_part()) dz -= g * ((negative ? broadcast(T(1)) : e) / (1 + e));
     }
     if constexpr (kSigns) dz *= sign;
     if (has_weights()) dz *= weight;
@@ -258,7 +274,7 @@ class TileEpilogue {
 template <class T, class DzOutput, bool kLossOnly = false>
 void run_epilogue(const BlockParams& params, const void* u, int64_t u_stride, Range rows, Range cols, double* sums) {
   const T* first = static_cast<const T*>(u);
-  if (params.image_masses || params.ignore_ids || params.stats)
+  if (params.image_masses || params.has_balance || params.ignore_ids || params.stats)
     TileEpilogue<T, DzOutput, false, kLossOnly, true>(params).run(first, u_stride, rows, cols, sums);
   else if (params.image_weights)
     TileEpilogue<T, DzOutput, true, kLossOnly>(params).run(first, u_stride, rows, cols, sums);

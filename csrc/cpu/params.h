@@ -28,6 +28,9 @@ struct BlockParams {
   int32_t soft_targets;         // masses are targets; otherwise they multiply the weight
   const void* image_masses;     // [rows] logits' dtype, or null; only with ids and weights
   const void* text_masses;      // [cols]; the mass of a positive pair is the sum of both
+  int32_t has_balance;          // only with weights; without it the next two are not read
+  double positive_weight;       // factor of every part of a term that the target weighs
+  double label_smoothing;       // ε: the target is ε + (1 - 2ε)·label
   double* stats;                // [8], or null: Σ z, count, min z, max z, each for positives and then negatives
   void* dx;                     // [rows, features] logits' dtype: dz·y, or null; siglip_epilogue ignores dx and dy
   void* dy;                     // [cols, features] logits' dtype: dzᵀ·x, or null

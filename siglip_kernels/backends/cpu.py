@@ -173,9 +173,11 @@ def _block_params(task: BlockTask) -> BlockParams:
         operand=DTYPES[task.x.dtype],
         loss_only=task.loss_only,
     )
-    if pairs.ignore_ids or pairs.multi_positive is not None or task.stats is not None:
+    if pairs.ignore_ids or pairs.multi_positive is not None or pairs.has_balance or task.stats is not None:
         block.ignore_ids, block.soft_targets = pairs.ignore_ids, pairs.multi_positive == "soft_targets"
         block.image_masses, block.text_masses = address(pairs.image_masses), address(pairs.text_masses)
+        block.has_balance = pairs.has_balance
+        block.positive_weight, block.label_smoothing = pairs.positive_weight, pairs.label_smoothing
         block.stats = address(task.stats)
     return block
 

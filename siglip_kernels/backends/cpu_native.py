@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-from ctypes import POINTER, Structure, c_char, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,9 @@ class BlockParams(Structure):
         ("soft_targets", c_int32),
         ("image_masses", c_void_p),
         ("text_masses", c_void_p),
+        ("has_balance", c_int32),
+        ("positive_weight", c_double),
+        ("label_smoothing", c_double),
         ("stats", c_void_p),
         ("dx", c_void_p),
         ("dy", c_void_p),

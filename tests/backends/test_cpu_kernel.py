@@ -22,7 +22,7 @@ from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.cpu import CpuBlockKernel
 from siglip_kernels.backends.cpu_native import LEVELS, CpuLibrary, load
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.testing import DTYPES, SHAPES, check, gold, make_inputs, relative_l2
+from siglip_kernels.testing import DTYPES, PAIRS, SHAPES, check, differentiate, gold, make_inputs, relative_l2
 from tests.building import HOST_CXX
 
 CPU = torch.device("cpu")
@@ -117,15 +117,36 @@ def test_same_bits_whatever_the_threads(kernel: CpuBlockKernel, dtype: torch.dty
             assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+# One of the two alone, both, and the ends of their ranges.
+BALANCES = [(3.0, 0.0), (1.0, 0.2), (0.25, 0.3), (0.0, 0.1), (2.0, 1.0)]
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(("positive_weight", "label_smoothing"), BALANCES)
+@pytest.mark.parametrize("kind", ["diagonal", "no positives", "weights", "ignore ids", "multi-positive weights"])
+def test_balance(kind: str, positive_weight: float, label_smoothing: float) -> None:
+    """With labels and masses that the checker has no balance for. Stats are of the logits, which it does not change."""
+    pairs = PAIRS[kind](130, 203, CPU)
+    inputs = make_inputs(130, 203, 33, torch.float32, positive_offset=pairs.get("positive_offset") or 0)
+    balance = {"positive_weight": positive_weight, "label_smoothing": label_smoothing}
+    got = differentiate(loss_fn, inputs, **pairs, **balance)
+    right = gold(inputs, **pairs, **balance)
+    assert all(relative_l2(a, b) < 2e-6 for a, b in zip(got, right, strict=True))
+    loss, stats = loss_fn(*inputs, **pairs, **balance, return_stats=True)
+    assert relative_l2(loss, got.loss) < 1e-7
+    torch.testing.assert_close(stats, loss_fn(*inputs, **pairs, return_stats=True)[1], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_reach_the_loss(dtype: torch.dtype, value: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("pairs", [{}, {"positive_weight": 2.0, "label_smoothing": 0.1}], ids=["plain", "balance"])
+def test_nan_and_inf_reach_the_loss(dtype: torch.dtype, value: float, pairs: dict[str, Any]) -> None:
     for row in (0, 77):
         inputs = make_inputs(130, 100, 33, dtype)
         inputs.image_features[row, 3] = value
-        assert not torch.isfinite(loss_fn(*inputs))
-        assert not torch.isfinite(sigmoid_loss_and_grads(*inputs, backend="cpu").text_features).all()
+        assert not torch.isfinite(loss_fn(*inputs, **pairs))
+        assert not torch.isfinite(sigmoid_loss_and_grads(*inputs, **pairs, backend="cpu").text_features).all()
 
 
 @pytest.mark.usefixtures("kernel")
