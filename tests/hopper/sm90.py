@@ -10,7 +10,6 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -123,7 +122,7 @@ def emulated(load: Load, multiprocessors: int, settings: Settings) -> Iterator[N
         mock.patch.object(driver, "load", emulator.runtime),
         mock.patch.object(kernels, "load_kernel", load_kernel),
         mock.patch.object(kernels, "_multiprocessors", return_value=multiprocessors),
-        mock.patch.object(torch.cuda, "current_stream", return_value=SimpleNamespace(cuda_stream=0)),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=0, create=True),
         mock.patch.object(cuda, "pad_to_alignment", pad_to_alignment),
     ):
         try:

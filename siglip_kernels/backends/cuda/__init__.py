@@ -34,15 +34,9 @@ class CudaBlockKernel(GpuBlockKernel):
             reasons.append(f"features are {problem.dtype}, expected float16 or bfloat16")
         if problem.D < 1:
             reasons.append(f"D = {problem.D}, expected at least 1")
-        if problem.device.type != "cuda":
-            reasons.append(f"features are on {problem.device.type}, expected a CUDA device")
-        elif not torch.cuda.is_available() or torch.version.hip:
-            reasons.append("no CUDA device")
-        else:
-            capability = torch.cuda.get_device_capability(problem.device)
-            if capability != (9, 0):
-                reasons.append("compute capability {}.{}, expected 9.0".format(*capability))
-        return reasons + list(filter(None, [nvrtc.why_not()]))
+        reasons += _why_not_device(problem.device)
+        missing = nvrtc.why_not()
+        return reasons if missing is None else [*reasons, missing]
 
     def prepare(self) -> list[str]:
         reason = _why_not_run()
@@ -67,12 +61,12 @@ class CudaBlockKernel(GpuBlockKernel):
 
     def launch(self, variant: Any, task: BlockTask) -> None:
         workspace: Workspace = task.workspace
-        width = kernels.num_partials(len(task.x), len(task.y))
-        partials = workspace.partials[: 3 * width].view(3, width)
+        width = kernels.num_partials(task.x.shape[0], task.y.shape[0])
+        partials = workspace.partials.as_strided((3, width), (width, 1))
         stats = None if task.stats is None else partials.new_empty(SIZE, width)
         # Features that the schedule has widened become what they were. They live until the launch, for the parameters
         # hold only addresses; after it the stream keeps their memory.
-        x, y = (pad_to_alignment(features.to(workspace.dtype)) for features in (task.x, task.y))
+        x, y = _operand(task.x, workspace.dtype), _operand(task.y, workspace.dtype)
         kernels.launch(variant.compilation, task, x, y, partials, stats)
         reduce_partials(task, partials, stats)
 
@@ -91,6 +85,20 @@ class Workspace(NamedTuple):
 
     partials: Tensor  # [3 · partials] float32: the sums of every warp in every tile
     dtype: torch.dtype  # of the features, as the kernel takes them
+
+
+def _operand(features: Tensor, dtype: torch.dtype) -> Tensor:
+    return pad_to_alignment(features if features.dtype is dtype else features.to(dtype))
+
+
+@functools.cache
+def _why_not_device(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return [f"features are on {device.type}, expected a CUDA device"]
+    if not torch.cuda.is_available() or torch.version.hip:
+        return ["no CUDA device"]
+    capability = torch.cuda.get_device_capability(device)
+    return [] if capability == (9, 0) else ["compute capability {}.{}, expected 9.0".format(*capability)]
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 # Of cuda.h.
+_INVALID_CONTEXT = 201
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_
 _SWIZZLE_128B, _L2_PROMOTION_256B, _NO_INTERLEAVE, _FILL_ZEROS = 3, 3, 0, 0
@@ -73,9 +74,12 @@ def launch(
 ) -> None:
     """Launch on a stream of ``device``. ``arguments``: ctypes objects, the kernel's parameters."""
     pointers = (c_void_p * len(arguments))(*map(addressof, arguments))
-    _use_primary_context(device)
-    shape = blocks, 1, 1, threads, 1, 1, shared_bytes
-    _check("cuLaunchKernel", load().cuLaunchKernel(function, *shape, c_void_p(stream), pointers, None))
+    launch_kernel, shape = load().cuLaunchKernel, (blocks, 1, 1, threads, 1, 1, shared_bytes)
+    error = launch_kernel(function, *shape, c_void_p(stream), pointers, None)
+    if error == _INVALID_CONTEXT:
+        _use_primary_context(device)
+        error = launch_kernel(function, *shape, c_void_p(stream), pointers, None)
+    _check("cuLaunchKernel", error)
 
 
 def _use_primary_context(device: int) -> None:

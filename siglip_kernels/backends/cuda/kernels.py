@@ -124,31 +124,26 @@ def launch(
 ) -> None:
     """Launch on the current stream. x, y: the task's features in the compilation's dtype, rows aligned to 16 bytes."""
     pairs, dz, device = task.pairs, task.dz, x.get_device()
-    (R, D), C = x.shape, len(y)
+    (R, D), C = x.shape, y.shape[0]
     dtype, writes_dz = compilation.dtype, compilation.output == "kDz"
     params = BlockParams(
-        partials=address(partials),
-        stats=address(stats),
-        float32_dz=address(None if writes_dz else dz),
-        scale=address(task.scale),
-        bias=address(task.bias),
+        partials=partials.data_ptr(),
+        scale=task.scale.data_ptr(),
+        bias=task.bias.data_ptr(),
         dz_scale=address(task.dz_scale),
-        image_ids=address(pairs.image_ids),
-        text_ids=address(pairs.text_ids),
-        image_weights=address(pairs.image_weights),
-        text_weights=address(pairs.text_weights),
-        image_masses=address(pairs.image_masses),
-        text_masses=address(pairs.text_masses),
         dz_stride=0 if dz is None else dz.stride(0),
         rows=R,
         cols=C,
         features=D,
         offset=pairs.offset_within(R, C),
-        ignore_ids=pairs.ignore_ids,
-        soft_targets=pairs.multi_positive == "soft_targets",
-        positive_weight=pairs.positive_weight,
-        label_smoothing=pairs.label_smoothing,
     )
+    if compilation.pairs != "kOffset":  # which reads no more
+        params.stats, params.float32_dz = address(stats), address(None if writes_dz else dz)
+        params.image_ids, params.text_ids = address(pairs.image_ids), address(pairs.text_ids)
+        params.image_weights, params.text_weights = address(pairs.image_weights), address(pairs.text_weights)
+        params.image_masses, params.text_masses = address(pairs.image_masses), address(pairs.text_masses)
+        params.ignore_ids, params.soft_targets = pairs.ignore_ids, pairs.multi_positive == "soft_targets"
+        params.positive_weight, params.label_smoothing = pairs.positive_weight, pairs.label_smoothing
     box = TILE, BOX_COLUMNS
     x_map = driver.tensor_map(dtype, x.data_ptr(), R, D, x.stride(0), box)
     y_map = driver.tensor_map(dtype, y.data_ptr(), C, D, y.stride(0), box)
@@ -157,7 +152,7 @@ def launch(
         dz_map = driver.tensor_map(dtype, dz.data_ptr(), R, C, dz.stride(0), box)
     blocks = min(_multiprocessors(device), num_partials(R, C) // PARTIALS)
     arguments = params, x_map, y_map, dz_map
-    stream = torch.cuda.current_stream().cuda_stream
+    stream = torch._C._cuda_getCurrentRawStream(device)
     driver.launch(load_kernel(compilation, device), blocks, THREADS, SHARED_BYTES, arguments, device, stream)
 
 

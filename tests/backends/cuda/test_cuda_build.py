@@ -31,6 +31,7 @@ def nothing_found_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         *((driver, name) for name in ("load", "version")),
         *((kernels, name) for name in ("_sources", "load_kernel", "_multiprocessors")),
         (cuda, "_why_not_run"),
+        (cuda, "_why_not_device"),
     ):
         monkeypatch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
     monkeypatch.setattr(driver, "tensor_map", functools.lru_cache(64)(driver.tensor_map.__wrapped__))
@@ -216,7 +217,8 @@ class FakeDriver:
                 arguments[1]._obj.value = b"no kernel image is available for execution on the device"
             if name == "cuCtxSetCurrent":
                 self.has_context = True
-            return self.errors.get(name, 0)
+            invalid = name == "cuLaunchKernel" and not self.has_context
+            return 201 if invalid else self.errors.get(name, 0)
 
         return call
 
@@ -282,8 +284,8 @@ def test_a_new_thread_gets_torchs_context(use: Any) -> None:
     fake = use(FakeDriver(has_context=False))
     for _ in range(2):
         driver.launch(ctypes.c_void_p(1), 1, 32, 0, [], 0, 0)
-    context = ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
-    assert fake.calls == ["cuCtxGetCurrent", *context, "cuLaunchKernel", "cuCtxGetCurrent", "cuLaunchKernel"]
+    context = ["cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+    assert fake.calls == ["cuLaunchKernel", *context, "cuLaunchKernel", "cuLaunchKernel"]
 
 
 def test_tensor_maps_are_kept(use: Any) -> None:
