@@ -14,8 +14,8 @@ from siglip_kernels.backends.triton import TritonBlockKernel, configs
 from siglip_kernels.backends.triton.configs import Config
 
 CONFIGS = [(key, config) for table in (configs.LARGE, configs.SMALL) for key, config in table.items()]
-# Labels, masses and stats, as configs.fitted takes them.
-USES = list(dict.fromkeys((v.labels, v.masses, v.stats) for v in configs.shipped()))
+# Labels, masses, stats and balance, as configs.fitted takes them.
+USES = list(dict.fromkeys((v.labels, v.masses, v.stats, v.balance) for v in configs.shipped()))
 CPU = torch.device("cpu")
 
 
@@ -107,7 +107,9 @@ def test_shipped_covers_every_configuration_once() -> None:
     variants = list(configs.shipped())
     assert len(variants) == len(set(variants))
     for use in USES:
-        taken = {(v.arch, v.dtype.itemsize, v.config) for v in variants if (v.labels, v.masses, v.stats) == use}
+        taken = {
+            (v.arch, v.dtype.itemsize, v.config) for v in variants if (v.labels, v.masses, v.stats, v.balance) == use
+        }
         assert taken == {(*key, configs.fitted(config, *use)) for key, config in CONFIGS}
     assert {v.arch for v in variants if v.use_tma} == set(configs.TMA)
     for dtype in backend.DTYPES:

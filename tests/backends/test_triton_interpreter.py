@@ -28,7 +28,9 @@ SHAPES = [(1, 1, 8), (1, 129, 33), (127, 129, 100), (200, 130, 64)]
 SHAPE = (127, 129, 100)
 DTYPES = [torch.float32, torch.float16]
 REGIMES = [(10.0, -10.0), (117.0, -12.9), (900.0, -40.0), (0.01, 3.0), (0.0, 0.0)]
-KINDS = ["ignore ids", "ignore ids, no diagonal", "masses", "soft targets"]
+KINDS = ["none", "int64 ids", "weights", "ignore ids", "ignore ids, no diagonal", "masses", "soft targets"]
+BALANCES = {"balance": (2.5, 0.1), "smoothing": (1.0, 1e-4), "positive weight": (0.3, 0.0)}
+BALANCED = [*(f"{kind}, balance" for kind in ("5", "-1000", *KINDS)), "soft targets, smoothing", "5, positive weight"]
 FLOAT16_DZ_SCALE = 2.0**14
 # Largest relative errors: of dz by its L2 norm, and of the sums against Σ|terms|.
 DZ_LIMIT = {torch.float32: 2e-6, torch.float16: 6e-4}
@@ -66,6 +68,11 @@ def make_inputs(
 
 def make_pairs(kind: str, M: int, N: int) -> PairSpec:
     generator = torch.Generator().manual_seed(1)
+    labels, _, balance = kind.rpartition(", ")
+    if balance in BALANCES:
+        positive_weight, label_smoothing = BALANCES[balance]
+        spec = make_pairs(labels, M, N)._replace(positive_weight=positive_weight, label_smoothing=label_smoothing)
+        return spec.prepared(torch.empty(M, 1), torch.empty(N, 1), torch.float32)
     match kind:
         case "none":
             return PairSpec(None)
@@ -128,21 +135,24 @@ def gold_terms(inputs: Inputs, pairs: PairSpec) -> tuple[Tensor, Tensor, Tensor]
     u = x @ y.T
     positive = pairs.positive_mask(*u.shape)
     z = scale * u + bias
-    a = torch.where(positive, -z, z)
-    weights = torch.ones_like(u)
+    label, weights = positive.double(), torch.ones_like(u)
     if pairs.image_weights is not None and pairs.text_weights is not None:
         weights = pairs.image_weights.double()[:, None] * pairs.text_weights.double()
-    # Not F.softplus, which drops exp(-a) beyond its threshold.
-    terms, dz = a.clamp(min=0) + torch.log1p(torch.exp(-a.abs())), torch.sigmoid(a)
     if pairs.image_masses is not None and pairs.text_masses is not None:
-        mass = torch.where(positive, pairs.image_masses.double()[:, None] + pairs.text_masses.double(), 1.0)
-        soft = 1 - mass if pairs.multi_positive == "soft_targets" else torch.zeros_like(mass)
-        terms = mass * terms + soft * ((-a).clamp(min=0) + torch.log1p(torch.exp(-a.abs())))
-        dz = mass * dz - soft * torch.sigmoid(-a)
+        mass = pairs.image_masses.double()[:, None] + pairs.text_masses.double()
+        if pairs.multi_positive == "soft_targets":
+            label = label * mass
+        else:
+            weights = weights * torch.where(positive, mass, 1.0)
+    target = pairs.label_smoothing + (1 - 2 * pairs.label_smoothing) * label
+    # Not F.softplus, which drops exp(-z) beyond its threshold.
+    log1p = torch.log1p(torch.exp(-z.abs()))
+    terms = pairs.positive_weight * target * ((-z).clamp(min=0) + log1p) + (1 - target) * (z.clamp(min=0) + log1p)
+    dz = (1 - target) * torch.sigmoid(z) - pairs.positive_weight * target * torch.sigmoid(-z)
     ignored = pairs.ignored_mask(*u.shape)
     if ignored is not None:
         weights = weights * ~ignored
-    dz = weights * torch.where(positive, -dz, dz)
+    dz = weights * dz
     return weights * terms, dz * u, dz
 
 
@@ -191,7 +201,7 @@ def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [SHAPE, (70, 129, 33)])
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("kind", ["5", "-7", "1000", "-1000", "none", "int32 ids", "int64 ids", "weights", *KINDS])
+@pytest.mark.parametrize("kind", ["5", "-7", "1000", "-1000", "int32 ids", *KINDS, *BALANCED])
 def test_labels_and_weights(kind: str, shape: tuple[int, int, int]) -> None:
     pairs = make_pairs(kind, *shape[:2])
     offset = pairs.positive_offset or 0
@@ -209,7 +219,13 @@ def test_ids_and_weights_together() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["0", "none", "weights", "ignore ids", "masses", "soft targets"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("0", "none", "weights", "ignore ids", "masses", "soft targets"),
+        *("ignore ids, balance", "masses, smoothing", "soft targets, balance"),
+    ],
+)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_regimes(regime: tuple[float, float], kind: str, dtype: torch.dtype) -> None:
     # (0, 0): every e is 1, and the products of 1 + e must hold.
@@ -227,7 +243,9 @@ def test_products_hold_where_every_factor_is_two() -> None:
     assert float(block.sums[0]) == pytest.approx(130 * 260 * math.log(2), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["0", "int64 ids", "weights", "ignore ids", "soft targets"])
+@pytest.mark.parametrize(
+    "kind", ["0", "int64 ids", "weights", "ignore ids", "soft targets", "0, balance", "soft targets, balance"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("path")
 def test_outputs_that_are_not_wanted(kind: str, dtype: torch.dtype) -> None:
@@ -270,7 +288,7 @@ def test_features_need_not_be_whole_tensors() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("kind", ["0", "weights"])
+@pytest.mark.parametrize("kind", ["0", "weights", "0, balance"])
 @pytest.mark.parametrize("side", ["x", "y"])
 def test_a_feature_that_is_not_finite_reaches_the_loss(bad: float, kind: str, side: str) -> None:
     inputs, pairs = make_inputs((70, 66, 32), torch.float32), make_pairs(kind, 70, 66)
@@ -280,6 +298,18 @@ def test_a_feature_that_is_not_finite_reaches_the_loss(bad: float, kind: str, si
     assert not block.sums[0].isfinite()
     assert block.dz is not None
     assert math.isinf(bad) or block.dz[65 if side == "x" else slice(None), 65 if side == "y" else 3].isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["none", "soft targets"])
+def test_infinite_negatives_without_smoothing_add_nothing(kind: str) -> None:
+    inputs = make_inputs((70, 66, 32), torch.float32, (10.0, -math.inf))
+    pairs = make_pairs(f"{kind}, positive weight", 70, 66)
+    if pairs.image_ids is not None:
+        pairs = pairs._replace(image_ids=pairs.image_ids + 100)
+    block = run_block(inputs, pairs)
+    assert block.dz is not None
+    assert not block.sums.any()
+    assert not block.dz.any()
 
 
 @pytest.mark.usefixtures("tiles")
@@ -341,3 +371,15 @@ def test_wrong_labels_are_noticed(wrong: PairSpec) -> None:
     block = run_block(inputs, wrong, dz_scale=FLOAT16_DZ_SCALE)
     with pytest.raises(AssertionError, match="is off by"):
         assert_right(block, inputs, PairSpec(), dz_scale=FLOAT16_DZ_SCALE)
+
+
+@pytest.mark.parametrize("kind", ["0, balance", "soft targets, balance"])
+@pytest.mark.parametrize("wrong", [{"positive_weight": 1.0}, {"label_smoothing": 0.0}, {"label_smoothing": 0.9}, None])
+def test_a_wrong_balance_is_noticed(kind: str, wrong: dict[str, float] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, pairs = make_inputs(SHAPE, torch.float32), make_pairs(kind, *SHAPE[:2])
+    if wrong is None:  # softplus(-a) is forgotten
+        balanced = kernels._balanced
+        monkeypatch.setattr(kernels, "_balanced", lambda *arguments: (balanced(*arguments)[0], 0.0))
+    block = run_block(inputs, pairs._replace(**(wrong or {})))
+    with pytest.raises(AssertionError, match="is off by"):
+        assert_right(block, inputs, pairs)

@@ -34,6 +34,7 @@ class Kind:
     masses: str | None = None  # of pairs.MULTI_POSITIVE
     output: str = "dz"  # "dz" | "float32 dz" | "sums" | "loss"
     stats: bool = False
+    balance: bool = False  # positive_weight and label_smoothing
 
 
 def random_task(choose: random.Random, kind: Kind, M: int, N: int, D: int) -> BlockTask:
@@ -107,9 +108,10 @@ def exact_terms(task: BlockTask) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor
             target = torch.where(positive, mass, target)
     if ignored is not None:
         weight = weight.masked_fill(ignored, 0.0)
-    softplus, opposite = F.softplus(z, threshold=1e9), F.softplus(-z, threshold=1e9)
-    loss = weight * ((1 - target) * softplus + target * opposite)
-    negative_part, positive_part = weight * (1 - target) * torch.sigmoid(z), weight * target * torch.sigmoid(-z)
+    target = pairs.label_smoothing + (1 - 2 * pairs.label_smoothing) * target
+    as_negative, as_positive = weight * (1 - target), weight * target * pairs.positive_weight
+    loss = as_negative * F.softplus(z, threshold=1e9) + as_positive * F.softplus(-z, threshold=1e9)
+    negative_part, positive_part = as_negative * torch.sigmoid(z), as_positive * torch.sigmoid(-z)
     dz, size = negative_part - positive_part, negative_part + positive_part
     return z, {"loss": (loss, loss), "dz·u": (dz * u, size * u.abs()), "dz": (dz, size)}
 
@@ -165,4 +167,9 @@ def _pairs(choose: random.Random, generator: torch.Generator, kind: Kind, M: int
         image, text = (2 * torch.rand(rows, generator=generator) for rows in (M, N))
         image[torch.rand(M, generator=generator) < 0.1] = 0  # padding
         spec = spec._replace(image_weights=image, text_weights=text)
+    if kind.balance:
+        positive_weight, label_smoothing = choose.choice(
+            [(0.25, 0.0), (1.0, 1e-3), (3.0, 0.1), (10.0, 0.05), (0.0, 1.0)]
+        )
+        spec = spec._replace(positive_weight=positive_weight, label_smoothing=label_smoothing)
     return spec

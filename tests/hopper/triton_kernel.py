@@ -73,4 +73,5 @@ def kind_of(variant: Variant) -> Kind:
         None if variant.masses == "none" else variant.masses,
         "dz" if variant.write_dz else "loss" if variant.loss_only else "sums",
         variant.stats,
+        variant.balance,
     )

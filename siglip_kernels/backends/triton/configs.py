@@ -24,8 +24,8 @@ class Config:
     # make sums move between threads, more take registers.
     lanes: int = 4
     dz_stores: tuple[int, int] = (2, 2)  # of a tile, 2 or 4: without and with stats
-    # For a kernel that keeps more in registers, with ids, with pairs that are left out or have masses, with stats:
-    # columns at most, and warps (0: num_warps).
+    # For a kernel that keeps more in registers: columns at most, and warps (0: num_warps). With ids; with masses, a
+    # balance or pairs that are left out; with stats.
     max_columns: tuple[int, int, int] = (256, 64, 64)
     warps: tuple[int, int, int] = (0, 8, 8)
 
@@ -65,7 +65,7 @@ TMA = ("sm_90", "sm_100")
 ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # How the kernel finds the positives: the values of its LABELS_… constants.
 LABELS = {"none": 0, "offset": 1, "ids": 2, "ignore": 3}
-# How the kernel uses the mass of a positive pair. Masses come only with ids and weights.
+# How the kernel uses the mass of a positive pair. Masses come only with ids and weights, a balance only with weights.
 MASSES = ("none", "weights", "soft_targets")
 
 
@@ -87,19 +87,20 @@ def choose(
     labels: str = "offset",
     masses: str = "none",
     stats: bool = False,
+    balance: bool = False,
 ) -> Config:
     """The configuration for [M, D] images and [N, D] texts of ``dtype``, with the uses of a :class:`Variant`."""
     key = family(arch), dtype.itemsize
-    large, small = (fitted(table[key], labels, masses, stats) for table in (LARGE, SMALL))
+    large, small = (fitted(table[key], labels, masses, stats, balance) for table in (LARGE, SMALL))
     tiles = -(-M // large.block_m) * -(-N // large.block_n)
     return large if tiles >= MIN_LARGE_TILES else small
 
 
-def fitted(config: Config, labels: str, masses: str, stats: bool) -> Config:
+def fitted(config: Config, labels: str, masses: str, stats: bool, balance: bool = False) -> Config:
     """The configuration with fewer columns, or other warps, where these uses keep more in registers."""
     if stats:
         use = 2
-    elif labels == "ignore" or masses != "none":
+    elif labels == "ignore" or masses != "none" or balance:
         use = 1
     elif labels == "ids":
         use = 0
@@ -138,6 +139,7 @@ class Variant:
     write_dz: bool = True
     masses: str = "none"  # one of MASSES
     stats: bool = False
+    balance: bool = False  # positive_weight and label_smoothing
 
     def __str__(self) -> str:
         """A description that differs for any two shipped variants."""
@@ -145,6 +147,7 @@ class Variant:
             "weights": self.has_weights,
             "masses": self.masses == "weights",
             "soft": self.masses == "soft_targets",
+            "balance": self.balance,
             "stats": self.stats,
             "loss-only": self.loss_only,
             "no-dz": not self.write_dz,
@@ -172,6 +175,10 @@ USES: tuple[dict[str, Any], ...] = (
     {"labels": "offset", "stats": True},
     {"labels": "ignore", "has_weights": True, "stats": True},
     {"labels": "ids", "has_weights": True, "masses": "soft_targets", "stats": True},
+    {"labels": "offset", "has_weights": True, "balance": True},
+    {"labels": "ignore", "has_weights": True, "balance": True},
+    {"labels": "ids", "has_weights": True, "masses": "soft_targets", "balance": True},
+    {"labels": "ids", "has_weights": True, "masses": "soft_targets", "balance": True, "stats": True},
 )
 ALL_USES: tuple[dict[str, Any], ...] = tuple(
     {
@@ -181,13 +188,15 @@ ALL_USES: tuple[dict[str, Any], ...] = tuple(
         "write_dz": write_dz,
         "masses": masses,
         "stats": stats,
+        "balance": balance,
     }
+    for balance in (False, True)
     for stats in (False, True)
     for masses in MASSES
     for labels in LABELS
     for has_weights in (False, True)
     for loss_only, write_dz in ((False, True), (False, False), (True, False))
-    if masses == "none" or (labels == "ids" and has_weights)
+    if (masses == "none" or (labels == "ids" and has_weights)) and (has_weights or not balance)
 )
 
 
@@ -199,5 +208,5 @@ def shipped(every: bool = False) -> Iterator[Variant]:
                 config = table[arch, dtype.itemsize]
                 for precise in dict.fromkeys(precision(arch, dtype, tf32) for tf32 in (False, True)):
                     for use in ALL_USES if every else USES:
-                        plain = Variant(arch, dtype, config, arch in TMA, precise, **use)
-                        yield replace(plain, config=fitted(config, plain.labels, plain.masses, plain.stats))
+                        v = Variant(arch, dtype, config, arch in TMA, precise, **use)
+                        yield replace(v, config=fitted(config, v.labels, v.masses, v.stats, v.balance))

@@ -40,6 +40,8 @@ def _sigmoid_block_kernel(
     stride_yn,
     stride_dzm,
     positive_offset,
+    positive_weight,  # float32; None without a balance. Given only with HAS_WEIGHTS
+    label_smoothing,  # the same
     LABELS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     SOFT_TARGETS: tl.constexpr,
@@ -56,6 +58,10 @@ def _sigmoid_block_kernel(
 ):
     # A row's running product Π(1 + e) is kept in this many columns. Each multiplies up to 64 factors up to 2.
     PRODUCT_COLUMNS: tl.constexpr = min(2 * LANES, BLOCK_N // 4)
+    # Every pair has a sign, -1 if it is positive. Without, only tiles that contain positives look for them.
+    HAS_SIGN: tl.constexpr = LABELS >= LABELS_IDS or positive_weight is not None
+    # A term is f · softplus(a) + rest · softplus(-a), times the weights.
+    HAS_REST: tl.constexpr = SOFT_TARGETS or positive_weight is not None
     pid = tl.program_id(0)
     pid_m, pid_n = _swizzle(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m = pid_m * BLOCK_M
@@ -98,12 +104,16 @@ def _sigmoid_block_kernel(
             offs_n = start_n + tl.arange(0, QUARTER)
             mask_n = offs_n < N
 
-            # a = -s·z: positives change sign, on tiles that contain some.
+            sign, f = 1.0, 1.0  # where nothing below sets them
+            # a = -s·z: positives change sign.
             a = u * scale + bias
             first = start_m + positive_offset - start_n
             on_diagonal = (first > -BLOCK_M) & (first < QUARTER)
             if LABELS == LABELS_OFFSET:
-                if on_diagonal:
+                if HAS_SIGN:
+                    sign = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -1.0, 1.0)
+                    a = a * sign
+                elif on_diagonal:
                     a = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -a, a)
             if LABELS == LABELS_IDS:
                 text_ids = tl.load(text_ids_ptr + offs_n, mask=mask_n, other=0)
@@ -118,8 +128,8 @@ def _sigmoid_block_kernel(
                 a = tl.where(same & (sign > 0), float("-inf"), a * sign)
             if (start_m + BLOCK_M > M) | (start_n + QUARTER > N):
                 # Out of range: softplus and sigmoid of -inf are 0.
-                # Soft targets need softplus(-a) too: a must be finite, and the weight of 0 removes the term.
-                a = tl.where(mask_m[:, None] & mask_n[None, :], a, -1e4 if SOFT_TARGETS else float("-inf"))
+                # With a rest softplus(-a) counts too: a must be finite, and the weight of 0 removes the term.
+                a = tl.where(mask_m[:, None] & mask_n[None, :], a, -1e4 if HAS_REST else float("-inf"))
 
             # Folding log2(e) into scale and bias would save this product, but their rounding is the same for every
             # pair: at z = -10 it shifts σ by 5e-7.
@@ -129,13 +139,20 @@ def _sigmoid_block_kernel(
                 softplus = tl.maximum(a, 0.0) + _log1p(e)
                 if image_masses_ptr is not None:
                     text_masses = tl.load(text_masses_ptr + offs_n, mask=mask_n, other=0.0)
-                    mass = tl.where(sign < 0, image_masses[:, None] + text_masses[None, :], 1.0)
-                    if SOFT_TARGETS:
-                        # mass · softplus(a) + (1 - mass) · softplus(-a)
-                        opposite = tl.maximum(tl.where(sign < 0, -a, 0.0), 0.0)
-                        softplus = mass * tl.maximum(a, 0.0) + (1.0 - mass) * opposite + _log1p(e)
-                    else:
-                        softplus = softplus * mass
+                    f = tl.where(sign < 0, image_masses[:, None] + text_masses[None, :], 1.0)
+                if positive_weight is not None:
+                    f, rest = _balanced(f, sign < 0, positive_weight, label_smoothing, SOFT_TARGETS)
+                    if LABELS == LABELS_IGNORE:
+                        rest = tl.where(same & (sign > 0), 0.0, rest)
+                    # Where a is -inf and has no rest, 0 · inf would be NaN.
+                    opposite = tl.where(rest != 0, tl.maximum(-a, 0.0), 0.0)
+                    softplus = f * tl.maximum(a, 0.0) + rest * opposite + (f + rest) * _log1p(e)
+                elif SOFT_TARGETS:
+                    opposite = tl.maximum(tl.where(sign < 0, -a, 0.0), 0.0)
+                    softplus = f * tl.maximum(a, 0.0) + (1.0 - f) * opposite + _log1p(e)
+                    rest = 1.0 - f
+                else:
+                    softplus = softplus * f
                 sum_loss += _lane_sums(softplus * text_weights[None, :], BLOCK_M, QUARTER, LANES)
             else:
                 # Σ log1p(e) = log1p(p), where p accumulates Π(1 + e) - 1 without forming 1 + e.
@@ -150,10 +167,10 @@ def _sigmoid_block_kernel(
                     valid = valid & (image_weights != 0)[:, None] & (text_weights != 0)[None, :]
                 if LABELS == LABELS_IGNORE:
                     valid = valid & ((sign < 0) | (image_ids[:, None] != text_ids[None, :]))
-                if LABELS >= LABELS_IDS:
+                if HAS_SIGN:
                     positives = _update_stats(positives, z, valid & (sign < 0), BLOCK_M, QUARTER, LANES)
                     valid = valid & (sign > 0)
-                if LABELS == LABELS_OFFSET:
+                elif LABELS == LABELS_OFFSET:
                     diagonal = (offs_m + positive_offset)[:, None] == offs_n[None, :]
                     positives = _update_stats(positives, z, valid & diagonal, BLOCK_M, QUARTER, LANES)
                     valid = valid & ~diagonal
@@ -163,17 +180,16 @@ def _sigmoid_block_kernel(
                 # σ(|a|) = 1 / (1 + e) and σ(-|a|) = e / (1 + e). rsqrt squared is the shortest reciprocal.
                 root = tl.rsqrt(1.0 + e)
                 g = tl.where(a >= 0, 1.0, e) * (root * root)
-                if image_masses_ptr is not None:
-                    g = g * mass
-                if SOFT_TARGETS:
-                    g = g - (1.0 - mass) * (tl.where(a >= 0, e, 1.0) * (root * root))
+                g = g * f
+                if HAS_REST:
+                    g = g - rest * (tl.where(a >= 0, e, 1.0) * (root * root))
                 if HAS_WEIGHTS:
                     g = g * (image_weights[:, None] * text_weights[None, :])
-                if LABELS == LABELS_OFFSET:
+                if HAS_SIGN:
+                    g = g * sign
+                elif LABELS == LABELS_OFFSET:
                     if on_diagonal:
                         g = tl.where((offs_m + positive_offset)[:, None] == offs_n[None, :], -g, g)
-                if LABELS >= LABELS_IDS:
-                    g = g * sign
                 sum_dzu += _lane_sums(g * u, BLOCK_M, QUARTER, LANES)
                 sum_dz += _lane_sums(g, BLOCK_M, QUARTER, LANES)
                 if WRITE_DZ:
@@ -261,6 +277,17 @@ def _log1p(p):
     # The correction is at most 2^-24 of w: an approximate 1 / w is enough, and the epilogue already has this one.
     root = tl.rsqrt(w)
     return tl.log(w) + (p - (w - 1.0)) * (root * root)
+
+
+@triton.jit
+def _balanced(mass, positive, positive_weight, label_smoothing, SOFT_TARGETS: tl.constexpr):
+    """(f, rest) of pairs with a balance. No difference here cancels, however small label_smoothing is."""
+    kept = 1.0 - label_smoothing
+    f, rest = kept * mass, label_smoothing * mass
+    if SOFT_TARGETS:
+        f, rest = f + label_smoothing * (1.0 - mass), rest + kept * (1.0 - mass)
+    f = tl.where(positive, positive_weight * f, kept)
+    return f, tl.where(positive, rest, positive_weight * label_smoothing)
 
 
 @triton.jit

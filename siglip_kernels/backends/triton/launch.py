@@ -47,7 +47,8 @@ def variant_of(arch: str, task: BlockTask, config: Config | None = None) -> Vari
     pairs = task.pairs
     allow_tf32 = dtype is torch.float32 and allows_tf32()
     labels, masses = _labels(pairs, M, N), pairs.multi_positive or "none"
-    uses = labels, pairs.has_weights, task.loss_only, task.dz is not None, masses, task.stats is not None
+    outputs = task.loss_only, task.dz is not None, task.stats is not None
+    uses = labels, pairs.has_weights, *outputs, masses, pairs.has_balance
     return _variant(arch, config, M, N, D, dtype, allow_tf32, *uses)
 
 
@@ -64,13 +65,14 @@ def _variant(
     has_weights: bool,
     loss_only: bool,
     write_dz: bool,
-    masses: str,
     stats: bool,
+    masses: str,
+    balance: bool,
 ) -> Variant:
     if config is None:
-        config = configs.choose(arch, M, N, D, dtype, labels, masses, stats)
+        config = configs.choose(arch, M, N, D, dtype, labels, masses, stats, balance)
     else:
-        config = configs.fitted(config, labels, masses, stats)
+        config = configs.fitted(config, labels, masses, stats, balance)
     return Variant(
         arch,
         dtype,
@@ -83,6 +85,7 @@ def _variant(
         write_dz=write_dz,
         masses=masses,
         stats=stats,
+        balance=balance,
     )
 
 
@@ -141,6 +144,8 @@ def _arguments(
         "stride_yn": task.y.stride(0),
         "stride_dzm": 0 if dz is None else dz.stride(0),
         "positive_offset": pairs.offset_within(M, N),
+        "positive_weight": pairs.positive_weight if variant.balance else None,
+        "label_smoothing": pairs.label_smoothing if variant.balance else None,
         **_constants(variant),
     }
 
@@ -193,6 +198,7 @@ def _pairs_of(variant: Variant, M: int, N: int) -> PairSpec:
         multi_positive=variant.masses if has_masses else None,
         image_masses=vector(has_masses, M, torch.float32),
         text_masses=vector(has_masses, N, torch.float32),
+        positive_weight=2.0 if variant.balance else 1.0,
     )
 
 
