@@ -138,6 +138,13 @@ KERNEL = [
         ("same_id && !on_diagonal;", "same_id;"),
         ("rows_.weights[thread_row(i)] * columns_.weights", "columns_.weights"),
         ("rows_.masses[thread_row(i)] + ", ""),
+        ("label = !is_positive ? 0.0f : ", "label = "),
+        ("fmaf(1 - 2 * params_.label_smoothing, label", "fmaf(1 - params_.label_smoothing, label"),
+        (
+            "toward = params_.positive_weight * target, away = 1 - target",
+            "toward = target, away = params_.positive_weight * (1 - target)",
+        ),
+        ("counts = counted >> i & 1 ? factor : 0.0f", "counts = factor"),
         ("return mask & counted;", "return mask;"),
         ("return i / 4 * 2 + i % 2;", "return i / 4 * 2;"),
         ("columns_.load(k, column + accumulator_column(lane_, k / 2 * 4 + k % 2)", "columns_.load(k, column + k % 2"),
