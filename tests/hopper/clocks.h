@@ -10,99 +10,87 @@
 #include <cstdint>
 #include <vector>
 
+#include "machine.h"
+
 namespace hopper {
 
 constexpr uint32_t kMaxWarps = 16, kMaxMbarriers = 24;
-// Actors, in this order. The first three kinds can read shared memory.
-enum class Kind : uint32_t { kWarp, kWgmmaGroups, kBulkGroups, kMbarrier };
+// Actors, in this order. The first three kinds can read shared memory; all but the first are of the async proxy.
+enum Kind : uint32_t { kWarp, kWgmmaGroups, kBulkGroups, kMbarrier };
+constexpr const char* kReaderNames[] = {"load of another warp", "wgmma that reads here", "bulk copy that reads here"};
 constexpr uint32_t kReaders = 3 * kMaxWarps, kActors = kReaders + kMaxMbarriers;
 
-inline uint32_t actor(Kind kind, uint32_t index) { return uint32_t(kind) * kMaxWarps + index; }
-
-using Clock = std::array<uint32_t, kActors>;
-
-inline void join(Clock& into, const Clock& from) {
-  for (uint32_t i = 0; i < kActors; ++i) into[i] = std::max(into[i], from[i]);
-}
+inline uint32_t actor(Kind kind, uint32_t index) { return kind * kMaxWarps + index; }
+inline bool is_async(uint32_t actor) { return actor >= kMaxWarps; }
 
 // What an actor knows to have happened, and what of that a fence.proxy.async has shown to the async proxy.
 struct Knowledge {
-  Clock happened{}, proxied{};
+  uint32_t happened[kActors]{}, proxied[kActors]{};  // ticks
 
   void join(const Knowledge& other) {
-    hopper::join(happened, other.happened);
-    hopper::join(proxied, other.proxied);
+    for (uint32_t i = 0; i < kActors; ++i) {
+      happened[i] = std::max(happened[i], other.happened[i]);
+      proxied[i] = std::max(proxied[i], other.proxied[i]);
+    }
   }
 };
 
 // An access to shared memory: by whom, at which tick of its clock, knowing what.
 struct Access {
+  const char* what;  // for messages
   const Knowledge& knowledge;
   uint32_t actor, tick;
-  bool async;  // by the async proxy
 };
 
-// The last accesses to shared memory: writes by 4-byte word, reads by 16-byte chunk.
+// The last accesses to shared memory: writes by 4-byte word, reads by 16-byte chunk. They fail where there is a race.
 class Shadow {
  public:
-  explicit Shadow(uint32_t bytes) : writes_((bytes + 3) / 4), reads_((bytes + 15) / 16) {}
+  explicit Shadow(uint32_t bytes) : writes_(bytes / 4), reads_(bytes / 16) {}
 
-  // Record the access; nullptr, or which rule it breaks.
-  const char* read(uint32_t begin, uint32_t bytes, const Access& access) {
-    for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word)
-      if (const char* problem = check_written(writes_[word], access)) return problem;
-    for (uint32_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk)
-      reads_[chunk][access.actor] = access.tick;
-    return nullptr;
+  void read(uint32_t begin, uint32_t bytes, const Access& access) {
+    for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word) {
+      check_written(writes_[word], access);
+      reads_[word / 4][access.actor] = access.tick;
+    }
   }
 
-  const char* write(uint32_t begin, uint32_t bytes, const Access& access) {
+  void write(uint32_t begin, uint32_t bytes, const Access& access) {
     for (uint32_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk)
-      if (const char* problem = check_read(reads_[chunk], access)) return problem;
-    for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word) {
-      if (writes_[word].tick)
-        if (const char* problem = check_written(writes_[word], access)) return problem;
-      writes_[word] = {uint16_t(access.actor), access.async, access.tick};
-    }
-    return nullptr;
+      for (uint32_t i = 0; i < kReaders; ++i)
+        if (reads_[chunk][i] > access.knowledge.happened[i])
+          fail("%s: a race with a %s", access.what, kReaderNames[i / kMaxWarps]);
+    for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word)
+      if (writes_[word].tick) check_written(writes_[word], access);
+    own(begin, bytes, access.actor, access.tick);
   }
 
   // As `write`, without a check: for what nobody may touch while it is there.
   void own(uint32_t begin, uint32_t bytes, uint32_t owner, uint32_t tick) {
-    for (uint32_t word = begin / 4; word < (begin + bytes) / 4; ++word) writes_[word] = {uint16_t(owner), false, tick};
+    for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word) writes_[word] = {owner, tick};
   }
 
   // Whether an ordinary store of another warp was the last here.
   bool written_by_other_warp(uint32_t begin, const Access& access) const {
     const Write& write = writes_[begin / 4];
-    return write.tick && !write.async && write.actor != access.actor && write.actor < kMaxWarps;
+    return write.tick && !is_async(write.actor) && write.actor != access.actor;
   }
 
  private:
   struct Write {
-    uint16_t actor = 0;
-    bool async = false;
-    uint32_t tick = 0;  // 0: never written
+    uint32_t actor = 0, tick = 0;  // tick 0: never written
   };
 
-  const char* check_written(const Write& write, const Access& access) const {
-    if (!write.tick) return "shared memory that nobody has written";
-    if (write.tick == UINT32_MAX) return "shared memory that holds an mbarrier";
-    if (write.tick > access.knowledge.happened[write.actor])
-      return write.async ? "a race with a bulk copy that writes here" : "a race with a store of another warp";
-    if (access.async && !write.async && write.tick > access.knowledge.proxied[write.actor])
-      return "an ordinary store without fence.proxy.async before the async proxy";
-    return nullptr;
+  void check_written(const Write& write, const Access& access) const {
+    const auto& [happened, proxied] = access.knowledge;
+    if (!write.tick) fail("%s: shared memory that nobody has written", access.what);
+    if (write.tick == UINT32_MAX) fail("%s: shared memory that holds an mbarrier", access.what);
+    if (write.tick > happened[write.actor])
+      fail("%s: a race with a %s", access.what,
+           is_async(write.actor) ? "bulk copy that writes here" : "store of another warp");
+    if (is_async(access.actor) && !is_async(write.actor) && write.tick > proxied[write.actor])
+      fail("%s: an ordinary store without fence.proxy.async before the async proxy", access.what);
   }
 
-  const char* check_read(const std::array<uint32_t, kReaders>& reads, const Access& access) const {
-    for (uint32_t i = 0; i < kReaders; ++i)
-      if (reads[i] > access.knowledge.happened[i]) return kReaderRaces[i / kMaxWarps];
-    return nullptr;
-  }
-
-  static constexpr const char* kReaderRaces[] = {"a race with a load of another warp", "a race with a wgmma that reads here",
-                                                 "a race with a bulk copy that reads here"};
   std::vector<Write> writes_;
   std::vector<std::array<uint32_t, kReaders>> reads_;
 };

@@ -50,7 +50,7 @@ class Settings:
 
 
 class _Kernel(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char_p), ("body", ctypes.c_void_p), ("threads", ctypes.c_uint32))
+    _fields_ = (("name", ctypes.c_char_p), ("body", ctypes.c_void_p))
 
 
 def compile_library(name: str, files: Mapping[str, str], flags: Sequence[str], includes: Sequence[Path] = ()) -> Path:

@@ -1,4 +1,5 @@
-// Ordinary loads and stores, the addresses of the shared window, and the fence between the proxies.
+// Loads and stores, the fence between the proxies, and bulk copies of boxes by the TMA unit. Each copy happens at some
+// moment between its issue and the wait that guarantees it.
 
 #include <cstring>
 
@@ -7,10 +8,62 @@
 namespace hopper {
 namespace {
 
+constexpr uint32_t kPieceBytes = 16;
+
+void check_global(uint64_t address, uint64_t bytes, const char* what) {
+  bool inside = machine.global.empty();
+  for (const auto& [begin, end] : machine.global) inside |= begin <= address && address + bytes <= end;
+  if (!inside) fail("%s: %u bytes of global memory out of bounds", what, uint32_t(bytes));
+}
+
 void* global(uint64_t address, uint32_t bytes, const char* what) {
   if (address % bytes) fail("%s: the address is not a multiple of %u", what, bytes);
   check_global(address, bytes, what);
   return reinterpret_cast<void*>(address);
+}
+
+// An ordinary store of these lanes of the running warp.
+void store_shared(uint32_t address, const void* value, uint32_t bytes, uint32_t lanes, const char* what) {
+  Warp& warp = *self->warp;
+  uint8_t* const memory = shared_bytes(address, bytes, bytes, what);
+  const Access access = warp.access(what);
+  // Warps may store the same value to the same place; Triton does.
+  if (cta->shadow.written_by_other_warp(address, access) && std::memcmp(memory, value, bytes) == 0)
+    cta->shadow.own(address, bytes, access.actor, access.tick);
+  else
+    cta->shadow.write(address, bytes, access);
+  std::memcpy(memory, value, bytes);
+  warp.proxy_fenced &= ~lanes;
+}
+
+const TensorMap& tensor_map_at(const void* address) {
+  const TensorMap& map = *static_cast<const TensorMap*>(address);
+  if (reinterpret_cast<uint64_t>(address) % 64 || map.magic != kTensorMapMagic) fail("TMA: that is no tensor map");
+  return map;
+}
+
+// The map of a copy whose box in shared memory begins there: where its swizzle's pattern of eight rows does.
+const TensorMap& checked_map(const void* tensor_map, uint32_t shared, const char* what) {
+  const TensorMap& map = tensor_map_at(tensor_map);
+  shared_bytes(shared, map.box_bytes(), map.swizzle == 16 ? 128 : 8 * map.swizzle, what);
+  return map;
+}
+
+// Copies what of a box is inside the tensor, 16 bytes at a time. A load fills the rest with zeros; a store stores a row's
+// last 16 bytes whole, beyond the tensor's last column.
+void copy_box(const TensorMap& map, int32_t column, int32_t row, uint32_t address, bool is_load) {
+  for (uint32_t at = 0; at < map.box_bytes(); at += kPieceBytes) {
+    const int64_t r = row + int64_t(at / map.box_row_bytes()), begin = int64_t(column) * 2 + at % map.box_row_bytes();
+    const int64_t rest = map.columns * 2 - begin;  // of the row
+    uint8_t* const shared = cta->shared + swizzle(address + at, map.swizzle);
+    if (is_load) std::memset(shared, 0, kPieceBytes);
+    if (r < 0 || r >= int64_t(map.rows) || begin < 0 || rest <= 0) continue;
+    const uint64_t global = map.address + r * map.row_bytes + begin;
+    const size_t bytes = is_load ? std::min<int64_t>(kPieceBytes, rest) : kPieceBytes;
+    check_global(global, bytes, is_load ? "TMA load" : "TMA store");
+    void* const memory = reinterpret_cast<void*>(global);
+    std::memcpy(is_load ? shared : memory, is_load ? memory : shared, bytes);
+  }
 }
 
 }  // namespace
@@ -20,12 +73,6 @@ uint8_t* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment, cons
   if (address < cta->shared_begin || address + bytes > cta->shared_end)
     fail("%s: shared bytes %u to %u of %u to %u", what, address, address + bytes, cta->shared_begin, cta->shared_end);
   return cta->shared + address;
-}
-
-void check_global(uint64_t address, uint64_t bytes, const char* what) {
-  bool inside = machine.global.empty();
-  for (const auto& [begin, end] : machine.global) inside |= begin <= address && address + bytes <= end;
-  if (!inside) fail("%s: %u bytes of global memory out of bounds", what, uint32_t(bytes));
 }
 
 uint32_t dynamic_shared() { return cta->shared_begin; }
@@ -39,26 +86,30 @@ uint32_t cvta_to_shared(uint64_t address) {
 void ld_shared(uint32_t address, void* value, uint32_t bytes) {
   yield();
   std::memcpy(value, shared_bytes(address, bytes, bytes, "ld.shared"), bytes);
-  const Access access = self->warp->access(Kind::kWarp, self->warp->tick(Kind::kWarp));
-  if (const char* problem = cta->shadow.read(address, bytes, access)) fail("ld.shared: %s", problem);
+  cta->shadow.read(address, bytes, self->warp->access("ld.shared"));
 }
 
 void st_shared(uint32_t address, const void* value, uint32_t bytes) {
   yield();
-  store_shared(*self->warp, address, value, bytes, 1u << self->lane, "st.shared");
+  store_shared(address, value, bytes, 1u << self->lane, "st.shared");
 }
 
-void store_shared(Warp& warp, uint32_t address, const void* value, uint32_t bytes, uint32_t lanes, const char* what) {
-  uint8_t* const memory = shared_bytes(address, bytes, bytes, what);
-  Shadow& shadow = cta->shadow;
-  const Access access = warp.access(Kind::kWarp, warp.tick(Kind::kWarp));
-  // Warps may store the same value to the same place; Triton does.
-  if (shadow.written_by_other_warp(address, access) && std::memcmp(memory, value, bytes) == 0)
-    shadow.own(address, bytes, access.actor, access.tick);
-  else if (const char* problem = shadow.write(address, bytes, access))
-    fail("%s: %s", what, problem);
-  std::memcpy(memory, value, bytes);
-  warp.proxy_fenced &= ~lanes;
+// Lane l passes the address of row l % 8 of matrix l / 8, and of each matrix row l / 4, columns l % 4 · 2 and the next.
+void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]) {
+  const Operands own = {address, values[0], values[1], values[2], values[3]};
+  converge("stmatrix", kEveryLane, true, own, [](const Lanes& lanes) {
+    for (uint32_t matrix = 0; matrix < 4; ++matrix) {
+      uint32_t banks = 0;
+      for (uint32_t row = 0; row < 8; ++row) {
+        const uint32_t at = uint32_t(lanes[8 * matrix + row][0]);
+        uint32_t words[4];
+        for (uint32_t i = 0; i < 4; ++i) words[i] = uint32_t(lanes[4 * row + i][1 + matrix]);
+        store_shared(at, words, sizeof words, kEveryLane, "stmatrix");
+        machine.stmatrix_conflicts += banks >> (at / 16 % 8) & 1;
+        banks |= 1u << (at / 16 % 8);
+      }
+    }
+  });
 }
 
 void ld_global(uint64_t address, void* value, uint32_t bytes) {
@@ -72,11 +123,51 @@ void st_global(uint64_t address, const void* value, uint32_t bytes) {
 void fence_proxy_async() {
   yield();
   Warp& warp = *self->warp;
-  uint32_t& own = warp.knowledge.proxied[warp.actor(Kind::kWarp)];
-  const uint32_t shown = own;
   warp.proxy_fenced |= 1u << self->lane;
-  join(warp.knowledge.proxied, warp.knowledge.happened);
-  if ((warp.proxy_fenced | warp.exited) != kEveryLane) own = shown;
+  const bool all_lanes = (warp.proxy_fenced | warp.exited) == kEveryLane;
+  for (uint32_t i = 0; i < kActors; ++i)
+    if (all_lanes || i != actor(kWarp, warp.index)) warp.knowledge.proxied[i] = warp.knowledge.happened[i];
 }
+
+void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t address) {
+  yield();
+  const TensorMap& map = checked_map(tensor_map, destination, "TMA load");
+  Mbarrier& mbarrier = find_mbarrier(address, "TMA load");
+  if (machine.strict_mbarriers && !mbarrier.published) fail("TMA load: no fence.mbarrier_init after mbarrier.init");
+  const uint32_t phase = mbarrier.completed + 1;
+  cta->shadow.write(destination, map.box_bytes(), {"TMA load", self->warp->knowledge, mbarrier.actor, phase});
+  cta->in_flight.push_back({mbarrier.actor, phase, [=, &map, &mbarrier] {
+    if (!cta->live_threads) fail("a bulk copy into a CTA that has exited");
+    copy_box(map, column, row, destination, true);
+    complete_bytes(mbarrier, phase, map.box_bytes());
+  }});
+}
+
+void tma_store_2d(const void* tensor_map, int32_t column, int32_t row, uint32_t source) {
+  yield();
+  Warp& warp = *self->warp;
+  const TensorMap& map = checked_map(tensor_map, source, "TMA store");
+  if (warp.bulk_lane != kWarpLanes && warp.bulk_lane != self->lane) fail("TMA store: two lanes of a warp store");
+  warp.bulk_lane = self->lane;
+  warp.bulk_issued = warp.bulk_committed + 1;
+  const Access access{"TMA store", warp.knowledge, actor(kBulkGroups, warp.index), warp.bulk_issued};
+  cta->shadow.read(source, map.box_bytes(), access);
+  cta->in_flight.push_back({access.actor, access.tick, [=, &map] { copy_box(map, column, row, source, false); }});
+}
+
+// Bulk groups belong to a thread: a lane that stores nothing has none.
+void bulk_commit_group() {
+  yield();
+  if (self->warp->bulk_lane == self->lane) self->warp->bulk_committed = self->warp->bulk_issued;
+}
+
+void bulk_wait_group(uint32_t pending) {
+  yield();
+  Warp& warp = *self->warp;
+  if (warp.bulk_lane == self->lane && warp.bulk_committed > pending)
+    finish_groups(kBulkGroups, warp.bulk_committed - pending);
+}
+
+void prefetch_tensormap(const void* tensor_map) { tensor_map_at(tensor_map); }
 
 }  // namespace hopper

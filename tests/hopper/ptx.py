@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import ChainMap, defaultdict
+from collections import ChainMap
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from tests.hopper.ptx_instructions import RULES, TYPES, split
 
 ARRAYS = {1: ("bool", "p"), 16: ("uint16_t", "h"), 32: ("uint32_t", "r"), 64: ("uint64_t", "d")}  # by width
-SPECIAL_REGISTERS = {
-    "%laneid": "tid_x() % 32",
-    **{f"%{name}.x": f"{name}_x()" for name in ("tid", "ntid", "ctaid", "nctaid")},
-    **{f"%{name}.{axis}": str(int(name[0] == "n")) for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "yz"},
-}
+SPECIAL_REGISTERS = {f"%{name}.x": f"{name}_x()" for name in ("tid", "ntid", "ctaid", "nctaid")}
 
 COMMENT = re.compile(r'"[^"\n]*"|//[^\n]*|/\*.*?\*/', re.DOTALL)  # or a string, which may look like one
 TOKEN = re.compile(
@@ -81,7 +77,7 @@ def translate(ptx: str) -> str:
             names[match[1]] = ("dynamic_shared()", 32)
         elif token.kind != "unused":
             raise token.error("unknown directive")
-    table = ", ".join(f'{{"{kernel.name}", kernel_{kernel.number}, {kernel.threads}}}' for kernel in kernels)
+    table = ", ".join(f'{{"{kernel.name}", kernel_{kernel.number}}}' for kernel in kernels)
     return "\n".join(
         [
             '#include "ptx_arithmetic.h"\n\nusing namespace hopper;\n',
@@ -124,8 +120,7 @@ class _Kernel:
     def __init__(self, header: Token, number: int, names: Names) -> None:
         if (match := ENTRY.fullmatch(header.text)) is None:
             raise header.error("unknown directive")
-        threads = re.search(r"\.(?:max|req)ntid (\d+)", match[3])
-        self.token, self.number, self.name, self.threads = header, number, match[1], int(threads[1]) if threads else 0
+        self.token, self.number, self.name = header, number, match[1]
         self.names = names.new_child()
         for i, text in enumerate(split(match[2] or "")):
             if (parameter := PARAMETER.fullmatch(text)) is None:
@@ -133,37 +128,19 @@ class _Kernel:
             self._define(parameter[1], f"args[{i}]", 64)
         self.sizes = dict.fromkeys(ARRAYS, 0)
         self.labels: dict[str, bool] = {}  # whether a branch names it
-        self.accumulators: dict[tuple[int, ...], str] = {}
-        self.copies: defaultdict[int, set[int]] = defaultdict(set)  # where a register is moved to
         self.may_be_wider = False  # the registers of this instruction than its types
         self.lines: list[str] = []
 
     def __str__(self) -> str:
         arrays = [(cpp, name, self.sizes[bits]) for bits, (cpp, name) in ARRAYS.items() if self.sizes[bits]]
-        tracked = self._tracked()
-        lists = {name: numbers for numbers, name in self.accumulators.items()} | (
-            {"tracked": tracked} if tracked else {}
-        )
         return "\n".join(
             [
                 f"static void kernel_{self.number}(void* const* args) {{",
                 *(f"{cpp} {name}[{size}];\npoison({name});" for cpp, name, size in arrays),
-                *(f"static const uint16_t {name}[] = {{{str(numbers)[1:-1]}}};" for name, numbers in lists.items()),
-                *([f"track_registers(r, tracked, {len(tracked)});"] if tracked else []),
                 *(line for line in self.lines if self.labels.get(line, True)),
                 "}\n",
             ]
         )
-
-    def _tracked(self) -> list[int]:
-        """Every register that may hold an accumulator."""
-        tracked = set(itertools.chain(*self.accumulators))
-        pending = list(tracked)
-        while pending:
-            new = self.copies[pending.pop()] - tracked
-            tracked |= new
-            pending += new
-        return sorted(tracked)
 
     def translate(self, block: Block) -> None:
         outer, self.names = self.names, self.names.new_child()
@@ -221,10 +198,6 @@ class _Kernel:
             code = f"{values[0]} = {TYPES[rule.operands[0][1:]].write.format(value)}"
         else:
             code = rule.code.format(*values, **rule.letters)
-        if name.startswith(("mov.", "selp.")) and code.startswith("r["):
-            target, *sources = (int(number) for number in re.findall(r"\br\[(\d+)\]", code))
-            for source in sources:
-                self.copies[source].add(target)
         if rule.has_site:
             code = f"site = {self.token.line}; {code}"
         self.lines.append(f"if ({negation}{self._named(predicate, 1)}) {{ {code}; }}" if predicate else f"{code};")
@@ -236,8 +209,8 @@ class _Kernel:
 
     def _operand(self, kind: str, operand: str) -> list[str]:
         """The operand in C++; the elements of a vector."""
-        if kind.startswith("{*"):
-            return [self._accumulators(split(operand[1:-1]), int(kind[2:-1]))]
+        if vector := re.fullmatch(r"\{(\d+)\*(.+)\}", kind):
+            return [", ".join(self._values([vector[2]] * int(vector[1]), split(operand[1:-1])))]
         if kind[0] in "{[":
             return self._values(split(kind[1:-1]), split(operand[1:-1]))
         if "|" in kind:
@@ -273,12 +246,14 @@ class _Kernel:
         cpp, bits, read, _ = TYPES[kind]
         name = operand.removeprefix("!") if kind == "pred" else operand
         if name in self.names:
-            return read.format(operand.removesuffix(name) + self._named(name, bits))
-        if (match := FLOAT.fullmatch(operand)) and (cpp == "float" or kind == "b32") and bits == 32:
-            return read.format(f"0x{match[1]}u")
-        if cpp == "float":
+            value = operand.removesuffix(name) + self._named(name, bits)
+        elif (match := FLOAT.fullmatch(operand)) and (cpp == "float" or kind == "b32") and bits == 32:
+            value = f"0x{match[1]}u"
+        elif cpp == "float":
             raise self.token.error(f"unknown operand {operand}")
-        return read.format(self._integer(operand, bits))
+        else:
+            value = self._integer(operand, bits)
+        return read.format(value)
 
     def _integer(self, text: str, bits: int) -> str:
         if INTEGER.fullmatch(text) is None or not -(1 << bits - 1) <= int(text, 0) < 1 << bits:
@@ -291,10 +266,3 @@ class _Kernel:
         if match is None or width not in (bits, 64):
             raise self.token.error(f"unknown address {operand}")
         return f"(uint{bits}_t){base}" + (f" + {self._integer(match[2], bits)}" if match[2] else "")
-
-    def _accumulators(self, operands: list[str], count: int) -> str:
-        """The list of the registers' numbers."""
-        if len(operands) != count:
-            raise self.token.error(f"not {count} accumulators")
-        numbers = tuple(int(self._register(operand, 32)[2:-1]) for operand in operands)
-        return self.accumulators.setdefault(numbers, f"accumulators_{len(self.accumulators)}")

@@ -18,13 +18,11 @@ class Type(NamedTuple):
     write: str = "{}"
 
 
-def _integer(cpp: str, bits: int) -> Type:
-    return Type(cpp, bits, f"({cpp}){{}}")
-
-
 TYPES = {
-    **{f"{kind}{bits}": _integer(f"uint{bits}_t", bits) for kind in "bu" for bits in (8, 16, 32, 64)},
-    **{f"s{bits}": _integer(f"int{bits}_t", bits) for bits in (8, 16, 32, 64)},
+    f"{kind}{bits}": Type(cpp := f"{unsigned}int{bits}_t", bits, f"({cpp}){{}}")
+    for kind, unsigned in (("b", "u"), ("u", "u"), ("s", ""))
+    for bits in (8, 16, 32, 64)
+} | {
     "f32": Type("float", 32, "f32_of({})", "bits_of({})"),
     "f32.ftz": Type("float", 32, "flush(f32_of({}))", "bits_of(flush({}))"),
     "f16": Type("float", 16, "{}", "bits_of_f16({})"),
@@ -36,13 +34,12 @@ TYPES = {
 # Operands are written as in PTX, with a type for a value, "&" and a type for a register that is set, and a state space
 # for an address. After "=" too is a register, set to the value of C++, which is a statement otherwise. T is the last
 # type of the name and D the one before it; U is T unsigned, B is T as bits if it is a float, W is twice as wide; S and
-# V are the second and the third word of the name.
+# V are the second and the third word of the name, a comparison as in C++. {N*T} is a vector, which C++ gets as one list.
 Row = tuple[str, str, str]
 ALTERNATIVES = {
     "ftz": "|.ftz",
     "int": "s16|u16|s32|u32|s64|u64",
     "narrow": "s16|u16|s32|u32",
-    "signed": "s16|s32|s64",
     "bits": "b16|b32|b64",
     "word": "b16|u16|s16|b32|u32|s32|f32|b64|u64|s64",
     "memory": "b8|u8|s8|b16|u16|s16|b32|u32|s32|f32|b64|u64|s64",
@@ -50,9 +47,10 @@ ALTERNATIVES = {
     "ordered": "eq|ne|lt|le|gt|ge",
     "unordered": "neu|leu",
     "space": "shared|global|param",
+    "vector": "|.v2|.v4",
     "cta": "shared|shared::cta",
-    "bar": "bar.sync|barrier.sync|barrier.sync.aligned",
 }
+COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "neu": "!=", "leu": "<="}
 
 # What a thread does by itself.
 ARITHMETIC: list[Row] = [
@@ -63,8 +61,7 @@ ARITHMETIC: list[Row] = [
     ("mul.wide.<narrow>", "=W, T, T", "({W}){0} * {1}"),
     ("mad.lo.<int>", "=T, U, U, U", "1u * {0} * {1} + {2}"),
     ("mad.wide.<narrow>", "=W, T, T, W", "(uint64_t)(({W}){0} * {1}) + {2}"),
-    ("div.<int>", "=T, T, T", "quotient({0}, {1})"),
-    ("neg.<signed>", "=T, U", "0u - {0}"),
+    ("div.<narrow>", "=T, T, T", "{1} ? (int64_t){0} / {1} : -1"),  # as the hardware divides by zero
     ("min.<int>", "=T, T, T", "{1} < {0} ? {1} : {0}"),
     ("max.<int>", "=T, T, T", "{0} < {1} ? {1} : {0}"),
     ("and.<pred|bits>", "=T, T, T", "{0} & {1}"),
@@ -83,9 +80,11 @@ ARITHMETIC: list[Row] = [
     ("mov.b64", "=T, {b32, b32}", "{0} | (uint64_t){1} << 32"),
     ("mov.b32", "{&b16, &b16}, T", "{0} = {2}, {1} = {2} >> 16"),
     ("mov.b64", "{&b32, &b32}, T", "{0} = {2}, {1} = {2} >> 32"),
-    ("setp.<ordered>.<int>", "=pred, T, T", "is_{S}({0}, {1})"),
-    ("setp.<eq|ne>.<bits>", "=pred, T, T", "is_{S}({0}, {1})"),
-    ("setp.<ordered|unordered><ftz>.f32", "=pred, T, T", "is_{S}({0}, {1})"),
+    ("setp.<ordered>.<int>", "=pred, T, T", "{0} {S} {1}"),
+    ("setp.<eq|ne>.<bits>", "=pred, T, T", "{0} {S} {1}"),
+    # C++'s < would raise FE_INVALID for a NaN.
+    ("setp.<ordered><ftz>.f32", "=pred, T, T", "!__builtin_isunordered({0}, {1}) && {0} {S} {1}"),
+    ("setp.<unordered><ftz>.f32", "=pred, T, T", "__builtin_isunordered({0}, {1}) || {0} {S} {1}"),
     ("cvta<|.to>.<global|param>.u64", "=T, T", "{0}"),
     ("cvt.<convertible>.<convertible>", "=D, T", "({D}){0}"),
     ("cvt.rn.f32.<convertible>", "=D, T", "(float){0}"),
@@ -112,13 +111,9 @@ ARITHMETIC: list[Row] = [
 TENSOR, TO_SHARED = "cp.async.bulk.tensor.2d", "global.mbarrier::complete_tx::bytes"
 MACHINE: list[Row] = [
     ("ld.<space>.<memory>", "&T, [S]", "load<{B}>(ld_{S}, {1}, {0})"),
-    ("ld.<space>.<memory>", "{&T}, [S]", "load<{B}>(ld_{S}, {1}, {0})"),
-    ("ld.<space>.v2.<memory>", "{&T, &T}, [S]", "load<{B}>(ld_{S}, {2}, {0}, {1})"),
-    ("ld.<space>.v4.<memory>", "{&T, &T, &T, &T}, [S]", "load<{B}>(ld_{S}, {4}, {0}, {1}, {2}, {3})"),
+    ("ld.<space><vector>.<memory>", "{N*&T}, [S]", "load<{B}>(ld_{S}, {1}, {0})"),
     ("st.<shared|global>.<memory>", "[S], B", "store<{B}>(st_{S}, {0}, {1})"),
-    ("st.<shared|global>.<memory>", "[S], {B}", "store<{B}>(st_{S}, {0}, {1})"),
-    ("st.<shared|global>.v2.<memory>", "[S], {B, B}", "store<{B}>(st_{S}, {0}, {1}, {2})"),
-    ("st.<shared|global>.v4.<memory>", "[S], {B, B, B, B}", "store<{B}>(st_{S}, {0}, {1}, {2}, {3}, {4})"),
+    ("st.<shared|global><vector>.<memory>", "[S], {N*B}", "store<{B}>(st_{S}, {0}, {1})"),
     ("cvta.shared.u64", "=T, T", "cvta_shared({0})"),
     ("cvta.to.shared.u64", "=T, T", "cvta_to_shared({0})"),
     ("fence.proxy.async<|.shared::cta>", "", "fence_proxy_async()"),
@@ -141,24 +136,22 @@ MACHINE: list[Row] = [
     ("cp.async.bulk.commit_group", "", "bulk_commit_group()"),
     ("cp.async.bulk.wait_group<|.read>", "constant", "bulk_wait_group({0})"),
     ("prefetch.tensormap", "[global]", "prefetch_tensormap(pointer({0}))"),
-    ("<bar>", "u32", "bar_sync({0}, 0)"),
-    ("<bar>", "u32, u32", "bar_sync({0}, {1})"),
+    ("bar.sync", "u32", "bar_sync({0}, 0)"),
+    ("bar.sync", "u32, u32", "bar_sync({0}, {1})"),
     ("setmaxnreg.<inc|dec>.sync.aligned.u32", "constant", "setmaxnreg_{S}({0})"),
     ("vote.sync.<any|all>.pred", "=T, T, b32", "vote_{V}({0}, {1})"),
     ("elect.sync", "&b32|&pred, b32", "{1} = elect_sync({2}, {0})"),
-    ("shfl.sync.idx.b32", "=T, T, T, T, T", "shfl_sync(Shuffle::kIdx, {0}, {1}, {2}, {3})"),
-    ("shfl.sync.bfly.b32", "=T, T, T, T, T", "shfl_sync(Shuffle::kBfly, {0}, {1}, {2}, {3})"),
+    ("shfl.sync.<idx|bfly>.b32", "=T, T, T, T, T", "shfl_{V}({0}, {1}, {2}, {3})"),
     # The emulation has only shuffles of whole warps, where every source is in range.
-    ("shfl.sync.idx.b32", "&T|&pred, T, T, T, T", "{0} = shfl_sync(Shuffle::kIdx, {2}, {3}, {4}, {5}), {1} = true"),
-    ("shfl.sync.bfly.b32", "&T|&pred, T, T, T, T", "{0} = shfl_sync(Shuffle::kBfly, {2}, {3}, {4}, {5}), {1} = true"),
-    ("stmatrix.sync.aligned.m8n8.x4.shared.b16", "[shared], {b32, b32, b32, b32}", "stmatrix({0}, {1}, {2}, {3}, {4})"),
+    ("shfl.sync.<idx|bfly>.b32", "&T|&pred, T, T, T, T", "{0} = shfl_{V}({2}, {3}, {4}, {5}), {1} = true"),
+    ("stmatrix.sync.aligned.m8n8.x4.shared.b16", "[shared], {4*b32}", "stmatrix_x4({0}, {{{1}}})"),
     ("wgmma.<fence|commit_group>.sync.aligned", "", "wgmma_{S}()"),
     ("wgmma.wait_group.sync.aligned", "constant", "wgmma_wait_group({0})"),
     *(
         (
             f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{half}.{half}",
-            f"{{*{n // 2}}}, b64, b64, pred, 1, 1, 0, 0",  # {*n}: n accumulators
-            f"wgmma(Half::{constant}, {n}, r, {{0}}, {{1}}, {{2}}, {{3}})",
+            f"{{{n // 2}*&f32}}, b64, b64, pred, 1, 1, 0, 0",
+            f"wgmma(Half::{constant}, {{1}}, {{2}}, {{3}}, {{0}})",
         )
         for half, constant in (("bf16", "kBfloat16"), ("f16", "kFloat16"))
         for n in range(8, 257, 8)
@@ -189,11 +182,12 @@ def split(text: str) -> list[str]:
 def _rule(name: str, operands: str, code: str, is_machine: bool) -> Rule:
     words = name.split(".")
     T, D, S, V = words[-1], words[-2:][0], words[:2][-1], words[:3][-1]
-    kinds = {"T": T + ".ftz" * ("ftz" in words), "B": T.replace("f", "b"), "D": D, "S": S, "V": V}
+    kinds = {"T": T + ".ftz" * ("ftz" in words), "B": T.replace("f", "b"), "D": D, "S": COMPARISONS.get(S, S), "V": V}
+    kinds["N"] = V[1:] if V in ("v2", "v4") else "1"
     if match := re.fullmatch(r"([bsu])(\d+)", T):
         kinds |= {"U": f"u{match[2]}", "W": f"{match[1]}{2 * int(match[2])}"}
     letters = {letter: TYPES[kind].cpp if kind in TYPES else kind for letter, kind in kinds.items()}
-    operands = re.sub(r"\b[TDUBWS]\b", lambda match: kinds[match[0]], operands)
+    operands = re.sub(r"\b[TDUBWSN]\b", lambda match: kinds[match[0]], operands)
     return Rule(split(operands), code, letters, is_machine or "f32" in operands)
 
 

@@ -36,20 +36,19 @@ MACHINE = {
     "prefetch.tensormap [%rd1];": "prefetch_tensormap(map rd1)",
     "bar.sync 0;": "bar_sync(0, 0)",
     "bar.sync %r1, %r2;": "bar_sync(r1, r2)",
-    "barrier.sync %r1, 128;": "bar_sync(r1, 128)",
     "setmaxnreg.inc.sync.aligned.u32 232;": "setmaxnreg_inc(232)",
     "setmaxnreg.dec.sync.aligned.u32 40;": "setmaxnreg_dec(40)",
     "vote.sync.any.pred %p1, %p2, %r1;": "p1 = vote_any(p2, r1)",
     "vote.sync.all.pred %p1, !%p2, -1;": "p1 = vote_all(!p2, 4294967295)",
     "elect.sync %r1|%p1, -1;": "p1 = elect_sync(4294967295, r1)",
-    "shfl.sync.idx.b32 %r1, %r2, 0, 31, -1;": "r1 = shfl_sync(Shuffle::kIdx, r2, 0, 31, 4294967295)",
-    "shfl.sync.bfly.b32 %f1|%p1, %f2, %r1, %r2, %r3;": "f1 = shfl_sync(Shuffle::kBfly, f2, r1, r2, r3), p1 = true",
-    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1], {%r2, %r3, %r4, %r5};": "stmatrix(r1, r2, r3, r4, r5)",
+    "shfl.sync.idx.b32 %r1, %r2, 0, 31, -1;": "r1 = shfl_idx(r2, 0, 31, 4294967295)",
+    "shfl.sync.bfly.b32 %f1|%p1, %f2, %r1, %r2, %r3;": "f1 = shfl_bfly(f2, r1, r2, r3), p1 = true",
+    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1], {%r2, %r3, %r4, %r5};": "stmatrix_x4(r1, {r2, r3, r4, r5})",
     "wgmma.fence.sync.aligned;": "wgmma_fence()",
     "wgmma.commit_group.sync.aligned;": "wgmma_commit_group()",
     "wgmma.wait_group.sync.aligned 1;": "wgmma_wait_group(1)",
     "@!%p1 wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, %rd1, %rd2, %p2, 1, 1, 0, 0;": (
-        "if (!p1) wgmma(Half::kFloat16, 8, r, accumulators_0, rd1, rd2, p2)"
+        "if (!p1) wgmma(Half::kFloat16, rd1, rd2, p2, f1, f2, f3, f4)"
     ),
 }
 
@@ -93,19 +92,18 @@ def wgmma(accumulators: Sequence[str], rest: str = "%rd1, %rd2, 1, 1, 1, 0, 0", 
     return f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{', '.join(accumulators)}}}, {rest};"
 
 
-def test_accumulators_and_their_copies() -> None:
-    largest = wgmma([f"%f{i}" for i in range(1, 129)])
-    copies = "mov.f32 %f130, %f129; mov.b32 %f129, %f1; selp.f32 %r2, %f0, %f129, %p1; add.f32 %f131, %f1, %f1;"
-    cpp = translate(kernel(copies, largest, wgmma(["%r4", "%r5", "%r6", "%r7"]), largest, "mov.b32 %r3, %r1;"))
-    first = ", ".join(str(8 + i) for i in range(1, 129))
-    assert f"accumulators_0[] = {{{first}}};" in cpp
-    assert "accumulators_1[] = {4, 5, 6, 7};" in cpp
-    assert f"tracked[] = {{2, 4, 5, 6, 7, {first}, 137, 138}};\ntrack_registers(r, tracked, 135);" in cpp
-    assert cpp.count("wgmma(Half::kBfloat16, 256, r, accumulators_0, ") == 2
+def test_accumulators() -> None:
+    largest, few = [f"%f{i}" for i in range(1, 129)], ["%r4", "%r5", "%r6", "%r7"]
+    cpp = readable(translate(kernel(wgmma(largest), wgmma(few), wgmma(largest))))
+    assert cpp.count(f"wgmma(Half::kBfloat16, rd1, rd2, 1, {', '.join(largest).replace('%', '')});") == 2
+    assert "wgmma(Half::kBfloat16, rd1, rd2, 1, r4, r5, r6, r7);" in cpp
 
 
 UNKNOWN = {
     "unknown instruction": [
+        "barrier.sync %r1, 128;",
+        "neg.s32 %r1, %r2;",
+        "div.s64 %rd1, %rd2, %rd3;",
         "frobnicate.b32 %r1, %r2;",
         "add.sat.s32 %r1, %r2, %r3;",
         "add.rm.f32 %f1, %f2, %f3;",
@@ -137,6 +135,8 @@ UNKNOWN = {
         "mov.u32 %r1, %r8;",
         "mov.u32 %r8, %r1;",
         "mov.u32 %r1, %clock;",
+        "mov.u32 %r1, %laneid;",
+        "mov.u32 %r1, %tid.y;",
         "mov.u64 %rd1, text;",
         "mov.u32 %r1, out;",
         "mov.u32 %r1, $L;",
@@ -183,9 +183,9 @@ UNKNOWN = {
         f"{TENSOR}.shared::cluster.{TO_SHARED} [%r1], [%rd1, {{%r2}}], [%r4];",
         f"{TENSOR}.shared::cluster.{TO_SHARED} [%r1], [%rd1], [%r4];",
         wgmma(["%f1", "%f2", "%f3", "%f4"], "%rd1, %rd2, 1, 1, 1"),
+        wgmma(["%f1", "%f2", "%f3", "%f4"], n=128),
     ],
     "is no register": ["mov.u32 smem, %r1;", "mov.u64 out, %rd1;", "mov.u32 %tid.x, 1;"],
-    "not 64 accumulators": [wgmma(["%f1", "%f2", "%f3", "%f4"], n=128)],
     "is there already": ["twice: twice: ret;", ".reg .b32 %r1;"],
     "unknown directive": [".local .b8 stack[8];", ".reg .b8 %q;", ".reg .b128 %q;", ".branchtargets a, b;"],
     "unknown form of a register": [".reg .b32 %q<a>;", ".reg .b32 %q %s;"],
@@ -251,4 +251,4 @@ $L__func_end0:
 """
     cpp = translate(text)
     assert "static void kernel_0(void* const* args) {\nreturn;\n}\n" in cpp
-    assert 'hopper_kernels[] = {{"k", kernel_0, 96}};' in cpp
+    assert 'hopper_kernels[] = {{"k", kernel_0}};' in cpp

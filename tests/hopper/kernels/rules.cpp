@@ -94,7 +94,7 @@ static void foreign_mask(void* const*) {
 static void shuffles(void* const* args) {
   const uint32_t lane = tid_x() % 32;
   const uint64_t out = reinterpret_cast<uint64_t>(args[0]);
-  const uint32_t got = shfl_sync(Shuffle::kBfly, lane, 5, 31, ~0u) + 100 * shfl_sync(Shuffle::kIdx, lane, 3, 31, ~0u);
+  const uint32_t got = shfl_bfly(lane, 5, 31, ~0u) + 100 * shfl_idx(lane, 3, 31, ~0u);
   st_global(out + 4 * lane, &got, 4);
 }
 
@@ -190,7 +190,7 @@ static void no_tensor_map(void* const*) {
   prefetch_tensormap(map);
 }
 
-#define KERNEL(name) {#name, name, 0}
+#define KERNEL(name) {#name, name}
 extern "C" const Kernel hopper_kernels[] = {
     KERNEL(race), KERNEL(race_of_stores), KERNEL(same_value), KERNEL(overwrite), KERNEL(barrier), KERNEL(unwritten),
     KERNEL(misaligned), KERNEL(out_of_shared), KERNEL(out_of_global), KERNEL(divergent), KERNEL(exited_lane),

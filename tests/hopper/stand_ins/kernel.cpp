@@ -14,5 +14,5 @@ void run(void* const* arguments) {
 
 }  // namespace siglip::sm90
 
-extern "C" const hopper::Kernel hopper_kernels[] = {{"siglip_sm90_block", siglip::sm90::run, SIGLIP_THREADS}};
+extern "C" const hopper::Kernel hopper_kernels[] = {{"siglip_sm90_block", siglip::sm90::run}};
 extern "C" const uint32_t hopper_kernel_count = 1;

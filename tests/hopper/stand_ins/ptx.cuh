@@ -68,18 +68,13 @@ void wgmma_wait_group() {
 template <int kCount>
 void wgmma_fence_accumulator(float (&)[kCount]) {}
 
-struct EveryIndex {
-  uint16_t values[64];
-  constexpr EveryIndex() : values() {
-    for (int i = 0; i < 64; ++i) values[i] = uint16_t(i);
-  }
-};
-
 template <class Element>
 void wgmma_m64n128k16(float (&acc)[64], uint64_t a, uint64_t b, bool accumulate) {
-  static constexpr EveryIndex kEvery;
   const auto type = Element::kIsBfloat16 ? hopper::Half::kBfloat16 : hopper::Half::kFloat16;
-  hopper::wgmma(type, 128, reinterpret_cast<uint32_t*>(acc), kEvery.values, a, b, accumulate);
+  uint32_t* accumulators[64];
+  for (int i = 0; i < 64; ++i) accumulators[i] = reinterpret_cast<uint32_t*>(&acc[i]);
+  hopper::track_registers(accumulators[0], 64);
+  hopper::wgmma(type, 128, accumulators, a, b, accumulate);
 }
 
 }  // namespace siglip::sm90
