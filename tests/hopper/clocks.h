@@ -18,6 +18,7 @@ constexpr uint32_t kMaxWarps = 16, kMaxMbarriers = 24;
 // Actors, in this order. The first three kinds can read shared memory; all but the first are of the async proxy.
 enum Kind : uint32_t { kWarp, kWgmmaGroups, kBulkGroups, kMbarrier };
 constexpr const char* kReaderNames[] = {"load of another warp", "wgmma that reads here", "bulk copy that reads here"};
+constexpr uint32_t kHoldsMbarrier = UINT32_MAX;  // the tick of a write that only mbarrier.inval may follow
 constexpr uint32_t kReaders = 3 * kMaxWarps, kActors = kReaders + kMaxMbarriers;
 
 inline uint32_t actor(Kind kind, uint32_t index) { return kind * kMaxWarps + index; }
@@ -54,19 +55,15 @@ class Shadow {
     }
   }
 
-  void write(uint32_t begin, uint32_t bytes, const Access& access) {
+  void write(uint32_t begin, uint32_t bytes, const Access& access, bool checked = true) {
     for (uint32_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk)
-      for (uint32_t i = 0; i < kReaders; ++i)
+      for (uint32_t i = 0; checked && i < kReaders; ++i)
         if (reads_[chunk][i] > access.knowledge.happened[i])
           fail("%s: a race with a %s", access.what, kReaderNames[i / kMaxWarps]);
-    for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word)
-      if (writes_[word].tick) check_written(writes_[word], access);
-    own(begin, bytes, access.actor, access.tick);
-  }
-
-  // As `write`, without a check: for what nobody may touch while it is there.
-  void own(uint32_t begin, uint32_t bytes, uint32_t owner, uint32_t tick) {
-    for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word) writes_[word] = {owner, tick};
+    for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word) {
+      if (checked && writes_[word].tick) check_written(writes_[word], access);
+      writes_[word] = {access.actor, access.tick};
+    }
   }
 
   // Whether an ordinary store of another warp was the last here.
@@ -83,7 +80,7 @@ class Shadow {
   void check_written(const Write& write, const Access& access) const {
     const auto& [happened, proxied] = access.knowledge;
     if (!write.tick) fail("%s: shared memory that nobody has written", access.what);
-    if (write.tick == UINT32_MAX) fail("%s: shared memory that holds an mbarrier", access.what);
+    if (write.tick == kHoldsMbarrier) fail("%s: shared memory that holds an mbarrier", access.what);
     if (write.tick > happened[write.actor])
       fail("%s: a race with a %s", access.what,
            is_async(write.actor) ? "bulk copy that writes here" : "store of another warp");

@@ -8,13 +8,8 @@
 
 namespace hopper {
 
-// A kernel's code: args[i] points to parameter i, as for cudaLaunchKernel.
+// A kernel's code, which a library exports as kernel_ and its name: args[i] points to parameter i, as for cudaLaunchKernel.
 using Body = void (*)(void* const* args);
-
-struct Kernel {
-  const char* name;
-  Body body;
-};
 
 // Where the running thread is in its source, for messages: a line of the PTX.
 extern uint32_t site;
@@ -61,11 +56,11 @@ struct alignas(64) TensorMap {
 };
 static_assert(sizeof(TensorMap) <= 128);
 
-void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t mbarrier);
-void tma_store_2d(const void* tensor_map, int32_t column, int32_t row, uint32_t source);
+void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int32_t row, uint32_t mbarrier);
+void tma_store_2d(uint64_t tensor_map, int32_t column, int32_t row, uint32_t source);
 void bulk_commit_group();
 void bulk_wait_group(uint32_t pending);  // with .read or without
-void prefetch_tensormap(const void* tensor_map);
+void prefetch_tensormap(uint64_t tensor_map);
 
 // ---- warps ----
 void setmaxnreg_inc(uint32_t registers);

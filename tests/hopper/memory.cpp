@@ -28,25 +28,21 @@ void store_shared(uint32_t address, const void* value, uint32_t bytes, uint32_t 
   uint8_t* const memory = shared_bytes(address, bytes, bytes, what);
   const Access access = warp.access(what);
   // Warps may store the same value to the same place; Triton does.
-  if (cta->shadow.written_by_other_warp(address, access) && std::memcmp(memory, value, bytes) == 0)
-    cta->shadow.own(address, bytes, access.actor, access.tick);
-  else
-    cta->shadow.write(address, bytes, access);
+  const bool repeats = cta->shadow.written_by_other_warp(address, access) && std::memcmp(memory, value, bytes) == 0;
+  cta->shadow.write(address, bytes, access, !repeats);
   std::memcpy(memory, value, bytes);
   warp.proxy_fenced &= ~lanes;
 }
 
-const TensorMap& tensor_map_at(const void* address) {
-  const TensorMap& map = *static_cast<const TensorMap*>(address);
-  if (reinterpret_cast<uint64_t>(address) % 64 || map.magic != kTensorMapMagic) fail("TMA: that is no tensor map");
+const TensorMap& tensor_map_at(uint64_t address) {
+  const TensorMap& map = *reinterpret_cast<const TensorMap*>(address);
+  if (address % alignof(TensorMap) || map.magic != kTensorMapMagic) fail("TMA: that is no tensor map");
   return map;
 }
 
-// The map of a copy whose box in shared memory begins there: where its swizzle's pattern of eight rows does.
-const TensorMap& checked_map(const void* tensor_map, uint32_t shared, const char* what) {
-  const TensorMap& map = tensor_map_at(tensor_map);
-  shared_bytes(shared, map.box_bytes(), map.swizzle == 16 ? 128 : 8 * map.swizzle, what);
-  return map;
+// A box begins where its swizzle's pattern of eight rows does.
+void check_box(const TensorMap& map, uint32_t address, const char* what) {
+  shared_bytes(address, map.box_bytes(), map.swizzle == 16 ? 128 : 8 * map.swizzle, what);
 }
 
 // Copies what of a box is inside the tensor, 16 bytes at a time. A load fills the rest with zeros; a store stores a row's
@@ -129,9 +125,10 @@ void fence_proxy_async() {
     if (all_lanes || i != actor(kWarp, warp.index)) warp.knowledge.proxied[i] = warp.knowledge.happened[i];
 }
 
-void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t address) {
+void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int32_t row, uint32_t address) {
   yield();
-  const TensorMap& map = checked_map(tensor_map, destination, "TMA load");
+  const TensorMap& map = tensor_map_at(tensor_map);
+  check_box(map, destination, "TMA load");
   Mbarrier& mbarrier = find_mbarrier(address, "TMA load");
   if (machine.strict_mbarriers && !mbarrier.published) fail("TMA load: no fence.mbarrier_init after mbarrier.init");
   const uint32_t phase = mbarrier.completed + 1;
@@ -143,10 +140,11 @@ void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, i
   }});
 }
 
-void tma_store_2d(const void* tensor_map, int32_t column, int32_t row, uint32_t source) {
+void tma_store_2d(uint64_t tensor_map, int32_t column, int32_t row, uint32_t source) {
   yield();
   Warp& warp = *self->warp;
-  const TensorMap& map = checked_map(tensor_map, source, "TMA store");
+  const TensorMap& map = tensor_map_at(tensor_map);
+  check_box(map, source, "TMA store");
   if (warp.bulk_lane != kWarpLanes && warp.bulk_lane != self->lane) fail("TMA store: two lanes of a warp store");
   warp.bulk_lane = self->lane;
   warp.bulk_issued = warp.bulk_committed + 1;
@@ -168,6 +166,6 @@ void bulk_wait_group(uint32_t pending) {
     finish_groups(kBulkGroups, warp.bulk_committed - pending);
 }
 
-void prefetch_tensormap(const void* tensor_map) { tensor_map_at(tensor_map); }
+void prefetch_tensormap(uint64_t tensor_map) { tensor_map_at(tensor_map); }
 
 }  // namespace hopper

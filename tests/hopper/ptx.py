@@ -16,16 +16,14 @@ from typing import NamedTuple
 from tests.hopper.ptx_instructions import RULES, TYPES, split
 
 ARRAYS = {1: ("bool", "p"), 16: ("uint16_t", "h"), 32: ("uint32_t", "r"), 64: ("uint64_t", "d")}  # by width
-SPECIAL_REGISTERS = {f"%{name}.x": f"{name}_x()" for name in ("tid", "ntid", "ctaid", "nctaid")}
-
 COMMENT = re.compile(r'"[^"\n]*"|//[^\n]*|/\*.*?\*/', re.DOTALL)  # or a string, which may look like one
 TOKEN = re.compile(
-    r"""(?P<ignored> \s+ | \.(?:version|target|address_size|file|loc)\b[^\n]* | \.section\s+\.debug\w+\s*\{[^{}]*\} )
+    r"""(?P<ignored> \s+ | \.(?:version|target|address_size|file|loc)\b[^\n]* | \.section\s+\.debug\w+\s*\{[^{}]*\}
+        | \.global\s[^;]*; | \.pragma\s+"[^"\n]*"; )
       | (?P<entry> (?:\.visible\s+)?\.entry\b[^{]*\{ )
       | (?P<open> \{ )
       | (?P<close> \} )
       | (?P<label> [\w$]+ )\s*:(?!:)
-      | (?P<unused> \.global\s[^;]*; | \.pragma\s+"[^"\n]*"; )
       | (?P<directive> \.[^;]*; )
       | (?P<instruction> [^;{}][^;]*; )""",
     re.VERBOSE,
@@ -66,26 +64,18 @@ Names = ChainMap[str, tuple[str, int]]  # what has a name, in C++ and its bits; 
 
 def translate(ptx: str) -> str:
     """The C++ translation unit of a PTX module."""
-    tokens = _tokens(ptx)
-    names: Names = ChainMap({name: (value, 32) for name, value in SPECIAL_REGISTERS.items()})
-    kernels: list[_Kernel] = []
+    tokens, cpp = _tokens(ptx), ['#include "ptx_arithmetic.h"\n\nusing namespace hopper;\n']
+    names: Names = ChainMap({f"%{name}.x": (f"{name}_x()", 32) for name in ("tid", "ntid", "ctaid", "nctaid")})
     for token in tokens:
         if token.kind == "entry":
-            kernels.append(_Kernel(token, len(kernels), names))
-            kernels[-1].translate(_parse(token, tokens))
+            kernel = _Kernel(token, names)
+            kernel.translate(_parse(token, tokens))
+            cpp.append(kernel.function())
         elif match := DYNAMIC_SHARED.fullmatch(token.text):
             names[match[1]] = ("dynamic_shared()", 32)
-        elif token.kind != "unused":
+        else:
             raise token.error("unknown directive")
-    table = ", ".join(f'{{"{kernel.name}", kernel_{kernel.number}}}' for kernel in kernels)
-    return "\n".join(
-        [
-            '#include "ptx_arithmetic.h"\n\nusing namespace hopper;\n',
-            *map(str, kernels),
-            f'extern "C" const Kernel hopper_kernels[] = {{{table}}};',
-            f'extern "C" const uint32_t hopper_kernel_count = {len(kernels)};\n',
-        ]
-    )
+    return "\n".join(cpp)
 
 
 def _tokens(ptx: str) -> Iterator[Token]:
@@ -115,13 +105,12 @@ def _shape(operands: list[str]) -> list[str]:
 
 
 class _Kernel:
-    """A kernel; its C++ as a string."""
+    """A kernel while it is translated."""
 
-    def __init__(self, header: Token, number: int, names: Names) -> None:
+    def __init__(self, header: Token, names: Names) -> None:
         if (match := ENTRY.fullmatch(header.text)) is None:
             raise header.error("unknown directive")
-        self.token, self.number, self.name = header, number, match[1]
-        self.names = names.new_child()
+        self.token, self.name, self.names = header, match[1], names.new_child()
         for i, text in enumerate(split(match[2] or "")):
             if (parameter := PARAMETER.fullmatch(text)) is None:
                 raise header.error(f"unknown form of a parameter, {text},")
@@ -131,46 +120,37 @@ class _Kernel:
         self.may_be_wider = False  # the registers of this instruction than its types
         self.lines: list[str] = []
 
-    def __str__(self) -> str:
+    def function(self) -> str:
         arrays = [(cpp, name, self.sizes[bits]) for bits, (cpp, name) in ARRAYS.items() if self.sizes[bits]]
-        return "\n".join(
-            [
-                f"static void kernel_{self.number}(void* const* args) {{",
-                *(f"{cpp} {name}[{size}];\npoison({name});" for cpp, name, size in arrays),
-                *(line for line in self.lines if self.labels.get(line, True)),
-                "}\n",
-            ]
-        )
+        registers = [f"{cpp} {name}[{size}];\npoison({name});" for cpp, name, size in arrays]
+        lines = [*registers, *(line for line in self.lines if self.labels.get(line, True))]
+        return "\n".join([f'extern "C" void kernel_{self.name}(void* const* args) {{', *lines, "}\n"])
 
     def translate(self, block: Block) -> None:
         outer, self.names = self.names, self.names.new_child()
-        for self.token in (token for token in block if isinstance(token, Token) and token.kind == "label"):
+        for self.token in (item for item in block if isinstance(item, Token) and item.kind == "label"):
             label = f"L{len(self.labels)}:;"
             self.labels[label] = False
             self._define(self.token.text, label, 0)
         for item in block:
-            if isinstance(item, Token):
-                self.token = item
-                self._statement()
-            else:
+            if not isinstance(item, Token):
                 self.translate(item)
+                continue
+            self.token = item
+            if item.kind == "label":
+                self.lines.append(self.names[item.text][0])
+            elif item.kind == "directive":
+                self._registers()
+            elif item.kind == "instruction":
+                self._instruction()
+            else:
+                raise item.error("not in a kernel")
         self.names = outer
 
     def _define(self, name: str, value: str, bits: int) -> None:
         if name in self.names.maps[0]:
             raise self.token.error(f"{name} is there already")
         self.names[name] = (value, bits)
-
-    def _statement(self) -> None:
-        match self.token.kind:
-            case "label":
-                self.lines.append(self.names[self.token.text][0])
-            case "directive":
-                self._registers()
-            case "instruction":
-                self._instruction()
-            case kind if kind != "unused":
-                raise self.token.error("not in a kernel")
 
     def _registers(self) -> None:
         if (match := REGISTERS.fullmatch(self.token.text)) is None:

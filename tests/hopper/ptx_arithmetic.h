@@ -43,8 +43,9 @@ void wgmma(Half type, uint64_t a, uint64_t b, bool accumulate, Registers&... reg
   wgmma(type, 2 * sizeof...(registers), accumulators, a, b, accumulate);
 }
 
-inline const void* pointer(uint64_t address) { return reinterpret_cast<const void*>(address); }
-inline void ld_param(uint64_t address, void* value, uint32_t bytes) { std::memcpy(value, pointer(address), bytes); }
+inline void ld_param(uint64_t address, void* value, uint32_t bytes) {
+  std::memcpy(value, reinterpret_cast<const void*>(address), bytes);
+}
 
 // ---- integers ----
 
@@ -112,7 +113,6 @@ inline float maximum(float a, float b) {
   if (a != a || b != b) return a != a ? b : a;
   return a > b || (a == b && !__builtin_signbit(a)) ? a : b;
 }
-inline float minimum(float a, float b) { return -maximum(-a, -b); }
 
 // The sum, rounded toward zero.
 inline float add_rz(float a, float b) {

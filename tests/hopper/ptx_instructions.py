@@ -32,9 +32,10 @@ TYPES = {
 
 # A row of the tables: names, operands, C++. In a name <a|b> is either, and some lists of alternatives have names.
 # Operands are written as in PTX, with a type for a value, "&" and a type for a register that is set, and a state space
-# for an address. After "=" too is a register, set to the value of C++, which is a statement otherwise. T is the last
-# type of the name and D the one before it; U is T unsigned, B is T as bits if it is a float, W is twice as wide; S and
-# V are the second and the third word of the name, a comparison as in C++. {N*T} is a vector, which C++ gets as one list.
+# for an address; {N*T} is a vector, which C++ gets as one list. After "=" too is a register, set to the value of C++,
+# which is a statement otherwise. T is the last type of the name and D the one before it; U is T unsigned, B is T as
+# bits if it is a float, W is twice and H half as wide; O, S and V are the first three words of the name, which for some
+# are operators in C++.
 Row = tuple[str, str, str]
 ALTERNATIVES = {
     "ftz": "|.ftz",
@@ -45,28 +46,24 @@ ALTERNATIVES = {
     "memory": "b8|u8|s8|b16|u16|s16|b32|u32|s32|f32|b64|u64|s64",
     "convertible": "u8|s8|u16|s16|u32|s32|u64|s64",
     "ordered": "eq|ne|lt|le|gt|ge",
-    "unordered": "neu|leu",
-    "space": "shared|global|param",
     "vector": "|.v2|.v4",
     "cta": "shared|shared::cta",
+    "wgmma": "|".join(f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32" for n in range(8, 257, 8)),
 }
-COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "neu": "!=", "leu": "<="}
+OPERATORS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^", "min": "<", "max": ">"}
+OPERATORS |= {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "neu": "!=", "leu": "<="}
 
 # What a thread does by itself.
 ARITHMETIC: list[Row] = [
-    ("add.<int>", "=T, U, U", "{0} + {1}"),
-    ("sub.<int>", "=T, U, U", "{0} - {1}"),
+    ("<add|sub>.<int>", "=T, U, U", "{0} {O} {1}"),
     ("mul.lo.<int>", "=T, U, U", "1u * {0} * {1}"),
     ("mul.hi.<narrow>", "=T, T, T", "({W}){0} * {1} >> 8 * sizeof({T})"),
     ("mul.wide.<narrow>", "=W, T, T", "({W}){0} * {1}"),
     ("mad.lo.<int>", "=T, U, U, U", "1u * {0} * {1} + {2}"),
     ("mad.wide.<narrow>", "=W, T, T, W", "(uint64_t)(({W}){0} * {1}) + {2}"),
-    ("div.<narrow>", "=T, T, T", "{1} ? (int64_t){0} / {1} : -1"),  # as the hardware divides by zero
-    ("min.<int>", "=T, T, T", "{1} < {0} ? {1} : {0}"),
-    ("max.<int>", "=T, T, T", "{0} < {1} ? {1} : {0}"),
-    ("and.<pred|bits>", "=T, T, T", "{0} & {1}"),
-    ("or.<pred|bits>", "=T, T, T", "{0} | {1}"),
-    ("xor.<pred|bits>", "=T, T, T", "{0} ^ {1}"),
+    ("div.<narrow>", "=T, T, T", "{1} ? (int64_t){0} / {1} : -1"),  # by zero as the hardware
+    ("<min|max>.<int>", "=T, T, T", "{1} {O} {0} ? {1} : {0}"),
+    ("<and|or|xor>.<pred|bits>", "=T, T, T", "{0} {O} {1}"),
     ("not.pred", "=T, T", "!{0}"),
     ("not.<bits>", "=T, T", "~{0}"),
     ("popc.b32", "=u32, T", "__builtin_popcount({0})"),
@@ -76,29 +73,25 @@ ARITHMETIC: list[Row] = [
     ("bfi.<b32|b64>", "=T, T, T, u32, u32", "insert({0}, {1}, {2}, {3})"),
     ("selp.<word>", "=B, B, B, pred", "{2} ? {0} : {1}"),
     ("mov.<pred|word>", "=B, B", "{0}"),
-    ("mov.b32", "=T, {b16, b16}", "{0} | 1u * {1} << 16"),
-    ("mov.b64", "=T, {b32, b32}", "{0} | (uint64_t){1} << 32"),
-    ("mov.b32", "{&b16, &b16}, T", "{0} = {2}, {1} = {2} >> 16"),
-    ("mov.b64", "{&b32, &b32}, T", "{0} = {2}, {1} = {2} >> 32"),
+    ("mov.<b32|b64>", "=T, {H, H}", "{0} | ({T}){1} << 4 * sizeof({T})"),
+    ("mov.<b32|b64>", "{&H, &H}, T", "{0} = {2}, {1} = {2} >> 4 * sizeof({T})"),
     ("setp.<ordered>.<int>", "=pred, T, T", "{0} {S} {1}"),
     ("setp.<eq|ne>.<bits>", "=pred, T, T", "{0} {S} {1}"),
     # C++'s < would raise FE_INVALID for a NaN.
     ("setp.<ordered><ftz>.f32", "=pred, T, T", "!__builtin_isunordered({0}, {1}) && {0} {S} {1}"),
-    ("setp.<unordered><ftz>.f32", "=pred, T, T", "__builtin_isunordered({0}, {1}) || {0} {S} {1}"),
+    ("setp.<neu|leu><ftz>.f32", "=pred, T, T", "__builtin_isunordered({0}, {1}) || {0} {S} {1}"),
     ("cvta<|.to>.<global|param>.u64", "=T, T", "{0}"),
     ("cvt.<convertible>.<convertible>", "=D, T", "({D}){0}"),
     ("cvt.rn.f32.<convertible>", "=D, T", "(float){0}"),
     ("cvt.rn.<f16|bf16>.f32", "=D, T", "{0}"),
     ("cvt.rn.f16x2.f32", "=b32, T, T", "bits_of_f16({1}) | 1u * bits_of_f16({0}) << 16"),
     ("cvt.rn.bf16x2.f32", "=b32, T, T", "bits_of_bf16({1}) | 1u * bits_of_bf16({0}) << 16"),
-    ("add<|.rn><ftz>.f32", "=T, T, T", "{0} + {1}"),
-    ("sub<|.rn><ftz>.f32", "=T, T, T", "{0} - {1}"),
-    ("mul<|.rn><ftz>.f32", "=T, T, T", "{0} * {1}"),
+    ("<add|sub|mul><|.rn><ftz>.f32", "=T, T, T", "{0} {O} {1}"),
     ("add.rz<ftz>.f32", "=T, T, T", "add_rz({0}, {1})"),
     ("fma.rn<ftz>.f32", "=T, T, T, T", "__builtin_fmaf({0}, {1}, {2})"),
     ("neg<ftz>.f32", "=T, T", "-{0}"),
     ("abs<ftz>.f32", "=T, T", "__builtin_fabsf({0})"),
-    ("min<ftz>.f32", "=T, T, T", "minimum({0}, {1})"),
+    ("min<ftz>.f32", "=T, T, T", "-maximum(-{0}, -{1})"),
     ("max<ftz>.f32", "=T, T, T", "maximum({0}, {1})"),
     ("rcp.<approx|rn><ftz>.f32", "=T, T", "1 / {0}"),
     ("rsqrt.approx<ftz>.f32", "=T, T", "(float)(1 / __builtin_sqrt({0}))"),
@@ -108,10 +101,12 @@ ARITHMETIC: list[Row] = [
 ]
 
 # What others can observe, or what can break a rule.
-TENSOR, TO_SHARED = "cp.async.bulk.tensor.2d", "global.mbarrier::complete_tx::bytes"
+TMA_LOAD = "cp.async.bulk.tensor.2d.<shared::cluster|shared::cta>.global.mbarrier::complete_tx::bytes"
+TMA_STORE = "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group"
+BOX, WGMMA = "[global, {s32, s32}]", "{N*&f32}, b64, b64, pred, 1, 1, 0, 0"
 MACHINE: list[Row] = [
-    ("ld.<space>.<memory>", "&T, [S]", "load<{B}>(ld_{S}, {1}, {0})"),
-    ("ld.<space><vector>.<memory>", "{N*&T}, [S]", "load<{B}>(ld_{S}, {1}, {0})"),
+    ("ld.<shared|global|param>.<memory>", "&T, [S]", "load<{B}>(ld_{S}, {1}, {0})"),
+    ("ld.<shared|global|param><vector>.<memory>", "{N*&T}, [S]", "load<{B}>(ld_{S}, {1}, {0})"),
     ("st.<shared|global>.<memory>", "[S], B", "store<{B}>(st_{S}, {0}, {1})"),
     ("st.<shared|global><vector>.<memory>", "[S], {N*B}", "store<{B}>(st_{S}, {0}, {1})"),
     ("cvta.shared.u64", "=T, T", "cvta_shared({0})"),
@@ -123,19 +118,11 @@ MACHINE: list[Row] = [
     ("mbarrier.arrive.<cta>.b64", "_, [shared]", "mbarrier_arrive({1})"),
     ("mbarrier.arrive.expect_tx.<cta>.b64", "_, [shared], u32", "mbarrier_arrive_expect_tx({1}, {2})"),
     ("mbarrier.try_wait.parity.<cta>.b64", "=pred, [shared], u32", "mbarrier_try_wait_parity({0}, {1})"),
-    (
-        f"{TENSOR}.<shared::cluster|shared::cta>.{TO_SHARED}",
-        "[shared], [global, {s32, s32}], [shared]",
-        "tma_load_2d({0}, pointer({1}), {2}, {3}, {4})",
-    ),
-    (
-        f"{TENSOR}.global.shared::cta.bulk_group",
-        "[global, {s32, s32}], [shared]",
-        "tma_store_2d(pointer({0}), {1}, {2}, {3})",
-    ),
+    (TMA_LOAD, f"[shared], {BOX}, [shared]", "tma_load_2d({0}, {1}, {2}, {3}, {4})"),
+    (TMA_STORE, f"{BOX}, [shared]", "tma_store_2d({0}, {1}, {2}, {3})"),
     ("cp.async.bulk.commit_group", "", "bulk_commit_group()"),
     ("cp.async.bulk.wait_group<|.read>", "constant", "bulk_wait_group({0})"),
-    ("prefetch.tensormap", "[global]", "prefetch_tensormap(pointer({0}))"),
+    ("prefetch.tensormap", "[global]", "prefetch_tensormap({0})"),
     ("bar.sync", "u32", "bar_sync({0}, 0)"),
     ("bar.sync", "u32, u32", "bar_sync({0}, {1})"),
     ("setmaxnreg.<inc|dec>.sync.aligned.u32", "constant", "setmaxnreg_{S}({0})"),
@@ -147,15 +134,8 @@ MACHINE: list[Row] = [
     ("stmatrix.sync.aligned.m8n8.x4.shared.b16", "[shared], {4*b32}", "stmatrix_x4({0}, {{{1}}})"),
     ("wgmma.<fence|commit_group>.sync.aligned", "", "wgmma_{S}()"),
     ("wgmma.wait_group.sync.aligned", "constant", "wgmma_wait_group({0})"),
-    *(
-        (
-            f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{half}.{half}",
-            f"{{{n // 2}*&f32}}, b64, b64, pred, 1, 1, 0, 0",
-            f"wgmma(Half::{constant}, {{1}}, {{2}}, {{3}}, {{0}})",
-        )
-        for half, constant in (("bf16", "kBfloat16"), ("f16", "kFloat16"))
-        for n in range(8, 257, 8)
-    ),
+    ("<wgmma>.bf16.bf16", WGMMA, "wgmma(Half::kBfloat16, {1}, {2}, {3}, {0})"),
+    ("<wgmma>.f16.f16", WGMMA, "wgmma(Half::kFloat16, {1}, {2}, {3}, {0})"),
 ]
 
 
@@ -181,13 +161,16 @@ def split(text: str) -> list[str]:
 
 def _rule(name: str, operands: str, code: str, is_machine: bool) -> Rule:
     words = name.split(".")
-    T, D, S, V = words[-1], words[-2:][0], words[:2][-1], words[:3][-1]
-    kinds = {"T": T + ".ftz" * ("ftz" in words), "B": T.replace("f", "b"), "D": D, "S": COMPARISONS.get(S, S), "V": V}
-    kinds["N"] = V[1:] if V in ("v2", "v4") else "1"
+    T, D = words[-1], words[-2:][0]
+    kinds = {"T": T + ".ftz" * ("ftz" in words), "B": T.replace("f", "b"), "D": D}
+    kinds |= {letter: OPERATORS.get(word, word) for letter, word in zip("OSV", words, strict=False)}
     if match := re.fullmatch(r"([bsu])(\d+)", T):
-        kinds |= {"U": f"u{match[2]}", "W": f"{match[1]}{2 * int(match[2])}"}
+        sign, bits = match[1], int(match[2])
+        kinds |= {"U": f"u{bits}", "W": f"{sign}{2 * bits}", "H": f"{sign}{bits // 2}"}
+    if match := re.search(r"\.v(\d)\.|\.m64n(\d+)k16\.", name):
+        kinds["N"] = match[1] or str(int(match[2]) // 2)  # of m64nNk16 a thread has N / 2
     letters = {letter: TYPES[kind].cpp if kind in TYPES else kind for letter, kind in kinds.items()}
-    operands = re.sub(r"\b[TDUBWSN]\b", lambda match: kinds[match[0]], operands)
+    operands = re.sub(r"\b[TDUBWHSN]\b", lambda match: kinds.get(match[0], "1"), operands)
     return Rule(split(operands), code, letters, is_machine or "f32" in operands)
 
 

@@ -54,7 +54,7 @@ void resume(Thread& thread) {
     thread.started = true;
     ucontext_t context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stacks + kStackBytes * thread.index;
+    context.uc_stack.ss_sp = stacks + kStackBytes * tid_x();
     context.uc_stack.ss_size = kStackBytes;
     makecontext(&context, run_thread, 0);
     setcontext(&context);
@@ -118,8 +118,7 @@ bool run_any_async() {
 void run_cta() {
   while (cta->live_threads) {
     if (machine.timing == Timing::kAtOnce)
-      while (run_any_async()) {
-      }
+      while (run_any_async()) continue;
     else if (machine.timing == Timing::kRandom && machine.chance(8))
       run_any_async();
     if (Thread* const thread = choose_thread())
@@ -127,8 +126,7 @@ void run_cta() {
     else if (!run_any_async())
       fail_deadlock();
   }
-  while (run_any_async()) {
-  }
+  while (run_any_async()) continue;
   for (const Warp& warp : cta->warps)
     if (warp.wgmma_history != cta->warps[warp.index / kWarpgroupWarps * kWarpgroupWarps].wgmma_history)
       fail("wgmma: the warps of a warpgroup differ");
@@ -143,32 +141,22 @@ void start_cta(uint32_t index, uint32_t shared_bytes, uint32_t misalignment) {
   cta->shared_end = cta->shared_begin + shared_bytes;
   const uint32_t registers = std::min(kMaxRegisters, kRegisterFile / machine.threads / 8 * 8);  // of a thread
   cta->free_registers = kRegisterFile - registers * machine.threads;
-  for (uint32_t m = 0; m < kMaxMbarriers; ++m) cta->mbarriers[m].actor = actor(kMbarrier, m);
-  for (uint32_t thread = 0; thread < machine.threads; ++thread) {
-    const uint32_t lane = thread % kWarpLanes;
-    if (lane == 0) {
-      Warp& warp = cta->warps.emplace_back();
-      warp.index = thread / kWarpLanes;
-      warp.tick(kWarp) = 1;
-      cta->priorities.push_back(&warp);
-    }
-    cta->warps.back().threads[lane] = {&cta->warps.back(), lane, thread, registers};
-  }
+  for (uint32_t w = 0; w < machine.threads / kWarpLanes; ++w)
+    cta->priorities.push_back(&cta->warps.emplace_back(w, registers));
   std::shuffle(cta->priorities.begin(), cta->priorities.end(), machine.random);
 }
 
 }  // namespace
 
 void fail(const char* format, ...) {
-  char text[1200], place[80] = "";
+  char text[1300];
+  int begun = 0;
+  if (self) begun = std::sprintf(text, "cta %u warp %u lane %u at %u: ", cta->index, self->warp->index, self->lane, site);
   va_list values;
   va_start(values, format);
-  std::vsnprintf(text, sizeof text, format, values);
+  std::vsnprintf(text + begun, sizeof text - begun, format, values);
   va_end(values);
-  if (self)
-    std::snprintf(place, sizeof place, "cta %u warp %u lane %u at %u: ", cta->index, self->warp->index, self->lane,
-                  site);
-  machine.error = std::string(place) + text;
+  machine.error = text;
   _longjmp(launch_context, 1);
 }
 
@@ -199,7 +187,7 @@ void finish_groups(Kind kind, uint32_t last) {
   warp.tick(kind) = std::max(warp.tick(kind), last);
 }
 
-uint32_t tid_x() { return self->index; }
+uint32_t tid_x() { return self->warp->index * kWarpLanes + self->lane; }
 uint32_t ntid_x() { return machine.threads; }
 uint32_t ctaid_x() { return cta->index; }
 uint32_t nctaid_x() { return machine.grid; }

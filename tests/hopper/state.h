@@ -7,6 +7,7 @@
 #include <deque>
 #include <functional>
 #include <list>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -27,7 +28,7 @@ struct Warp;
 
 struct Thread {
   Warp* warp;
-  uint32_t lane, index, registers;  // index: in the CTA
+  uint32_t lane, registers;
   bool started = false;
   jmp_buf context{};
   const char* waits_for = "";  // while it is suspended, at `waits_at`
@@ -60,7 +61,8 @@ struct Accumulators {
 };
 
 struct Warp {
-  uint32_t index, runnable = kEveryLane, exited = 0;  // masks of lanes
+  uint32_t index;
+  uint32_t runnable = kEveryLane, exited = 0;  // masks of lanes
   Thread threads[kWarpLanes];
   Knowledge knowledge;
   std::shared_ptr<Convergence> convergence;
@@ -72,6 +74,10 @@ struct Warp {
   uint32_t bulk_lane = kWarpLanes;               // the one that stores
   uint32_t proxy_fenced = 0;  // lanes that have executed fence.proxy.async since their last store
 
+  Warp(uint32_t index, uint32_t registers) : index(index) {
+    for (uint32_t lane = 0; lane < kWarpLanes; ++lane) threads[lane] = {this, lane, registers};
+    tick(kWarp) = 1;
+  }
   uint32_t& tick(Kind kind) { return knowledge.happened[actor(kind, index)]; }
   Access access(const char* what) { return {what, knowledge, actor(kWarp, index), tick(kWarp)}; }  // an ordinary one
   // Hands on what this warp knows; what it does from now on is not part of it.
@@ -89,9 +95,9 @@ struct Barrier {
   std::vector<Thread*> waiting{};
 };
 
-// The phases are its actor's ticks, and those before mbarrier.init count too. A count of 0: there is none.
+// Its phases are its actor's ticks. A count of 0: there is none.
 struct Mbarrier : Barrier {
-  uint32_t actor, address, init_actor, init_tick;
+  uint32_t actor = 0, init_actor = 0, init_tick = 0;
   bool published = false;  // by fence.mbarrier_init
   int64_t bytes = 0;       // of the phase, announced and not yet here
 };
@@ -110,7 +116,8 @@ struct Cta {
   alignas(1024) uint8_t shared[kWindowBytes];
   uint32_t shared_begin, shared_end;
   Shadow shadow{kWindowBytes};
-  std::array<Mbarrier, kMaxMbarriers> mbarriers;
+  std::map<uint32_t, Mbarrier> mbarriers;  // by address
+  uint32_t mbarrier_count = 0;             // ever made
   std::array<Barrier, 16> barriers;
   uint32_t free_registers;
   std::vector<Thread*> waiting_for_registers;
@@ -130,7 +137,6 @@ struct Machine {
   std::vector<std::pair<uint64_t, uint64_t>> global;  // from and to: what kernels may access
   uint64_t stmatrix_conflicts = 0;
   std::string error;
-
   uint32_t threads = 0, grid = 0;  // of the launch
 
   bool chance(uint32_t one_in) { return random() % one_in == 0; }

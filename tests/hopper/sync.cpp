@@ -21,12 +21,6 @@ void complete_if_done(Mbarrier& mbarrier) {
   complete(mbarrier);
 }
 
-Mbarrier* lookup(uint32_t address) {
-  for (Mbarrier& mbarrier : cta->mbarriers)
-    if (mbarrier.count && mbarrier.address == address) return &mbarrier;
-  return nullptr;
-}
-
 void arrive(uint32_t address, uint32_t bytes, const char* what) {
   yield();
   Mbarrier& mbarrier = find_mbarrier(address, what);
@@ -37,7 +31,8 @@ void arrive(uint32_t address, uint32_t bytes, const char* what) {
   complete_if_done(mbarrier);
 }
 
-void set_registers(uint32_t registers, const char* what) {
+void set_registers(uint32_t registers, bool wrong_way, const char* what) {
+  if (wrong_way) fail("%s: to %u, from %u", what, registers, self->registers);
   converge(what, kEveryLane, true);
   if (registers < 24 || registers > 256 || registers % 8) fail("%s: %u registers", what, registers);
   while (registers > self->registers + cta->free_registers) suspend(what, cta->waiting_for_registers);
@@ -57,11 +52,11 @@ uint32_t ballot(const char* name, bool predicate, uint32_t mask) {
 }  // namespace
 
 Mbarrier& find_mbarrier(uint32_t address, const char* what) {
-  Mbarrier* const mbarrier = lookup(address);
-  if (!mbarrier) fail("%s: no mbarrier at %u", what, address);
-  if (self->warp->knowledge.happened[mbarrier->init_actor] < mbarrier->init_tick)
+  Mbarrier& mbarrier = cta->mbarriers[address];
+  if (!mbarrier.count) fail("%s: no mbarrier at %u", what, address);
+  if (self->warp->knowledge.happened[mbarrier.init_actor] < mbarrier.init_tick)
     fail("%s: nothing orders it after mbarrier.init", what);
-  return *mbarrier;
+  return mbarrier;
 }
 
 void complete_bytes(Mbarrier& mbarrier, uint32_t phase, uint32_t bytes) {
@@ -74,16 +69,12 @@ void mbarrier_init(uint32_t address, uint32_t count) {
   yield();
   shared_bytes(address, kMbarrierBytes, kMbarrierBytes, "mbarrier.init");
   if (!count || count >= 1u << 20) fail("mbarrier.init: a count of %u", count);
-  if (lookup(address)) fail("mbarrier.init: there is one already");
-  for (Mbarrier& mbarrier : cta->mbarriers) {
-    if (mbarrier.count) continue;
-    const Access init = self->warp->access("mbarrier.init");
-    const uint32_t even_phase = mbarrier.completed + mbarrier.completed % 2;
-    mbarrier = {{count, count, even_phase}, mbarrier.actor, address, init.actor, init.tick};
-    cta->shadow.own(address, kMbarrierBytes, mbarrier.actor, UINT32_MAX);
-    return;
-  }
-  fail("more mbarriers than the emulation has");
+  Mbarrier& mbarrier = cta->mbarriers[address];
+  if (mbarrier.count) fail("mbarrier.init: there is one already");
+  if (cta->mbarrier_count == kMaxMbarriers) fail("more mbarriers than the emulation has");
+  const Access init = self->warp->access("mbarrier.init");
+  mbarrier = {{count, count}, actor(kMbarrier, cta->mbarrier_count++), init.actor, init.tick};
+  cta->shadow.write(address, kMbarrierBytes, {init.what, init.knowledge, mbarrier.actor, kHoldsMbarrier});
 }
 
 void mbarrier_inval(uint32_t address) {
@@ -91,13 +82,12 @@ void mbarrier_inval(uint32_t address) {
   Mbarrier& mbarrier = find_mbarrier(address, "mbarrier.inval");
   if (!mbarrier.waiting.empty() || mbarrier.bytes) fail("mbarrier.inval: it is in use");
   mbarrier.count = 0;
-  const Access access = self->warp->access("mbarrier.inval");
-  cta->shadow.own(address, kMbarrierBytes, access.actor, access.tick);
+  cta->shadow.write(address, kMbarrierBytes, self->warp->access("mbarrier.inval"), false);
 }
 
 void fence_mbarrier_init() {
   yield();
-  for (Mbarrier& mbarrier : cta->mbarriers) mbarrier.published |= mbarrier.init_actor == actor(kWarp, self->warp->index);
+  for (auto& [address, mbarrier] : cta->mbarriers) mbarrier.published |= mbarrier.init_actor == self->warp->index;
 }
 
 void mbarrier_arrive(uint32_t address) { arrive(address, 0, "mbarrier.arrive"); }
@@ -135,14 +125,8 @@ void bar_sync(uint32_t id, uint32_t threads) {
   self->warp->knowledge.join(barrier.released);
 }
 
-void setmaxnreg_dec(uint32_t registers) {
-  if (registers > self->registers) fail("setmaxnreg.dec: to %u, from %u", registers, self->registers);
-  set_registers(registers, "setmaxnreg.dec");
-}
-void setmaxnreg_inc(uint32_t registers) {
-  if (registers < self->registers) fail("setmaxnreg.inc: to %u, from %u", registers, self->registers);
-  set_registers(registers, "setmaxnreg.inc");
-}
+void setmaxnreg_dec(uint32_t registers) { set_registers(registers, registers > self->registers, "setmaxnreg.dec"); }
+void setmaxnreg_inc(uint32_t registers) { set_registers(registers, registers < self->registers, "setmaxnreg.inc"); }
 
 Lanes converge(const char* name, uint32_t mask, bool aligned, const Operands& own,
                const std::function<void(const Lanes&)>& action) {

@@ -9,23 +9,23 @@ static void load(void* const* args, const Box& box, uint32_t tile, uint32_t barr
     mbarrier_init(barrier, 1);
     fence_mbarrier_init();
     mbarrier_arrive_expect_tx(barrier, box.rows * box.columns * 2);
-    tma_load_2d(tile, args[0], box.column, box.row, barrier);
+    tma_load_2d(tile, reinterpret_cast<uint64_t>(args[0]), box.column, box.row, barrier);
   }
   bar_sync(0, 0);
   while (!mbarrier_try_wait_parity(barrier, 0)) {}
 }
-static void copy(void* const* args) {
+extern "C" void kernel_copy(void* const* args) {
   const Box& box = *static_cast<const Box*>(args[2]);
   const uint32_t tile = dynamic_shared();
   load(args, box, tile, tile + 32768);
   if (tid_x() == 0) {
-    tma_store_2d(args[1], 0, 0, tile);
+    tma_store_2d(reinterpret_cast<uint64_t>(args[1]), 0, 0, tile);
     bulk_commit_group();
     bulk_wait_group(0);
   }
 }
 // out [64, n] = tile [64, 16] · tile [n, 16]ᵀ, for every 16 columns of the box.
-static void multiply(void* const* args) {
+extern "C" void kernel_multiply(void* const* args) {
   const Box& box = *static_cast<const Box*>(args[2]);
   const uint32_t tile = dynamic_shared(), lane = tid_x() % 32, warp = tid_x() / 32;
   load(args, box, tile, tile + 32768);
@@ -48,5 +48,3 @@ static void multiply(void* const* args) {
     if (registers[128 + i] != registers[i]) fail("a copy of an accumulator in flight is not the accumulator");
   }
 }
-extern "C" const Kernel hopper_kernels[] = {{"copy", copy}, {"multiply", multiply}};
-extern "C" const uint32_t hopper_kernel_count = 2;

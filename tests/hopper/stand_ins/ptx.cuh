@@ -26,17 +26,18 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   }
 }
 
+inline uint64_t address(const TensorMap* tensor_map) { return reinterpret_cast<uint64_t>(tensor_map); }
 inline void tma_load_2d(void* dst, const TensorMap* tensor_map, int column, int row, uint64_t* barrier) {
-  hopper::tma_load_2d(smem_addr(dst), tensor_map, column, row, smem_addr(barrier));
+  hopper::tma_load_2d(smem_addr(dst), address(tensor_map), column, row, smem_addr(barrier));
 }
 inline void tma_store_2d(const TensorMap* tensor_map, int column, int row, const void* src) {
-  hopper::tma_store_2d(tensor_map, column, row, smem_addr(src));
+  hopper::tma_store_2d(address(tensor_map), column, row, smem_addr(src));
 }
 inline void tma_store_commit_group() { hopper::bulk_commit_group(); }
 inline void tma_store_wait_group_read() { hopper::bulk_wait_group(0); }
 inline void tma_store_wait_group() { hopper::bulk_wait_group(0); }
 inline void fence_proxy_async() { hopper::fence_proxy_async(); }
-inline void prefetch_tensormap(const TensorMap* tensor_map) { hopper::prefetch_tensormap(tensor_map); }
+inline void prefetch_tensormap(const TensorMap* tensor_map) { hopper::prefetch_tensormap(address(tensor_map)); }
 
 inline void named_barrier_sync(int id, int num_threads) { hopper::bar_sync(id, num_threads); }
 template <int kRegisters>
