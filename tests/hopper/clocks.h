@@ -15,31 +15,26 @@
 namespace hopper {
 
 constexpr uint32_t kMaxWarps = 16, kMaxMbarriers = 24;
-// Actors, in this order. The first three kinds can read shared memory; all but the first are of the async proxy.
-enum Kind : uint32_t { kWarp, kWgmmaGroups, kBulkGroups, kMbarrier };
+// Actors, in this order. The first three kinds can read shared memory; all but the first are of the async proxy. kShown:
+// what of a warp's stores a fence.proxy.async has shown to that proxy.
+enum Kind : uint32_t { kWarp, kWgmmaGroups, kBulkGroups, kShown, kMbarrier };
 constexpr const char* kReaderNames[] = {"load of another warp", "wgmma that reads here", "bulk copy that reads here"};
+constexpr uint32_t kReaders = 3 * kMaxWarps, kActors = kMbarrier * kMaxWarps + kMaxMbarriers + 1;
 constexpr uint32_t kHoldsMbarrier = UINT32_MAX;  // the tick of a write that only mbarrier.inval may follow
-constexpr uint32_t kReaders = 3 * kMaxWarps, kActors = kReaders + kMaxMbarriers;
 
 inline uint32_t actor(Kind kind, uint32_t index) { return kind * kMaxWarps + index; }
 inline bool is_async(uint32_t actor) { return actor >= kMaxWarps; }
 
-// What an actor knows to have happened, and what of that a fence.proxy.async has shown to the async proxy.
-struct Knowledge {
-  uint32_t happened[kActors]{}, proxied[kActors]{};  // ticks
-
-  void join(const Knowledge& other) {
-    for (uint32_t i = 0; i < kActors; ++i) {
-      happened[i] = std::max(happened[i], other.happened[i]);
-      proxied[i] = std::max(proxied[i], other.proxied[i]);
-    }
+// What an actor knows to have happened: ticks of all.
+struct Clock : std::array<uint32_t, kActors> {
+  void join(const Clock& other) {
+    for (uint32_t i = 0; i < kActors; ++i) (*this)[i] = std::max((*this)[i], other[i]);
   }
 };
 
 // An access to shared memory: by whom, at which tick of its clock, knowing what.
 struct Access {
-  const char* what;  // for messages
-  const Knowledge& knowledge;
+  const Clock& known;
   uint32_t actor, tick;
 };
 
@@ -58,8 +53,7 @@ class Shadow {
   void write(uint32_t begin, uint32_t bytes, const Access& access, bool checked = true) {
     for (uint32_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk)
       for (uint32_t i = 0; checked && i < kReaders; ++i)
-        if (reads_[chunk][i] > access.knowledge.happened[i])
-          fail("%s: a race with a %s", access.what, kReaderNames[i / kMaxWarps]);
+        if (reads_[chunk][i] > access.known[i]) fail("a race with a %s", kReaderNames[i / kMaxWarps]);
     for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word) {
       if (checked && writes_[word].tick) check_written(writes_[word], access);
       writes_[word] = {access.actor, access.tick};
@@ -78,14 +72,12 @@ class Shadow {
   };
 
   void check_written(const Write& write, const Access& access) const {
-    const auto& [happened, proxied] = access.knowledge;
-    if (!write.tick) fail("%s: shared memory that nobody has written", access.what);
-    if (write.tick == kHoldsMbarrier) fail("%s: shared memory that holds an mbarrier", access.what);
-    if (write.tick > happened[write.actor])
-      fail("%s: a race with a %s", access.what,
-           is_async(write.actor) ? "bulk copy that writes here" : "store of another warp");
-    if (is_async(access.actor) && !is_async(write.actor) && write.tick > proxied[write.actor])
-      fail("%s: an ordinary store without fence.proxy.async before the async proxy", access.what);
+    if (!write.tick) fail("shared memory that nobody has written");
+    if (write.tick == kHoldsMbarrier) fail("shared memory that holds an mbarrier");
+    if (write.tick > access.known[write.actor])
+      fail("a race with a %s", is_async(write.actor) ? "bulk copy that writes here" : "store of another warp");
+    if (is_async(access.actor) && !is_async(write.actor) && write.tick > access.known[actor(kShown, write.actor)])
+      fail("an ordinary store without fence.proxy.async before the async proxy");
   }
 
   std::vector<Write> writes_;

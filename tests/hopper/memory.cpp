@@ -23,10 +23,10 @@ void* global(uint64_t address, uint32_t bytes, const char* what) {
 }
 
 // An ordinary store of these lanes of the running warp.
-void store_shared(uint32_t address, const void* value, uint32_t bytes, uint32_t lanes, const char* what) {
+void store_shared(uint32_t address, const void* value, uint32_t bytes, uint32_t lanes) {
   Warp& warp = *self->warp;
-  uint8_t* const memory = shared_bytes(address, bytes, bytes, what);
-  const Access access = warp.access(what);
+  uint8_t* const memory = shared_bytes(address, bytes, bytes);
+  const Access access = warp.access();
   // Warps may store the same value to the same place; Triton does.
   const bool repeats = cta->shadow.written_by_other_warp(address, access) && std::memcmp(memory, value, bytes) == 0;
   cta->shadow.write(address, bytes, access, !repeats);
@@ -36,13 +36,13 @@ void store_shared(uint32_t address, const void* value, uint32_t bytes, uint32_t 
 
 const TensorMap& tensor_map_at(uint64_t address) {
   const TensorMap& map = *reinterpret_cast<const TensorMap*>(address);
-  if (address % alignof(TensorMap) || map.magic != kTensorMapMagic) fail("TMA: that is no tensor map");
+  if (address % alignof(TensorMap) || map.magic != kTensorMapMagic) fail("that is no tensor map");
   return map;
 }
 
 // A box begins where its swizzle's pattern of eight rows does.
-void check_box(const TensorMap& map, uint32_t address, const char* what) {
-  shared_bytes(address, map.box_bytes(), map.swizzle == 16 ? 128 : 8 * map.swizzle, what);
+void check_box(const TensorMap& map, uint32_t address) {
+  shared_bytes(address, map.box_bytes(), map.swizzle == 16 ? 128 : 8 * map.swizzle);
 }
 
 // Copies what of a box is inside the tensor, 16 bytes at a time. A load fills the rest with zeros; a store stores a row's
@@ -64,10 +64,10 @@ void copy_box(const TensorMap& map, int32_t column, int32_t row, uint32_t addres
 
 }  // namespace
 
-uint8_t* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) {
-  if (address % alignment) fail("%s: shared address %u is not a multiple of %u", what, address, alignment);
+uint8_t* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment) {
+  if (address % alignment) fail("shared address %u is not a multiple of %u", address, alignment);
   if (address < cta->shared_begin || address + bytes > cta->shared_end)
-    fail("%s: shared bytes %u to %u of %u to %u", what, address, address + bytes, cta->shared_begin, cta->shared_end);
+    fail("shared bytes %u to %u of %u to %u", address, address + bytes, cta->shared_begin, cta->shared_end);
   return cta->shared + address;
 }
 
@@ -80,27 +80,28 @@ uint32_t cvta_to_shared(uint64_t address) {
 }
 
 void ld_shared(uint32_t address, void* value, uint32_t bytes) {
-  yield();
-  std::memcpy(value, shared_bytes(address, bytes, bytes, "ld.shared"), bytes);
-  cta->shadow.read(address, bytes, self->warp->access("ld.shared"));
+  const Instruction now("ld.shared");
+  std::memcpy(value, shared_bytes(address, bytes, bytes), bytes);
+  cta->shadow.read(address, bytes, self->warp->access());
 }
 
 void st_shared(uint32_t address, const void* value, uint32_t bytes) {
-  yield();
-  store_shared(address, value, bytes, 1u << self->lane, "st.shared");
+  const Instruction now("st.shared");
+  store_shared(address, value, bytes, 1u << self->lane);
 }
 
 // Lane l passes the address of row l % 8 of matrix l / 8, and of each matrix row l / 4, columns l % 4 · 2 and the next.
 void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]) {
+  const Instruction now("stmatrix");
   const Operands own = {address, values[0], values[1], values[2], values[3]};
-  converge("stmatrix", kEveryLane, true, own, [](const Lanes& lanes) {
+  converge(kEveryLane, true, own, [](const Lanes& lanes) {
     for (uint32_t matrix = 0; matrix < 4; ++matrix) {
       uint32_t banks = 0;
       for (uint32_t row = 0; row < 8; ++row) {
         const uint32_t at = uint32_t(lanes[8 * matrix + row][0]);
         uint32_t words[4];
         for (uint32_t i = 0; i < 4; ++i) words[i] = uint32_t(lanes[4 * row + i][1 + matrix]);
-        store_shared(at, words, sizeof words, kEveryLane, "stmatrix");
+        store_shared(at, words, sizeof words, kEveryLane);
         machine.stmatrix_conflicts += banks >> (at / 16 % 8) & 1;
         banks |= 1u << (at / 16 % 8);
       }
@@ -117,22 +118,22 @@ void st_global(uint64_t address, const void* value, uint32_t bytes) {
 
 // Shows the async proxy what the warp knows of other warps' stores; its own too, once every lane has been here.
 void fence_proxy_async() {
-  yield();
+  const Instruction now("fence.proxy.async");
   Warp& warp = *self->warp;
   warp.proxy_fenced |= 1u << self->lane;
   const bool all_lanes = (warp.proxy_fenced | warp.exited) == kEveryLane;
-  for (uint32_t i = 0; i < kActors; ++i)
-    if (all_lanes || i != actor(kWarp, warp.index)) warp.knowledge.proxied[i] = warp.knowledge.happened[i];
+  for (uint32_t other = 0; other < kMaxWarps; ++other)
+    if (all_lanes || other != warp.index) warp.known[actor(kShown, other)] = warp.known[actor(kWarp, other)];
 }
 
 void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int32_t row, uint32_t address) {
-  yield();
+  const Instruction now("TMA load");
   const TensorMap& map = tensor_map_at(tensor_map);
-  check_box(map, destination, "TMA load");
-  Mbarrier& mbarrier = find_mbarrier(address, "TMA load");
-  if (machine.strict_mbarriers && !mbarrier.published) fail("TMA load: no fence.mbarrier_init after mbarrier.init");
+  check_box(map, destination);
+  Barrier& mbarrier = find_mbarrier(address);
+  if (machine.strict_mbarriers && !mbarrier.published) fail("no fence.mbarrier_init after mbarrier.init");
   const uint32_t phase = mbarrier.completed + 1;
-  cta->shadow.write(destination, map.box_bytes(), {"TMA load", self->warp->knowledge, mbarrier.actor, phase});
+  cta->shadow.write(destination, map.box_bytes(), {self->warp->known, mbarrier.actor, phase});
   cta->in_flight.push_back({mbarrier.actor, phase, [=, &map, &mbarrier] {
     if (!cta->live_threads) fail("a bulk copy into a CTA that has exited");
     copy_box(map, column, row, destination, true);
@@ -141,26 +142,26 @@ void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int3
 }
 
 void tma_store_2d(uint64_t tensor_map, int32_t column, int32_t row, uint32_t source) {
-  yield();
+  const Instruction now("TMA store");
   Warp& warp = *self->warp;
   const TensorMap& map = tensor_map_at(tensor_map);
-  check_box(map, source, "TMA store");
-  if (warp.bulk_lane != kWarpLanes && warp.bulk_lane != self->lane) fail("TMA store: two lanes of a warp store");
+  check_box(map, source);
+  if (warp.bulk_lane != kWarpLanes && warp.bulk_lane != self->lane) fail("two lanes of a warp store");
   warp.bulk_lane = self->lane;
   warp.bulk_issued = warp.bulk_committed + 1;
-  const Access access{"TMA store", warp.knowledge, actor(kBulkGroups, warp.index), warp.bulk_issued};
+  const Access access{warp.known, actor(kBulkGroups, warp.index), warp.bulk_issued};
   cta->shadow.read(source, map.box_bytes(), access);
   cta->in_flight.push_back({access.actor, access.tick, [=, &map] { copy_box(map, column, row, source, false); }});
 }
 
 // Bulk groups belong to a thread: a lane that stores nothing has none.
 void bulk_commit_group() {
-  yield();
+  const Instruction now("cp.async.bulk.commit_group");
   if (self->warp->bulk_lane == self->lane) self->warp->bulk_committed = self->warp->bulk_issued;
 }
 
 void bulk_wait_group(uint32_t pending) {
-  yield();
+  const Instruction now("cp.async.bulk.wait_group");
   Warp& warp = *self->warp;
   if (warp.bulk_lane == self->lane && warp.bulk_committed > pending)
     finish_groups(kBulkGroups, warp.bulk_committed - pending);

@@ -7,13 +7,12 @@ of ptx_instructions.py lack is a PtxError.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import ChainMap
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tests.hopper.ptx_instructions import RULES, TYPES, split
+from tests.hopper.ptx_instructions import RULES, TYPES
 
 ARRAYS = {1: ("bool", "p"), 16: ("uint16_t", "h"), 32: ("uint32_t", "r"), 64: ("uint64_t", "d")}  # by width
 COMMENT = re.compile(r'"[^"\n]*"|//[^\n]*|/\*.*?\*/', re.DOTALL)  # or a string, which may look like one
@@ -39,7 +38,7 @@ DYNAMIC_SHARED = re.compile(r"\.extern \.shared(?: \.align \d+)? \.b8 ([\w$]+)\[
 REGISTERS = re.compile(r"\.reg \.(?:pred|[bsuf](16|32|64)) (.*);")
 REGISTER = re.compile(r"([\w$%]+)(?:<(\d+)>)?")
 INSTRUCTION = re.compile(r"(?:@(!?)([\w$%]+) )?([a-z][\w.:]*) ?(.*);")
-ADDRESS = re.compile(r"([\w$%]+)(?: ?\+ ?(-?\w+))?")
+ADDRESS = re.compile(r"([\w$%]+)(?:\+(-?\w+))?")
 INTEGER, FLOAT = re.compile(r"-?(?:0x[0-9a-fA-F]+|0|[1-9]\d*)"), re.compile(r"0[fF]([0-9a-fA-F]{8})")
 
 
@@ -99,11 +98,6 @@ def _parse(opened: Token, tokens: Iterator[Token]) -> Block:
     raise opened.error("is not closed")
 
 
-def _shape(operands: list[str]) -> list[str]:
-    """What tells the forms of one instruction apart."""
-    return ["|" if "|" in operand else operand[:1] if operand.startswith(("{", "[")) else "" for operand in operands]
-
-
 class _Kernel:
     """A kernel while it is translated."""
 
@@ -111,8 +105,8 @@ class _Kernel:
         if (match := ENTRY.fullmatch(header.text)) is None:
             raise header.error("unknown directive")
         self.token, self.name, self.names = header, match[1], names.new_child()
-        for i, text in enumerate(split(match[2] or "")):
-            if (parameter := PARAMETER.fullmatch(text)) is None:
+        for i, text in enumerate(match[2].split(",") if match[2] else []):
+            if (parameter := PARAMETER.fullmatch(text.strip())) is None:
                 raise header.error(f"unknown form of a parameter, {text},")
             self._define(parameter[1], f"args[{i}]", 64)
         self.sizes = dict.fromkeys(ARRAYS, 0)
@@ -156,8 +150,8 @@ class _Kernel:
         if (match := REGISTERS.fullmatch(self.token.text)) is None:
             raise self.token.error("unknown directive")
         bits = int(match[1] or 1)
-        for text in split(match[2]):
-            if (register := REGISTER.fullmatch(text)) is None:
+        for text in match[2].split(","):
+            if (register := REGISTER.fullmatch(text.strip())) is None:
                 raise self.token.error("unknown form of a register")
             for name in [f"{register[1]}{i}" for i in range(int(register[2]))] if register[2] else [register[1]]:
                 self._define(name, f"{ARRAYS[bits][1]}[{self.sizes[bits]}]", bits)
@@ -167,49 +161,38 @@ class _Kernel:
         match = INSTRUCTION.fullmatch(self.token.text)
         if match is None or match[3] not in RULES:
             raise self.token.error("unknown instruction")
-        negation, predicate, name, operands = match[1], match[2], match[3], split(match[4])
-        rule = next((rule for rule in RULES[name] if _shape(rule.operands) == _shape(operands)), None)
-        if rule is None:
+        negation, predicate, name, operands = match[1], match[2], match[3], match[4].replace(" ", "")
+        for rule in RULES[name]:
+            if match := re.fullmatch(rule.form, operands):
+                break
+        else:
             raise self.token.error("unknown form of operands")
         self.may_be_wider = name.startswith(("cvt.", "ld.", "st."))
-        values = self._values(rule.operands, operands)
-        if rule.operands and rule.operands[0][0] == "=":
-            value = rule.code.format(*values[1:], **rule.letters)
-            code = f"{values[0]} = {TYPES[rule.operands[0][1:]].write.format(value)}"
-        else:
-            code = rule.code.format(*values, **rule.letters)
-        if rule.has_site:
-            code = f"site = {self.token.line}; {code}"
+        values = [self._operand(kind, operand) for kind, operand in zip(rule.kinds, match.groups(), strict=True)]
+        code = rule.code.format(*values, line=self.token.line)
         self.lines.append(f"if ({negation}{self._named(predicate, 1)}) {{ {code}; }}" if predicate else f"{code};")
 
-    def _values(self, kinds: list[str], operands: list[str]) -> list[str]:
-        if len(kinds) != len(operands):
-            raise self.token.error("unknown form of operands")
-        return list(itertools.chain(*map(self._operand, kinds, operands)))
-
-    def _operand(self, kind: str, operand: str) -> list[str]:
-        """The operand in C++; the elements of a vector."""
-        if vector := re.fullmatch(r"\{(\d+)\*(.+)\}", kind):
-            return [", ".join(self._values([vector[2]] * int(vector[1]), split(operand[1:-1])))]
-        if kind[0] in "{[":
-            return self._values(split(kind[1:-1]), split(operand[1:-1]))
-        if "|" in kind:
-            return self._values(kind.split("|"), operand.split("|"))
-        if kind[0] in "=&":
-            return [self._register(operand, TYPES[kind[1:]].bits)]
-        if kind in TYPES:
-            return [self._source(kind, operand)]
-        if kind in ("shared", "global", "param"):
-            return [self._address(operand, 32 if kind == "shared" else 64)]
-        if kind == "constant":
-            return [self._integer(operand, 32)]
+    def _operand(self, kind: str, operand: str) -> str:
+        """The operand in C++; a vector's elements with commas."""
+        if "*" in kind:
+            count, _, kind = kind.partition("*")
+            if len(elements := operand.split(",")) != int(count):
+                raise self.token.error("unknown form of operands")
+            return ", ".join(self._operand(kind, element) for element in elements)
         if kind == "label":
             label = self._named(operand, 0)
             self.labels[label] = True
-            return [label.removesuffix(":;")]
-        if kind != operand:
-            raise self.token.error(f"unknown operand {operand}")
-        return [operand]
+            return label.removesuffix(":;")
+        if kind in ("shared", "global", "param"):
+            return self._address(operand, 32 if kind == "shared" else 64)
+        if kind == "constant":
+            return self._integer(operand, 32)
+        if kind[0] in "=&":
+            register = self._named(operand, TYPES[kind[1:]].bits)
+            if not register.endswith("]") or register.startswith("args"):
+                raise self.token.error(f"{operand} is no register")
+            return register
+        return TYPES[kind].read.format(self._bits(kind, operand))
 
     def _named(self, name: str, bits: int) -> str:
         value, width = self.names.get(name, ("", -1))
@@ -217,23 +200,17 @@ class _Kernel:
             raise self.token.error(f"unknown operand {name}")
         return value
 
-    def _register(self, name: str, bits: int) -> str:
-        if not (value := self._named(name, bits)).endswith("]") or value.startswith("args"):
-            raise self.token.error(f"{name} is no register")
-        return value
-
-    def _source(self, kind: str, operand: str) -> str:
-        cpp, bits, read, _ = TYPES[kind]
+    def _bits(self, kind: str, operand: str) -> str:
+        """What the operand is before it is read as one of its kind."""
+        cpp, bits, *_ = TYPES[kind]
         name = operand.removeprefix("!") if kind == "pred" else operand
         if name in self.names:
-            value = operand.removesuffix(name) + self._named(name, bits)
-        elif (match := FLOAT.fullmatch(operand)) and (cpp == "float" or kind == "b32") and bits == 32:
-            value = f"0x{match[1]}u"
-        elif cpp == "float":
+            return operand.removesuffix(name) + self._named(name, bits)
+        if (match := FLOAT.fullmatch(operand)) and (cpp == "float" or kind == "b32") and bits == 32:
+            return f"0x{match[1]}u"
+        if cpp == "float":
             raise self.token.error(f"unknown operand {operand}")
-        else:
-            value = self._integer(operand, bits)
-        return read.format(value)
+        return self._integer(operand, bits)
 
     def _integer(self, text: str, bits: int) -> str:
         if INTEGER.fullmatch(text) is None or not -(1 << bits - 1) <= int(text, 0) < 1 << bits:

@@ -25,7 +25,9 @@ jmp_buf scheduler_context, launch_context;
 Body body;
 void* const* arguments;
 
-void exit_thread() {
+// The first function on a fiber's stack.
+void run_thread() {
+  body(arguments);
   Warp& warp = *self->warp;
   warp.runnable &= ~(1u << self->lane);
   warp.exited |= 1u << self->lane;
@@ -36,12 +38,6 @@ void exit_thread() {
   if (warp.exited == kEveryLane && warp.bulk_issued > warp.tick(kBulkGroups))
     fail("a warp exits while its bulk stores read shared memory");
   if (std::fetestexcept(FE_INVALID)) fail("arithmetic on an accumulator in flight");
-}
-
-// The first function on a fiber's stack.
-void run_thread() {
-  body(arguments);
-  exit_thread();
   _longjmp(scheduler_context, 1);
 }
 
@@ -86,21 +82,16 @@ Thread* choose_thread() {
   return &runnable[chosen]->threads[__builtin_ctz(lanes)];
 }
 
-void run_async(std::vector<Async>::iterator chosen) {
-  const Async async = std::move(*chosen);
-  cta->in_flight.erase(chosen);
-  async.run();
-}
-
 // Does any one thing that is in flight and may come now: a warp's wgmmas come in order.
 bool run_any_async() {
-  auto& in_flight = cta->in_flight;
+  std::list<Async>& in_flight = cta->in_flight;
   if (in_flight.empty()) return false;
-  auto chosen = in_flight.begin() + machine.random() % in_flight.size();
+  auto chosen = std::next(in_flight.begin(), machine.random() % in_flight.size());
   const uint32_t actor = chosen->actor;
   if (actor / kMaxWarps == kWgmmaGroups)
     chosen = std::find_if(in_flight.begin(), chosen, [&](const Async& earlier) { return earlier.actor == actor; });
-  run_async(chosen);
+  chosen->run();
+  in_flight.erase(chosen);
   return true;
 }
 
@@ -110,7 +101,7 @@ bool run_any_async() {
     if (warp->exited == kEveryLane || where.size() >= 600) continue;
     const Thread& thread = warp->threads[__builtin_ctz(~warp->exited)];
     where += "; cta " + std::to_string(cta->index) + " warp " + std::to_string(warp->index) + " lane " +
-             std::to_string(thread.lane) + " in " + thread.waits_for + " at " + std::to_string(thread.waits_at);
+             std::to_string(thread.lane) + " in " + thread.instruction + " at " + std::to_string(thread.waits_at);
   }
   fail("deadlock%s", where.c_str());
 }
@@ -151,7 +142,9 @@ void start_cta(uint32_t index, uint32_t shared_bytes, uint32_t misalignment) {
 void fail(const char* format, ...) {
   char text[1300];
   int begun = 0;
-  if (self) begun = std::sprintf(text, "cta %u warp %u lane %u at %u: ", cta->index, self->warp->index, self->lane, site);
+  if (self)
+    begun = std::sprintf(text, "cta %u warp %u lane %u at %u: %s%s", cta->index, self->warp->index, self->lane, site,
+                         self->instruction, *self->instruction ? ": " : "");
   va_list values;
   va_start(values, format);
   std::vsnprintf(text + begun, sizeof text - begun, format, values);
@@ -160,8 +153,12 @@ void fail(const char* format, ...) {
   _longjmp(launch_context, 1);
 }
 
-void suspend(const char* waits_for, std::vector<Thread*>& waiting) {
-  self->waits_for = waits_for;
+Instruction::Instruction(const char* name) {
+  self->instruction = name;
+  if (machine.chance(4)) leave();
+}
+
+void suspend(std::vector<Thread*>& waiting) {
   waiting.push_back(self);
   self->warp->runnable &= ~(1u << self->lane);
   leave();
@@ -172,18 +169,13 @@ void wake(std::vector<Thread*>& waiting) {
   waiting.clear();
 }
 
-void yield() {
-  if (machine.chance(4)) leave();
-}
-
 void finish_groups(Kind kind, uint32_t last) {
   Warp& warp = *self->warp;
-  auto& in_flight = cta->in_flight;
-  for (size_t i = 0; i < in_flight.size();)
-    if (in_flight[i].actor == actor(kind, warp.index) && in_flight[i].group <= last)
-      run_async(in_flight.begin() + i);
-    else
-      ++i;
+  cta->in_flight.remove_if([&](const Async& async) {
+    const bool is_of_them = async.actor == actor(kind, warp.index) && async.group <= last;
+    if (is_of_them) async.run();
+    return is_of_them;
+  });
   warp.tick(kind) = std::max(warp.tick(kind), last);
 }
 

@@ -31,8 +31,8 @@ struct Thread {
   uint32_t lane, registers;
   bool started = false;
   jmp_buf context{};
-  const char* waits_for = "";  // while it is suspended, at `waits_at`
-  uint32_t waits_at = 0;
+  const char* instruction = "";  // which it executes, for messages
+  uint32_t waits_at = 0;         // its site, while others run
   uint32_t refused = 0;  // the last try_wait that failed although it need not
   std::vector<std::pair<uint32_t*, uint32_t>> tracked{};  // arrays of registers that may hold accumulators
 };
@@ -64,7 +64,7 @@ struct Warp {
   uint32_t index;
   uint32_t runnable = kEveryLane, exited = 0;  // masks of lanes
   Thread threads[kWarpLanes];
-  Knowledge knowledge;
+  Clock known{};
   std::shared_ptr<Convergence> convergence;
   std::list<Accumulators> accumulators;  // in flight
   uint32_t wgmma_count = 0, wgmma_committed = 0;
@@ -78,28 +78,25 @@ struct Warp {
     for (uint32_t lane = 0; lane < kWarpLanes; ++lane) threads[lane] = {this, lane, registers};
     tick(kWarp) = 1;
   }
-  uint32_t& tick(Kind kind) { return knowledge.happened[actor(kind, index)]; }
-  Access access(const char* what) { return {what, knowledge, actor(kWarp, index), tick(kWarp)}; }  // an ordinary one
+  uint32_t& tick(Kind kind) { return known[actor(kind, index)]; }
+  Access access() { return {known, actor(kWarp, index), tick(kWarp)}; }  // an ordinary one
   // Hands on what this warp knows; what it does from now on is not part of it.
-  void release(Knowledge& into) {
-    into.join(knowledge);
+  void release(Clock& into) {
+    into.join(known);
     ++tick(kWarp);
   }
 };
 
-// Where threads wait until all have arrived that a phase needs.
+// A named barrier, or an mbarrier if it has a count: where threads wait until all have arrived that a phase needs.
 struct Barrier {
   uint32_t count = 0, pending = 0;  // arrivals of a phase, and those that it still lacks
-  uint32_t completed = 0;           // phases
-  Knowledge gathered{}, released{};
-  std::vector<Thread*> waiting{};
-};
-
-// Its phases are its actor's ticks. A count of 0: there is none.
-struct Mbarrier : Barrier {
-  uint32_t actor = 0, init_actor = 0, init_tick = 0;
+  int64_t bytes = 0;                // of the phase, announced and not yet here
+  uint32_t completed = 0;           // phases: the ticks of its actor
+  uint32_t actor = kActors - 1;     // of a named barrier, whose phases nobody asks for
+  uint32_t init_actor = 0, init_tick = 0;
   bool published = false;  // by fence.mbarrier_init
-  int64_t bytes = 0;       // of the phase, announced and not yet here
+  Clock gathered{}, released{};
+  std::vector<Thread*> waiting{};
 };
 
 // Work in flight, of an actor's group or phase.
@@ -116,12 +113,11 @@ struct Cta {
   alignas(1024) uint8_t shared[kWindowBytes];
   uint32_t shared_begin, shared_end;
   Shadow shadow{kWindowBytes};
-  std::map<uint32_t, Mbarrier> mbarriers;  // by address
-  uint32_t mbarrier_count = 0;             // ever made
-  std::array<Barrier, 16> barriers;
+  std::map<uint32_t, Barrier> barriers;  // by number, or by address
+  uint32_t mbarrier_count = 0;           // ever made
   uint32_t free_registers;
   std::vector<Thread*> waiting_for_registers;
-  std::vector<Async> in_flight;
+  std::list<Async> in_flight;
 };
 
 enum class Schedule { kRandom, kStarve, kPriority, kRoundRobin };
@@ -147,26 +143,29 @@ extern std::unique_ptr<Cta> cta;  // the running one: they run one after another
 extern Thread* self;              // the running thread; null in the scheduler
 
 // ---- scheduler.cpp ----
+// What the running thread executes, until it goes out of scope; others may run before it. Every instruction that others
+// can observe begins with one.
+struct Instruction {
+  explicit Instruction(const char* name);
+  ~Instruction() { self->instruction = ""; }
+};
 // Suspends the running thread until `wake`; `waiting`: where to note it.
-void suspend(const char* waits_for, std::vector<Thread*>& waiting);
+void suspend(std::vector<Thread*>& waiting);
 void wake(std::vector<Thread*>& waiting);
-// Lets others run now and then. Every instruction that others can observe begins with it.
-void yield();
 // Does what these groups of the running warp have in flight, which it then knows.
 void finish_groups(Kind kind, uint32_t last);
 
 // ---- memory.cpp ----
-uint8_t* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what);
+uint8_t* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment);
 // A shared address under a swizzle that repeats over `span` bytes of a row: 128, 64, 32; 16 for none.
 inline uint32_t swizzle(uint32_t address, uint32_t span) { return address ^ (((address >> 7) & (span / 16 - 1)) << 4); }
 
 // ---- sync.cpp ----
 // The mbarrier there, which the running warp must know to be initialised.
-Mbarrier& find_mbarrier(uint32_t address, const char* what);
-void complete_bytes(Mbarrier& mbarrier, uint32_t phase, uint32_t bytes);
+Barrier& find_mbarrier(uint32_t address);
+void complete_bytes(Barrier& mbarrier, uint32_t phase, uint32_t bytes);
 // Waits for the lanes of `mask`, and returns what they brought; the last of them runs `action` before the others go on.
 // `aligned`: all are at the same place.
-Lanes converge(const char* name, uint32_t mask, bool aligned, const Operands& own = {},
-               const std::function<void(const Lanes&)>& action = {});
+Lanes converge(uint32_t mask, bool aligned, const Operands& own = {}, const std::function<void(const Lanes&)>& action = {});
 
 }  // namespace hopper

@@ -5,37 +5,30 @@
 namespace hopper {
 namespace {
 
-constexpr uint32_t kMbarrierBytes = 8;
+constexpr uint32_t kMbarrierBytes = 8, kNamedBarriers = 16;
 
-void complete(Barrier& barrier) {
-  ++barrier.completed;
+void complete_if_done(Barrier& barrier) {
+  if (barrier.pending || barrier.bytes) return;
   barrier.pending = barrier.count;
+  barrier.gathered[barrier.actor] = ++barrier.completed;
   barrier.released = barrier.gathered;
   wake(barrier.waiting);
 }
 
-void complete_if_done(Mbarrier& mbarrier) {
-  if (mbarrier.pending || mbarrier.bytes) return;
-  auto& [happened, proxied] = mbarrier.gathered;
-  happened[mbarrier.actor] = proxied[mbarrier.actor] = mbarrier.completed + 1;
-  complete(mbarrier);
+void arrive(Barrier& barrier, uint32_t bytes) {
+  if (!barrier.pending) fail("more arrivals than the mbarrier's count of %u", barrier.count);
+  self->warp->release(barrier.gathered);
+  --barrier.pending;
+  barrier.bytes += bytes;
+  complete_if_done(barrier);
 }
 
-void arrive(uint32_t address, uint32_t bytes, const char* what) {
-  yield();
-  Mbarrier& mbarrier = find_mbarrier(address, what);
-  if (!mbarrier.pending) fail("%s: more arrivals than the mbarrier's count of %u", what, mbarrier.count);
-  self->warp->release(mbarrier.gathered);
-  --mbarrier.pending;
-  mbarrier.bytes += bytes;
-  complete_if_done(mbarrier);
-}
-
-void set_registers(uint32_t registers, bool wrong_way, const char* what) {
-  if (wrong_way) fail("%s: to %u, from %u", what, registers, self->registers);
-  converge(what, kEveryLane, true);
-  if (registers < 24 || registers > 256 || registers % 8) fail("%s: %u registers", what, registers);
-  while (registers > self->registers + cta->free_registers) suspend(what, cta->waiting_for_registers);
+void set_registers(const char* name, uint32_t registers, bool wrong_way) {
+  const Instruction now(name);
+  if (wrong_way) fail("to %u, from %u", registers, self->registers);
+  converge(kEveryLane, true);
+  if (registers < 24 || registers > 256 || registers % 8) fail("%u registers", registers);
+  while (registers > self->registers + cta->free_registers) suspend(cta->waiting_for_registers);
   cta->free_registers += self->registers - registers;
   self->registers = registers;
   wake(cta->waiting_for_registers);
@@ -43,7 +36,8 @@ void set_registers(uint32_t registers, bool wrong_way, const char* what) {
 
 // The lanes of `mask` whose predicate is true.
 uint32_t ballot(const char* name, bool predicate, uint32_t mask) {
-  const Lanes lanes = converge(name, mask, false, {predicate});
+  const Instruction now(name);
+  const Lanes lanes = converge(mask, false, {predicate});
   uint32_t result = 0;
   for (uint32_t lane = 0; lane < kWarpLanes; ++lane) result |= uint32_t(lanes[lane][0]) << lane;
   return result;
@@ -51,97 +45,93 @@ uint32_t ballot(const char* name, bool predicate, uint32_t mask) {
 
 }  // namespace
 
-Mbarrier& find_mbarrier(uint32_t address, const char* what) {
-  Mbarrier& mbarrier = cta->mbarriers[address];
-  if (!mbarrier.count) fail("%s: no mbarrier at %u", what, address);
-  if (self->warp->knowledge.happened[mbarrier.init_actor] < mbarrier.init_tick)
-    fail("%s: nothing orders it after mbarrier.init", what);
+Barrier& find_mbarrier(uint32_t address) {
+  Barrier& mbarrier = cta->barriers[address];
+  if (!mbarrier.count || address < kReservedShared) fail("no mbarrier at %u", address);
+  if (self->warp->known[mbarrier.init_actor] < mbarrier.init_tick) fail("nothing orders it after mbarrier.init");
   return mbarrier;
 }
 
-void complete_bytes(Mbarrier& mbarrier, uint32_t phase, uint32_t bytes) {
+void complete_bytes(Barrier& mbarrier, uint32_t phase, uint32_t bytes) {
   if (mbarrier.completed + 1 != phase) fail("the mbarrier's phase ended before the bytes of a bulk copy came");
   mbarrier.bytes -= bytes;
   complete_if_done(mbarrier);
 }
 
 void mbarrier_init(uint32_t address, uint32_t count) {
-  yield();
-  shared_bytes(address, kMbarrierBytes, kMbarrierBytes, "mbarrier.init");
-  if (!count || count >= 1u << 20) fail("mbarrier.init: a count of %u", count);
-  Mbarrier& mbarrier = cta->mbarriers[address];
-  if (mbarrier.count) fail("mbarrier.init: there is one already");
+  const Instruction now("mbarrier.init");
+  shared_bytes(address, kMbarrierBytes, kMbarrierBytes);
+  Barrier& mbarrier = cta->barriers[address];
+  if (!count || count >= 1u << 20) fail("a count of %u", count);
+  if (mbarrier.count) fail("there is one already");
   if (cta->mbarrier_count == kMaxMbarriers) fail("more mbarriers than the emulation has");
-  const Access init = self->warp->access("mbarrier.init");
-  mbarrier = {{count, count}, actor(kMbarrier, cta->mbarrier_count++), init.actor, init.tick};
-  cta->shadow.write(address, kMbarrierBytes, {init.what, init.knowledge, mbarrier.actor, kHoldsMbarrier});
+  const Access init = self->warp->access();
+  mbarrier = {count, count, 0, 0, actor(kMbarrier, cta->mbarrier_count++), init.actor, init.tick};
+  cta->shadow.write(address, kMbarrierBytes, {init.known, mbarrier.actor, kHoldsMbarrier});
 }
 
 void mbarrier_inval(uint32_t address) {
-  yield();
-  Mbarrier& mbarrier = find_mbarrier(address, "mbarrier.inval");
-  if (!mbarrier.waiting.empty() || mbarrier.bytes) fail("mbarrier.inval: it is in use");
+  const Instruction now("mbarrier.inval");
+  Barrier& mbarrier = find_mbarrier(address);
+  if (!mbarrier.waiting.empty() || mbarrier.bytes) fail("it is in use");
   mbarrier.count = 0;
-  cta->shadow.write(address, kMbarrierBytes, self->warp->access("mbarrier.inval"), false);
+  cta->shadow.write(address, kMbarrierBytes, self->warp->access(), false);
 }
 
 void fence_mbarrier_init() {
-  yield();
-  for (auto& [address, mbarrier] : cta->mbarriers) mbarrier.published |= mbarrier.init_actor == self->warp->index;
+  const Instruction now("fence.mbarrier_init");
+  for (auto& [address, mbarrier] : cta->barriers) mbarrier.published |= mbarrier.init_actor == self->warp->index;
 }
 
-void mbarrier_arrive(uint32_t address) { arrive(address, 0, "mbarrier.arrive"); }
-void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes) { arrive(address, bytes, "mbarrier.arrive.expect_tx"); }
+void mbarrier_arrive(uint32_t address) { mbarrier_arrive_expect_tx(address, 0); }
+void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes) {
+  const Instruction now("mbarrier.arrive");
+  arrive(find_mbarrier(address), bytes);
+}
 
 bool mbarrier_try_wait_parity(uint32_t address, uint32_t parity) {
-  yield();
-  const char* const what = "mbarrier.try_wait";
-  Mbarrier& mbarrier = find_mbarrier(address, what);
-  if (parity > 1) fail("%s: a parity of %u", what, parity);
+  const Instruction now("mbarrier.try_wait");
+  Barrier& mbarrier = find_mbarrier(address);
+  if (parity > 1) fail("a parity of %u", parity);
   // In some phases it fails once. For all: what one lane learns, the emulation takes for the warp's.
   const uint32_t attempt = mbarrier.completed * kActors + mbarrier.actor;
   if (self->refused != attempt && (mbarrier.completed * 5 + mbarrier.actor + machine.seed) % 8 == 0) {
     self->refused = attempt;
     return false;
   }
-  while (mbarrier.completed % 2 == parity) suspend(what, mbarrier.waiting);
-  self->warp->knowledge.join(mbarrier.released);
+  while (mbarrier.completed % 2 == parity) suspend(mbarrier.waiting);
+  self->warp->known.join(mbarrier.released);
   return true;
 }
 
 void bar_sync(uint32_t id, uint32_t threads) {
-  yield();
-  if (id >= cta->barriers.size()) fail("bar.sync: barrier %u", id);
-  if (threads % kWarpLanes) fail("bar.sync: %u threads are not whole warps", threads);
+  const Instruction now("bar.sync");
+  if (id >= kNamedBarriers) fail("barrier %u", id);
+  if (threads % kWarpLanes) fail("%u threads are not whole warps", threads);
   Barrier& barrier = cta->barriers[id];
-  const uint32_t count = threads ? threads : machine.threads;
+  const uint32_t count = threads ? threads : machine.threads, phase = barrier.completed;
   if (barrier.pending == barrier.count) barrier.pending = barrier.count = count;  // the first to arrive
   if (barrier.count != count) fail("a barrier of %u threads, which others use with %u", count, barrier.count);
-  self->warp->release(barrier.gathered);
-  if (--barrier.pending)
-    suspend("bar.sync", barrier.waiting);
-  else
-    complete(barrier);
-  self->warp->knowledge.join(barrier.released);
+  arrive(barrier, 0);
+  if (barrier.completed == phase) suspend(barrier.waiting);
+  self->warp->known.join(barrier.released);
 }
 
-void setmaxnreg_dec(uint32_t registers) { set_registers(registers, registers > self->registers, "setmaxnreg.dec"); }
-void setmaxnreg_inc(uint32_t registers) { set_registers(registers, registers < self->registers, "setmaxnreg.inc"); }
+void setmaxnreg_dec(uint32_t registers) { set_registers("setmaxnreg.dec", registers, registers > self->registers); }
+void setmaxnreg_inc(uint32_t registers) { set_registers("setmaxnreg.inc", registers, registers < self->registers); }
 
-Lanes converge(const char* name, uint32_t mask, bool aligned, const Operands& own,
-               const std::function<void(const Lanes&)>& action) {
-  yield();
+Lanes converge(uint32_t mask, bool aligned, const Operands& own, const std::function<void(const Lanes&)>& action) {
   Warp& warp = *self->warp;
-  if (!(mask >> self->lane & 1)) fail("%s: its mask %x lacks the executing lane", name, mask);
-  if (mask & warp.exited) fail("%s: lanes %x have exited", name, mask & warp.exited);
-  if (!warp.convergence) warp.convergence = std::make_shared<Convergence>(Convergence{name, site, mask});
+  if (!(mask >> self->lane & 1)) fail("its mask %x lacks the executing lane", mask);
+  if (mask & warp.exited) fail("lanes %x have exited", mask & warp.exited);
+  if (!warp.convergence) warp.convergence = std::make_shared<Convergence>(Convergence{self->instruction, site, mask});
   const std::shared_ptr<Convergence> now = warp.convergence;
-  if (now->name != name || now->mask != mask || (aligned && now->site != site))
-    fail("divergent: %s, while lanes %x wait in %s at %u", name, now->arrived, now->name, now->site);
+  if (now->name != self->instruction || now->mask != mask || (aligned && now->site != site))
+    fail("divergent, while lanes %x wait in %s at %u", now->arrived, now->name, now->site);
   now->lanes[self->lane] = own;
   now->arrived |= 1u << self->lane;
   if (now->arrived != mask) {
-    suspend(name, now->waiting);
+    suspend(now->waiting);
   } else {
     if (action) action(now->lanes);
     warp.convergence.reset();
@@ -159,8 +149,9 @@ bool elect_sync(uint32_t mask, uint32_t& leader) {
 }
 
 uint32_t shfl_idx(uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask) {
-  if (clamp != kWarpLanes - 1 || mask != kEveryLane) fail("shfl.sync: only whole warps are emulated");
-  return uint32_t(converge("shfl.sync", mask, false, {value})[lane % kWarpLanes][0]);
+  const Instruction now("shfl.sync");
+  if (clamp != kWarpLanes - 1 || mask != kEveryLane) fail("only whole warps are emulated");
+  return uint32_t(converge(mask, false, {value})[lane % kWarpLanes][0]);
 }
 uint32_t shfl_bfly(uint32_t value, uint32_t lane_mask, uint32_t clamp, uint32_t mask) {
   return shfl_idx(value, self->lane ^ lane_mask, clamp, mask);

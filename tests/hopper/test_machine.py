@@ -25,7 +25,7 @@ BROKEN = {
     "misaligned": "is not a multiple of 8",
     "out_of_shared": "ld.shared: shared bytes",
     "out_of_global": "ld.global: 4 bytes of global memory out of bounds",
-    "divergent": "divergent: wgmma",
+    "divergent": "wgmma.(fence|commit_group): divergent",
     "exited_lane": "vote.any: lanes 1 have exited|a lane exits while others of its warp wait in vote.any",
     "foreign_mask": "vote.any: its mask 1 lacks the executing lane",
     "too_many_arrivals": "more arrivals than the mbarrier's count of 2",

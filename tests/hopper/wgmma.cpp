@@ -27,15 +27,15 @@ std::vector<const uint8_t*> read_operand(uint64_t descriptor, uint32_t first_row
   constexpr uint32_t kSpans[] = {16, 128, 64, 32};  // of the swizzle, 16 without
   const auto bytes = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
   const uint32_t start = bytes(0), leading = bytes(16), stride = bytes(32), span = kSpans[descriptor >> 62];
-  if (descriptor & 0x3ff0c000c000c000) fail("wgmma: reserved bits of a descriptor");
-  if ((start >> 7 & (span / 16 - 1)) != (descriptor >> 49 & 7)) fail("wgmma: the swizzle's pattern begins elsewhere");
+  if (descriptor & 0x3ff0c000c000c000) fail("reserved bits of a descriptor");
+  if ((start >> 7 & (span / 16 - 1)) != (descriptor >> 49 & 7)) fail("the swizzle's pattern begins elsewhere");
   const Warp& warp = *self->warp;
-  const Access access{"wgmma", warp.knowledge, actor(kWgmmaGroups, warp.index), warp.wgmma_committed + 1};
+  const Access access{warp.known, actor(kWgmmaGroups, warp.index), warp.wgmma_committed + 1};
   std::vector<const uint8_t*> pieces;
   for (uint32_t row = first_row; row < first_row + rows; ++row)
     for (uint32_t piece = 0; piece < 2; ++piece) {
       const uint32_t at = start + row / 8 * stride + row % 8 * span + piece * (span == 16 ? leading : 16);
-      pieces.push_back(shared_bytes(swizzle(at, span), 16, 16, "wgmma"));
+      pieces.push_back(shared_bytes(swizzle(at, span), 16, 16));
       cta->shadow.read(swizzle(at, span), 16, access);
     }
   return pieces;
@@ -69,9 +69,9 @@ Accumulators& take_accumulators(uint32_t n, const Lanes& lanes) {
   auto taken = std::find_if(warp.accumulators.begin(), warp.accumulators.end(),
                             [&](const Accumulators& one) { return one.token == *registers(0)[0]; });
   const bool are_numbers = taken == warp.accumulators.end();
-  if (are_numbers && !warp.wgmma_fenced) fail("wgmma: no wgmma.fence since the accumulators were accessed");
+  if (are_numbers && !warp.wgmma_fenced) fail("no wgmma.fence since the accumulators were accessed");
   if (are_numbers) taken = warp.accumulators.insert(taken, {n, 0, 0, {}});
-  if (taken->n != n) fail("wgmma: accumulators in flight of another shape");
+  if (taken->n != n) fail("accumulators in flight of another shape");
   const uint32_t token = kTokenBits | (warp.wgmma_count++ % kMaxToken + 1) << kElementBits;
   for (uint32_t lane = 0; lane < kWarpLanes; ++lane)
     for (uint32_t i = 0; i < n / 2; ++i) {
@@ -106,15 +106,18 @@ void hand_back(Warp& warp, Accumulators& done) {
 }  // namespace
 
 void wgmma_fence() {
-  converge("wgmma.fence", kEveryLane, true, {}, [](const Lanes&) { self->warp->wgmma_fenced = true; });
+  const Instruction now("wgmma.fence");
+  converge(kEveryLane, true, {}, [](const Lanes&) { self->warp->wgmma_fenced = true; });
 }
 
 void wgmma_commit_group() {
-  converge("wgmma.commit_group", kEveryLane, true, {}, [](const Lanes&) { ++self->warp->wgmma_committed; });
+  const Instruction now("wgmma.commit_group");
+  converge(kEveryLane, true, {}, [](const Lanes&) { ++self->warp->wgmma_committed; });
 }
 
 void wgmma_wait_group(uint32_t pending) {
-  converge("wgmma.wait_group", kEveryLane, true, {}, [&](const Lanes&) {
+  const Instruction now("wgmma.wait_group");
+  converge(kEveryLane, true, {}, [&](const Lanes&) {
     Warp& warp = *self->warp;
     const uint32_t done = warp.wgmma_committed - std::min(pending, warp.wgmma_committed);
     if (done > warp.tick(kWgmmaGroups)) warp.wgmma_fenced = false;
@@ -127,13 +130,14 @@ void wgmma_wait_group(uint32_t pending) {
 }
 
 void wgmma(Half type, uint32_t n, uint32_t* const* accumulators, uint64_t a, uint64_t b, bool accumulate) {
-  if (n % 8 || n < 8 || n > kMaxN) fail("wgmma: n of %u", n);
-  if (machine.threads % (kWarpgroupWarps * kWarpLanes)) fail("wgmma: the CTA is not made of warpgroups");
+  const Instruction now("wgmma.mma_async");
+  if (n % 8 || n < 8 || n > kMaxN) fail("n of %u", n);
+  if (machine.threads % (kWarpgroupWarps * kWarpLanes)) fail("the CTA is not made of warpgroups");
   const Operands own = {a, b, accumulate, reinterpret_cast<uint64_t>(accumulators)};
-  converge("wgmma.mma_async", kEveryLane, true, own, [&](const Lanes& lanes) {
+  converge(kEveryLane, true, own, [&](const Lanes& lanes) {
     Warp& warp = *self->warp;
-    for (const Operands& lane : lanes)
-      if (!std::equal(own.begin(), own.begin() + 3, lane.begin())) fail("wgmma: the lanes differ in their operands");
+    for (uint32_t lane = 0; lane < kWarpLanes; ++lane)
+      if (!std::equal(own.begin(), own.begin() + 3, lanes[lane].begin())) fail("lane %u differs in its operands", lane);
     warp.wgmma_history = ((warp.wgmma_history ^ a) * 0x9e3779b97f4a7c15 ^ b) * 0x9e3779b97f4a7c15 + accumulate;
     const auto rows_of_a = read_operand(a, warp.index % kWarpgroupWarps * kRows, kRows), rows_of_b = read_operand(b, 0, n);
     Accumulators& taken = take_accumulators(n, lanes);
