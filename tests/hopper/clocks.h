@@ -15,8 +15,8 @@
 namespace hopper {
 
 constexpr uint32_t kMaxWarps = 16, kMaxMbarriers = 24;
-// Actors, in this order. The first three kinds can read shared memory; all but the first are of the async proxy. kShown:
-// what of a warp's stores a fence.proxy.async has shown to that proxy.
+// Actors, in this order. The first three kinds can read shared memory; all but the first are of the async proxy.
+// kShown: what of a warp's stores a fence.proxy.async has shown to that proxy.
 enum Kind : uint32_t { kWarp, kWgmmaGroups, kBulkGroups, kShown, kMbarrier };
 constexpr const char* kReaderNames[] = {"load of another warp", "wgmma that reads here", "bulk copy that reads here"};
 constexpr uint32_t kReaders = 3 * kMaxWarps, kActors = kMbarrier * kMaxWarps + kMaxMbarriers + 1;

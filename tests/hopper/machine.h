@@ -8,7 +8,7 @@
 
 namespace hopper {
 
-// A kernel's code, which a library exports as kernel_ and its name: args[i] points to parameter i, as for cudaLaunchKernel.
+// A kernel's code, exported as kernel_ and its name: args[i] points to parameter i, as for cudaLaunchKernel.
 using Body = void (*)(void* const* args);
 
 // Where the running thread is in its source, for messages: a line of the PTX.
@@ -53,6 +53,7 @@ struct alignas(64) TensorMap {
 
   uint32_t box_row_bytes() const { return box_columns * 2; }
   uint32_t box_bytes() const { return box_rows * box_row_bytes(); }
+  uint32_t box_alignment() const { return swizzle == 16 ? 128 : 8 * swizzle; }  // of its swizzle's eight rows
 };
 static_assert(sizeof(TensorMap) <= 128);
 
@@ -79,8 +80,8 @@ void wgmma_commit_group();
 void wgmma_wait_group(uint32_t pending);
 // Adds to the thread's N / 2 accumulators. Until waited for they hold signalling NaNs.
 void wgmma(Half type, uint32_t n, uint32_t* const* accumulators, uint64_t a, uint64_t b, bool accumulate);
-// All registers of the thread that may hold accumulators in flight, copies included: wgmma_wait_group writes the results
-// there. For the thread's whole life.
+// All registers of the thread that may hold accumulators in flight, copies included: where wgmma_wait_group writes the
+// results. For the thread's whole life.
 void track_registers(uint32_t* registers, uint32_t count);
 
 }  // namespace hopper

@@ -10,15 +10,11 @@ namespace {
 
 constexpr uint32_t kPieceBytes = 16;
 
-void check_global(uint64_t address, uint64_t bytes, const char* what) {
+void* global_bytes(uint64_t address, uint32_t bytes, uint32_t alignment, const char* what) {
+  if (address % alignment) fail("%s: the address is not a multiple of %u", what, alignment);
   bool inside = machine.global.empty();
   for (const auto& [begin, end] : machine.global) inside |= begin <= address && address + bytes <= end;
-  if (!inside) fail("%s: %u bytes of global memory out of bounds", what, uint32_t(bytes));
-}
-
-void* global(uint64_t address, uint32_t bytes, const char* what) {
-  if (address % bytes) fail("%s: the address is not a multiple of %u", what, bytes);
-  check_global(address, bytes, what);
+  if (!inside) fail("%s: %u bytes of global memory out of bounds", what, bytes);
   return reinterpret_cast<void*>(address);
 }
 
@@ -40,13 +36,8 @@ const TensorMap& tensor_map_at(uint64_t address) {
   return map;
 }
 
-// A box begins where its swizzle's pattern of eight rows does.
-void check_box(const TensorMap& map, uint32_t address) {
-  shared_bytes(address, map.box_bytes(), map.swizzle == 16 ? 128 : 8 * map.swizzle);
-}
-
-// Copies what of a box is inside the tensor, 16 bytes at a time. A load fills the rest with zeros; a store stores a row's
-// last 16 bytes whole, beyond the tensor's last column.
+// Copies what of a box is inside the tensor, 16 bytes at a time. A load fills the rest with zeros; a store stores a
+// row's last 16 bytes whole, beyond the tensor's last column.
 void copy_box(const TensorMap& map, int32_t column, int32_t row, uint32_t address, bool is_load) {
   for (uint32_t at = 0; at < map.box_bytes(); at += kPieceBytes) {
     const int64_t r = row + int64_t(at / map.box_row_bytes()), begin = int64_t(column) * 2 + at % map.box_row_bytes();
@@ -54,11 +45,10 @@ void copy_box(const TensorMap& map, int32_t column, int32_t row, uint32_t addres
     uint8_t* const shared = cta->shared + swizzle(address + at, map.swizzle);
     if (is_load) std::memset(shared, 0, kPieceBytes);
     if (r < 0 || r >= int64_t(map.rows) || begin < 0 || rest <= 0) continue;
-    const uint64_t global = map.address + r * map.row_bytes + begin;
-    const size_t bytes = is_load ? std::min<int64_t>(kPieceBytes, rest) : kPieceBytes;
-    check_global(global, bytes, is_load ? "TMA load" : "TMA store");
-    void* const memory = reinterpret_cast<void*>(global);
-    std::memcpy(is_load ? shared : memory, is_load ? memory : shared, bytes);
+    const uint32_t bytes = is_load ? std::min<int64_t>(kPieceBytes, rest) : kPieceBytes;
+    const uint64_t at_global = map.address + r * map.row_bytes + begin;
+    void* const global = global_bytes(at_global, bytes, 1, is_load ? "TMA load" : "TMA store");
+    std::memcpy(is_load ? shared : global, is_load ? global : shared, bytes);
   }
 }
 
@@ -92,9 +82,8 @@ void st_shared(uint32_t address, const void* value, uint32_t bytes) {
 
 // Lane l passes the address of row l % 8 of matrix l / 8, and of each matrix row l / 4, columns l % 4 · 2 and the next.
 void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]) {
-  const Instruction now("stmatrix");
   const Operands own = {address, values[0], values[1], values[2], values[3]};
-  converge(kEveryLane, true, own, [](const Lanes& lanes) {
+  converge("stmatrix", kEveryLane, true, own, [](const Lanes& lanes) {
     for (uint32_t matrix = 0; matrix < 4; ++matrix) {
       uint32_t banks = 0;
       for (uint32_t row = 0; row < 8; ++row) {
@@ -110,10 +99,10 @@ void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]) {
 }
 
 void ld_global(uint64_t address, void* value, uint32_t bytes) {
-  std::memcpy(value, global(address, bytes, "ld.global"), bytes);
+  std::memcpy(value, global_bytes(address, bytes, bytes, "ld.global"), bytes);
 }
 void st_global(uint64_t address, const void* value, uint32_t bytes) {
-  std::memcpy(global(address, bytes, "st.global"), value, bytes);
+  std::memcpy(global_bytes(address, bytes, bytes, "st.global"), value, bytes);
 }
 
 // Shows the async proxy what the warp knows of other warps' stores; its own too, once every lane has been here.
@@ -129,7 +118,7 @@ void fence_proxy_async() {
 void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int32_t row, uint32_t address) {
   const Instruction now("TMA load");
   const TensorMap& map = tensor_map_at(tensor_map);
-  check_box(map, destination);
+  shared_bytes(destination, map.box_bytes(), map.box_alignment());
   Barrier& mbarrier = find_mbarrier(address);
   if (machine.strict_mbarriers && !mbarrier.published) fail("no fence.mbarrier_init after mbarrier.init");
   const uint32_t phase = mbarrier.completed + 1;
@@ -145,7 +134,7 @@ void tma_store_2d(uint64_t tensor_map, int32_t column, int32_t row, uint32_t sou
   const Instruction now("TMA store");
   Warp& warp = *self->warp;
   const TensorMap& map = tensor_map_at(tensor_map);
-  check_box(map, source);
+  shared_bytes(source, map.box_bytes(), map.box_alignment());
   if (warp.bulk_lane != kWarpLanes && warp.bulk_lane != self->lane) fail("two lanes of a warp store");
   warp.bulk_lane = self->lane;
   warp.bulk_issued = warp.bulk_committed + 1;

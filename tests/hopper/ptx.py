@@ -7,6 +7,7 @@ of ptx_instructions.py lack is a PtxError.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import ChainMap
 from collections.abc import Iterator
@@ -28,12 +29,9 @@ TOKEN = re.compile(
     re.VERBOSE,
 )
 ENTRY = re.compile(
-    r"(?:\.visible )?\.entry ([\w$]+) ?(?:\(([^)]*)\))? ?"
-    r"((?:\.(?:maxntid|reqntid|minnctapersm)\b[ \d,]*)*)\{"
+    r"(?:\.visible )?\.entry ([\w$]+) ?(?:\(([^)]*)\))? ?(?:\.(?:maxntid|reqntid|minnctapersm)\b[ \d,]*)*\{"
 )
-PARAMETER = re.compile(
-    r"\.param(?: \.align \d+)? \.[bsuf](?:8|16|32|64)(?: \.ptr(?: \.global)?(?: \.align \d+)?)? ([\w$]+)(?:\[\d+\])?"
-)
+PARAMETER = re.compile(r"\.param(?: \.(?:align \d+|[bsuf](?:8|16|32|64)|ptr|global))+ ([\w$]+)(?:\[\d+\])?")
 DYNAMIC_SHARED = re.compile(r"\.extern \.shared(?: \.align \d+)? \.b8 ([\w$]+)\[\];")
 REGISTERS = re.compile(r"\.reg \.(?:pred|[bsuf](16|32|64)) (.*);")
 REGISTER = re.compile(r"([\w$%]+)(?:<(\d+)>)?")
@@ -110,29 +108,26 @@ class _Kernel:
                 raise header.error(f"unknown form of a parameter, {text},")
             self._define(parameter[1], f"args[{i}]", 64)
         self.sizes = dict.fromkeys(ARRAYS, 0)
-        self.labels: dict[str, bool] = {}  # whether a branch names it
+        self.labels = itertools.count()
         self.may_be_wider = False  # the registers of this instruction than its types
         self.lines: list[str] = []
 
     def function(self) -> str:
         arrays = [(cpp, name, self.sizes[bits]) for bits, (cpp, name) in ARRAYS.items() if self.sizes[bits]]
         registers = [f"{cpp} {name}[{size}];\npoison({name});" for cpp, name, size in arrays]
-        lines = [*registers, *(line for line in self.lines if self.labels.get(line, True))]
-        return "\n".join([f'extern "C" void kernel_{self.name}(void* const* args) {{', *lines, "}\n"])
+        return "\n".join([f'extern "C" void kernel_{self.name}(void* const* args) {{', *registers, *self.lines, "}\n"])
 
     def translate(self, block: Block) -> None:
         outer, self.names = self.names, self.names.new_child()
         for self.token in (item for item in block if isinstance(item, Token) and item.kind == "label"):
-            label = f"L{len(self.labels)}:;"
-            self.labels[label] = False
-            self._define(self.token.text, label, 0)
+            self._define(self.token.text, f"L{next(self.labels)}", 0)
         for item in block:
             if not isinstance(item, Token):
                 self.translate(item)
                 continue
             self.token = item
             if item.kind == "label":
-                self.lines.append(self.names[item.text][0])
+                self.lines.append(f"{self.names[item.text][0]}:;")
             elif item.kind == "directive":
                 self._registers()
             elif item.kind == "instruction":
@@ -162,14 +157,13 @@ class _Kernel:
         if match is None or match[3] not in RULES:
             raise self.token.error("unknown instruction")
         negation, predicate, name, operands = match[1], match[2], match[3], match[4].replace(" ", "")
-        for rule in RULES[name]:
-            if match := re.fullmatch(rule.form, operands):
-                break
-        else:
+        rules = ((re.fullmatch(form, operands), kinds, code) for form, kinds, code in RULES[name])
+        match, kinds, code = next((rule for rule in rules if rule[0]), (None, [], ""))
+        if match is None:
             raise self.token.error("unknown form of operands")
         self.may_be_wider = name.startswith(("cvt.", "ld.", "st."))
-        values = [self._operand(kind, operand) for kind, operand in zip(rule.kinds, match.groups(), strict=True)]
-        code = rule.code.format(*values, line=self.token.line)
+        values = [self._operand(kind, operand) for kind, operand in zip(kinds, match.groups(), strict=True)]
+        code = code.format(*values, line=self.token.line)
         self.lines.append(f"if ({negation}{self._named(predicate, 1)}) {{ {code}; }}" if predicate else f"{code};")
 
     def _operand(self, kind: str, operand: str) -> str:
@@ -180,9 +174,7 @@ class _Kernel:
                 raise self.token.error("unknown form of operands")
             return ", ".join(self._operand(kind, element) for element in elements)
         if kind == "label":
-            label = self._named(operand, 0)
-            self.labels[label] = True
-            return label.removesuffix(":;")
+            return self._named(operand, 0)
         if kind in ("shared", "global", "param"):
             return self._address(operand, 32 if kind == "shared" else 64)
         if kind == "constant":

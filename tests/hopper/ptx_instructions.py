@@ -140,14 +140,8 @@ MACHINE: list[Row] = [
 
 
 KIND = re.compile(r"(?:\d+\*)?[=&]?[a-z][\w.]*")  # in operands; else there are punctuation, "_", "0" and "1"
-
-
-class Rule(NamedTuple):
-    """A row, for one of its names."""
-
-    form: str  # of the operands: a regular expression with a group for each
-    kinds: list[str]  # of the groups
-    code: str  # of the operands in C++ and the line
+# A pattern of the operands with a group for each, the groups' kinds, C++ of them and of the line's number.
+Rule = tuple[str, list[str], str]
 
 
 def expand(names: str) -> Iterator[str]:
@@ -158,6 +152,7 @@ def expand(names: str) -> Iterator[str]:
 
 
 def _rule(name: str, operands: str, code: str, is_machine: bool) -> Rule:
+    """A row, for one of its names."""
     words = name.split(".")
     T, D = words[-1], words[-2:][0]
     kinds = {"T": T + ".ftz" * ("ftz" in words), "B": T.replace("f", "b"), "D": D, "N": "1"}
@@ -176,7 +171,7 @@ def _rule(name: str, operands: str, code: str, is_machine: bool) -> Rule:
         code = "site = {line}; " + code
     form = re.sub(r"[][{}|]", r"\\\g<0>", operands)
     form = KIND.sub(lambda kind: "([^{}]*)" if "*" in kind[0] else "([^][{},|]+)", form)
-    return Rule(form, KIND.findall(operands), code)
+    return form, KIND.findall(operands), code
 
 
 RULES: defaultdict[str, list[Rule]] = defaultdict(list)

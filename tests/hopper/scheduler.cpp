@@ -110,7 +110,7 @@ void run_cta() {
   while (cta->live_threads) {
     if (machine.timing == Timing::kAtOnce)
       while (run_any_async()) continue;
-    else if (machine.timing == Timing::kRandom && machine.chance(8))
+    else if (machine.timing == Timing::kRandom && machine.random() % 8 == 0)
       run_any_async();
     if (Thread* const thread = choose_thread())
       resume(*thread);
@@ -155,7 +155,7 @@ void fail(const char* format, ...) {
 
 Instruction::Instruction(const char* name) {
   self->instruction = name;
-  if (machine.chance(4)) leave();
+  if (machine.random() % 4 == 0) leave();
 }
 
 void suspend(std::vector<Thread*>& waiting) {

@@ -134,8 +134,6 @@ struct Machine {
   uint64_t stmatrix_conflicts = 0;
   std::string error;
   uint32_t threads = 0, grid = 0;  // of the launch
-
-  bool chance(uint32_t one_in) { return random() % one_in == 0; }
 };
 
 extern Machine machine;
@@ -164,8 +162,9 @@ inline uint32_t swizzle(uint32_t address, uint32_t span) { return address ^ (((a
 // The mbarrier there, which the running warp must know to be initialised.
 Barrier& find_mbarrier(uint32_t address);
 void complete_bytes(Barrier& mbarrier, uint32_t phase, uint32_t bytes);
-// Waits for the lanes of `mask`, and returns what they brought; the last of them runs `action` before the others go on.
+// An instruction for which the lanes of `mask` wait. Returns what they brought; the last runs `action` for all.
 // `aligned`: all are at the same place.
-Lanes converge(uint32_t mask, bool aligned, const Operands& own = {}, const std::function<void(const Lanes&)>& action = {});
+Lanes converge(const char* name, uint32_t mask, bool aligned, const Operands& own = {},
+               const std::function<void(const Lanes&)>& action = {});
 
 }  // namespace hopper

@@ -24,9 +24,9 @@ void arrive(Barrier& barrier, uint32_t bytes) {
 }
 
 void set_registers(const char* name, uint32_t registers, bool wrong_way) {
+  converge(name, kEveryLane, true);
   const Instruction now(name);
   if (wrong_way) fail("to %u, from %u", registers, self->registers);
-  converge(kEveryLane, true);
   if (registers < 24 || registers > 256 || registers % 8) fail("%u registers", registers);
   while (registers > self->registers + cta->free_registers) suspend(cta->waiting_for_registers);
   cta->free_registers += self->registers - registers;
@@ -36,8 +36,7 @@ void set_registers(const char* name, uint32_t registers, bool wrong_way) {
 
 // The lanes of `mask` whose predicate is true.
 uint32_t ballot(const char* name, bool predicate, uint32_t mask) {
-  const Instruction now(name);
-  const Lanes lanes = converge(mask, false, {predicate});
+  const Lanes lanes = converge(name, mask, false, {predicate});
   uint32_t result = 0;
   for (uint32_t lane = 0; lane < kWarpLanes; ++lane) result |= uint32_t(lanes[lane][0]) << lane;
   return result;
@@ -120,13 +119,15 @@ void bar_sync(uint32_t id, uint32_t threads) {
 void setmaxnreg_dec(uint32_t registers) { set_registers("setmaxnreg.dec", registers, registers > self->registers); }
 void setmaxnreg_inc(uint32_t registers) { set_registers("setmaxnreg.inc", registers, registers < self->registers); }
 
-Lanes converge(uint32_t mask, bool aligned, const Operands& own, const std::function<void(const Lanes&)>& action) {
+Lanes converge(const char* name, uint32_t mask, bool aligned, const Operands& own,
+               const std::function<void(const Lanes&)>& action) {
+  const Instruction instruction(name);
   Warp& warp = *self->warp;
   if (!(mask >> self->lane & 1)) fail("its mask %x lacks the executing lane", mask);
   if (mask & warp.exited) fail("lanes %x have exited", mask & warp.exited);
-  if (!warp.convergence) warp.convergence = std::make_shared<Convergence>(Convergence{self->instruction, site, mask});
+  if (!warp.convergence) warp.convergence = std::make_shared<Convergence>(Convergence{name, site, mask});
   const std::shared_ptr<Convergence> now = warp.convergence;
-  if (now->name != self->instruction || now->mask != mask || (aligned && now->site != site))
+  if (now->name != name || now->mask != mask || (aligned && now->site != site))
     fail("divergent, while lanes %x wait in %s at %u", now->arrived, now->name, now->site);
   now->lanes[self->lane] = own;
   now->arrived |= 1u << self->lane;
@@ -149,9 +150,8 @@ bool elect_sync(uint32_t mask, uint32_t& leader) {
 }
 
 uint32_t shfl_idx(uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask) {
-  const Instruction now("shfl.sync");
-  if (clamp != kWarpLanes - 1 || mask != kEveryLane) fail("only whole warps are emulated");
-  return uint32_t(converge(mask, false, {value})[lane % kWarpLanes][0]);
+  if (clamp != kWarpLanes - 1 || mask != kEveryLane) fail("shfl.sync: only whole warps are emulated");
+  return uint32_t(converge("shfl.sync", mask, false, {value})[lane % kWarpLanes][0]);
 }
 uint32_t shfl_bfly(uint32_t value, uint32_t lane_mask, uint32_t clamp, uint32_t mask) {
   return shfl_idx(value, self->lane ^ lane_mask, clamp, mask);

@@ -251,4 +251,4 @@ $L__func_end0:
   .section .debug_macinfo { }
 """
     cpp = translate(text)
-    assert "void kernel_k(void* const* args) {\nreturn;\n}\n" in cpp
+    assert "void kernel_k(void* const* args) {\nL0:;\nreturn;\nL1:;\n}\n" in cpp

@@ -106,18 +106,15 @@ void hand_back(Warp& warp, Accumulators& done) {
 }  // namespace
 
 void wgmma_fence() {
-  const Instruction now("wgmma.fence");
-  converge(kEveryLane, true, {}, [](const Lanes&) { self->warp->wgmma_fenced = true; });
+  converge("wgmma.fence", kEveryLane, true, {}, [](const Lanes&) { self->warp->wgmma_fenced = true; });
 }
 
 void wgmma_commit_group() {
-  const Instruction now("wgmma.commit_group");
-  converge(kEveryLane, true, {}, [](const Lanes&) { ++self->warp->wgmma_committed; });
+  converge("wgmma.commit_group", kEveryLane, true, {}, [](const Lanes&) { ++self->warp->wgmma_committed; });
 }
 
 void wgmma_wait_group(uint32_t pending) {
-  const Instruction now("wgmma.wait_group");
-  converge(kEveryLane, true, {}, [&](const Lanes&) {
+  converge("wgmma.wait_group", kEveryLane, true, {}, [&](const Lanes&) {
     Warp& warp = *self->warp;
     const uint32_t done = warp.wgmma_committed - std::min(pending, warp.wgmma_committed);
     if (done > warp.tick(kWgmmaGroups)) warp.wgmma_fenced = false;
@@ -130,16 +127,16 @@ void wgmma_wait_group(uint32_t pending) {
 }
 
 void wgmma(Half type, uint32_t n, uint32_t* const* accumulators, uint64_t a, uint64_t b, bool accumulate) {
-  const Instruction now("wgmma.mma_async");
-  if (n % 8 || n < 8 || n > kMaxN) fail("n of %u", n);
-  if (machine.threads % (kWarpgroupWarps * kWarpLanes)) fail("the CTA is not made of warpgroups");
   const Operands own = {a, b, accumulate, reinterpret_cast<uint64_t>(accumulators)};
-  converge(kEveryLane, true, own, [&](const Lanes& lanes) {
+  converge("wgmma.mma_async", kEveryLane, true, own, [&](const Lanes& lanes) {
     Warp& warp = *self->warp;
+    if (n % 8 || n < 8 || n > kMaxN) fail("n of %u", n);
+    if (machine.threads % (kWarpgroupWarps * kWarpLanes)) fail("the CTA is not made of warpgroups");
     for (uint32_t lane = 0; lane < kWarpLanes; ++lane)
       if (!std::equal(own.begin(), own.begin() + 3, lanes[lane].begin())) fail("lane %u differs in its operands", lane);
     warp.wgmma_history = ((warp.wgmma_history ^ a) * 0x9e3779b97f4a7c15 ^ b) * 0x9e3779b97f4a7c15 + accumulate;
-    const auto rows_of_a = read_operand(a, warp.index % kWarpgroupWarps * kRows, kRows), rows_of_b = read_operand(b, 0, n);
+    const auto rows_of_a = read_operand(a, warp.index % kWarpgroupWarps * kRows, kRows);
+    const auto rows_of_b = read_operand(b, 0, n);
     Accumulators& taken = take_accumulators(n, lanes);
     cta->in_flight.push_back({actor(kWgmmaGroups, warp.index), taken.group, [=, &taken] {
       if (!accumulate) std::memset(taken.sums, 0, sizeof taken.sums);

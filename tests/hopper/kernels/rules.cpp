@@ -187,6 +187,21 @@ KERNEL(wrong_registers) {
   setmaxnreg_dec(100);
 }
 
+// One warp of the warpgroup multiplies once more.
+KERNEL(unequal_wgmmas) {
+  const uint32_t shared = dynamic_shared(), zero = 0;
+  const uint64_t rows = shared >> 4;  // the same eight, again and again
+  uint32_t registers[4]{}, *const accumulators[] = {&registers[0], &registers[1], &registers[2], &registers[3]};
+  track_registers(registers, 4);
+  if (tid_x() < 32) st_shared(shared + 4 * tid_x(), &zero, 4);
+  fence_proxy_async();
+  bar_sync(0, 0);
+  wgmma_fence();
+  for (uint32_t i = 0; i < (tid_x() < 96 ? 1 : 2); ++i) wgmma(Half::kFloat16, 8, accumulators, rows, rows, true);
+  wgmma_commit_group();
+  wgmma_wait_group(0);
+}
+
 KERNEL(no_tensor_map) {
   alignas(64) static int map[32];
   prefetch_tensormap(reinterpret_cast<uint64_t>(map));
