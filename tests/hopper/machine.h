@@ -87,8 +87,8 @@ void track_registers(uint32_t* registers, uint32_t count);
 
 // ---- launches, for those who drive the emulation ----
 extern "C" {
-// Runs a kernel to its end; 0, or -1 with a message in hopper_error. `shared_bytes`: dynamic shared memory, which begins
-// `misalignment` bytes after a multiple of 1024.
+// Runs a kernel to its end; 0, or -1 with a message in hopper_error. `shared_bytes`: of dynamic shared memory, which
+// begins `misalignment` bytes after a multiple of 1024.
 int hopper_launch(hopper::Body kernel, uint32_t grid, uint32_t threads, uint32_t shared_bytes, uint32_t misalignment,
                   void* const* arguments);
 const char* hopper_error();
