@@ -10,100 +10,75 @@
 #include <cstdint>
 #include <vector>
 
+#include "machine.h"
+
 namespace hopper {
 
 constexpr uint32_t kMaxWarps = 16, kMaxMbarriers = 24;
-// Actors, in this order. The first three kinds can read shared memory.
-enum class Kind : uint32_t { kWarp, kWgmmaGroups, kBulkGroups, kMbarrier };
-constexpr uint32_t kReaders = 3 * kMaxWarps, kActors = kReaders + kMaxMbarriers;
+// Actors, in this order. The first three kinds can read shared memory; all but the first are of the async proxy.
+// kShown: what of a warp's stores a fence.proxy.async has shown to that proxy.
+enum Kind : uint32_t { kWarp, kWgmmaGroups, kBulkGroups, kShown, kMbarrier };
+constexpr const char* kReaderNames[] = {"load of another warp", "wgmma that reads here", "bulk copy that reads here"};
+constexpr uint32_t kReaders = 3 * kMaxWarps, kActors = kMbarrier * kMaxWarps + kMaxMbarriers + 1;
+constexpr uint32_t kHoldsMbarrier = UINT32_MAX;  // the tick of a write that only mbarrier.inval may follow
 
-inline uint32_t actor(Kind kind, uint32_t index) { return uint32_t(kind) * kMaxWarps + index; }
+inline uint32_t actor(Kind kind, uint32_t index) { return kind * kMaxWarps + index; }
+inline bool is_async(uint32_t actor) { return actor >= kMaxWarps; }
 
-using Clock = std::array<uint32_t, kActors>;
+// What an actor does at a tick of its clock. At tick 0 it has done nothing.
+struct Event {
+  uint32_t actor = 0, tick = 0;
+};
 
-inline void join(Clock& into, const Clock& from) {
-  for (uint32_t i = 0; i < kActors; ++i) into[i] = std::max(into[i], from[i]);
-}
+// What somebody knows to have happened: a tick of each actor.
+struct Clock {
+  std::array<uint32_t, kActors> ticks{};
 
-// What an actor knows to have happened, and what of that a fence.proxy.async has shown to the async proxy.
-struct Knowledge {
-  Clock happened{}, proxied{};
-
-  void join(const Knowledge& other) {
-    hopper::join(happened, other.happened);
-    hopper::join(proxied, other.proxied);
+  bool knows(const Event& event) const { return ticks[event.actor] >= event.tick; }
+  void join(const Clock& other) {
+    for (uint32_t i = 0; i < kActors; ++i) ticks[i] = std::max(ticks[i], other.ticks[i]);
   }
 };
 
-// An access to shared memory: by whom, at which tick of its clock, knowing what.
-struct Access {
-  const Knowledge& knowledge;
-  uint32_t actor, tick;
-  bool async;  // by the async proxy
-};
-
-// The last accesses to shared memory: writes by 4-byte word, reads by 16-byte chunk.
+// The last accesses to shared memory: writes by 4-byte word, reads by 16-byte chunk. `known`: to whoever makes one.
 class Shadow {
  public:
-  explicit Shadow(uint32_t bytes) : writes_((bytes + 3) / 4), reads_((bytes + 15) / 16) {}
+  explicit Shadow(uint32_t bytes) : writes_(bytes / 4), reads_(bytes / 16) {}
 
-  // Record the access; nullptr, or which rule it breaks.
-  const char* read(uint32_t begin, uint32_t bytes, const Access& access) {
-    for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word)
-      if (const char* problem = check_written(writes_[word], access)) return problem;
-    for (uint32_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk)
-      reads_[chunk][access.actor] = access.tick;
-    return nullptr;
-  }
-
-  const char* write(uint32_t begin, uint32_t bytes, const Access& access) {
-    for (uint32_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk)
-      if (const char* problem = check_read(reads_[chunk], access)) return problem;
+  void read(uint32_t begin, uint32_t bytes, Event event, const Clock& known) {
     for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word) {
-      if (writes_[word].tick)
-        if (const char* problem = check_written(writes_[word], access)) return problem;
-      writes_[word] = {uint16_t(access.actor), access.async, access.tick};
+      check_written(writes_[word], event, known);
+      reads_[word / 4][event.actor] = event.tick;
     }
-    return nullptr;
   }
 
-  // As `write`, without a check: for what nobody may touch while it is there.
-  void own(uint32_t begin, uint32_t bytes, uint32_t owner, uint32_t tick) {
-    for (uint32_t word = begin / 4; word < (begin + bytes) / 4; ++word) writes_[word] = {uint16_t(owner), false, tick};
+  void write(uint32_t begin, uint32_t bytes, Event event, const Clock& known, bool checked = true) {
+    for (uint32_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk)
+      for (uint32_t i = 0; checked && i < kReaders; ++i)
+        if (!known.knows({i, reads_[chunk][i]})) fail("a race with a %s", kReaderNames[i / kMaxWarps]);
+    for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word) {
+      if (checked && writes_[word].tick) check_written(writes_[word], event, known);
+      writes_[word] = event;
+    }
   }
 
   // Whether an ordinary store of another warp was the last here.
-  bool written_by_other_warp(uint32_t begin, const Access& access) const {
-    const Write& write = writes_[begin / 4];
-    return write.tick && !write.async && write.actor != access.actor && write.actor < kMaxWarps;
+  bool written_by_other_warp(uint32_t begin, uint32_t warp) const {
+    const Event& write = writes_[begin / 4];
+    return write.tick && !is_async(write.actor) && write.actor != actor(kWarp, warp);
   }
 
  private:
-  struct Write {
-    uint16_t actor = 0;
-    bool async = false;
-    uint32_t tick = 0;  // 0: never written
-  };
-
-  const char* check_written(const Write& write, const Access& access) const {
-    if (!write.tick) return "shared memory that nobody has written";
-    if (write.tick == UINT32_MAX) return "shared memory that holds an mbarrier";
-    if (write.tick > access.knowledge.happened[write.actor])
-      return write.async ? "a race with a bulk copy that writes here" : "a race with a store of another warp";
-    if (access.async && !write.async && write.tick > access.knowledge.proxied[write.actor])
-      return "an ordinary store without fence.proxy.async before the async proxy";
-    return nullptr;
+  void check_written(const Event& write, const Event& event, const Clock& known) const {
+    if (!write.tick) fail("shared memory that nobody has written");
+    if (write.tick == kHoldsMbarrier) fail("shared memory that holds an mbarrier");
+    if (!known.knows(write))
+      fail("a race with a %s", is_async(write.actor) ? "bulk copy that writes here" : "store of another warp");
+    if (is_async(event.actor) && !is_async(write.actor) && !known.knows({actor(kShown, write.actor), write.tick}))
+      fail("an ordinary store without fence.proxy.async before the async proxy");
   }
 
-  const char* check_read(const std::array<uint32_t, kReaders>& reads, const Access& access) const {
-    for (uint32_t i = 0; i < kReaders; ++i)
-      if (reads[i] > access.knowledge.happened[i]) return kReaderRaces[i / kMaxWarps];
-    return nullptr;
-  }
-
-  static constexpr const char* kReaderRaces[] = {"a race with a load of another warp", "a race with a wgmma that reads here",
-                                                 "a race with a bulk copy that reads here"};
-  std::vector<Write> writes_;
+  std::vector<Event> writes_;
   std::vector<std::array<uint32_t, kReaders>> reads_;
 };
 

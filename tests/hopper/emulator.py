@@ -49,10 +49,6 @@ class Settings:
         return cls(seed, SCHEDULES[seed % 4], TIMINGS[seed // 4 % 3], **others)
 
 
-class _Kernel(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char_p), ("body", ctypes.c_void_p), ("threads", ctypes.c_uint32))
-
-
 def compile_library(name: str, files: Mapping[str, str], flags: Sequence[str], includes: Sequence[Path] = ()) -> Path:
     """The shared library of ``files`` (name: text; each .cpp is compiled), from the cache if it is there."""
     headers = {str(p): p.read_text() for folder in includes for p in sorted(folder.glob("*.h"))}
@@ -130,9 +126,10 @@ class Program:
         runtime()
         path = compile_library("kernels", {"kernels.cpp": source} | dict(headers or {}), flags, [HERE])
         self.library = ctypes.CDLL(str(path))
-        count = ctypes.c_uint32.in_dll(self.library, "hopper_kernel_count").value
-        kernels = (_Kernel * count).in_dll(self.library, "hopper_kernels")
-        self.bodies = {kernel.name.decode(): kernel.body for kernel in kernels}
+
+    def body(self, name: str) -> int | None:
+        """The address of a kernel's code."""
+        return ctypes.cast(self.library[f"kernel_{name}"], ctypes.c_void_p).value
 
     def launch(
         self,
@@ -147,5 +144,5 @@ class Program:
         """Run a kernel to its end; LaunchError if it breaks a rule."""
         pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(arg) for arg in args))
         configure(settings or Settings())
-        if runtime().hopper_launch(self.bodies[name], grid, threads, shared, 0, pointers):
+        if runtime().hopper_launch(self.body(name), grid, threads, shared, 0, pointers):
             raise LaunchError(runtime().hopper_error().decode())

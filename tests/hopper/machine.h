@@ -1,21 +1,15 @@
 // The emulated Hopper as a kernel sees it: a function for each PTX instruction that is more than arithmetic.
 //
 // A kernel is a C++ function that every thread runs, as a fiber of its own. Shared addresses are 32 bits wide, as in
-// PTX; global and generic addresses are the host's. Whatever breaks a rule of the PTX ISA ends the launch with an error.
+// PTX; global and generic addresses are the host's. What breaks a rule of the PTX ISA ends the launch with an error.
 #pragma once
 
 #include <cstdint>
 
 namespace hopper {
 
-// A kernel's code: args[i] points to parameter i, as for cudaLaunchKernel.
+// A kernel's code, exported as kernel_ and its name: args[i] points to parameter i, as for cudaLaunchKernel.
 using Body = void (*)(void* const* args);
-
-struct Kernel {
-  const char* name;
-  Body body;
-  uint32_t threads;  // of a CTA (.reqntid or .maxntid), 0 if not stated
-};
 
 // Where the running thread is in its source, for messages: a line of the PTX.
 extern uint32_t site;
@@ -49,11 +43,25 @@ bool mbarrier_try_wait_parity(uint32_t address, uint32_t parity);  // suspends t
 void bar_sync(uint32_t id, uint32_t threads);  // 0 threads: all of the CTA
 
 // ---- bulk copies by TMA. Coordinates: of the box's first column and row ----
-void tma_load_2d(uint32_t destination, const void* tensor_map, int32_t column, int32_t row, uint32_t mbarrier);
-void tma_store_2d(const void* tensor_map, int32_t column, int32_t row, uint32_t source);
+// CUtensorMap's 128 bytes, as this emulation fills them in.
+constexpr uint64_t kTensorMapMagic = 0x70616d726f736e74;
+struct alignas(64) TensorMap {
+  uint64_t magic, address;
+  uint64_t columns, rows, row_bytes;  // of the tensor, with elements of 2 bytes
+  uint32_t box_columns, box_rows;
+  uint32_t swizzle;  // bytes of a row in which it repeats: 128, 64, 32; 16 without
+
+  uint32_t box_row_bytes() const { return box_columns * 2; }
+  uint32_t box_bytes() const { return box_rows * box_row_bytes(); }
+  uint32_t box_alignment() const { return swizzle == 16 ? 128 : 8 * swizzle; }  // of its swizzle's eight rows
+};
+static_assert(sizeof(TensorMap) <= 128);
+
+void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int32_t row, uint32_t mbarrier);
+void tma_store_2d(uint64_t tensor_map, int32_t column, int32_t row, uint32_t source);
 void bulk_commit_group();
 void bulk_wait_group(uint32_t pending);  // with .read or without
-void prefetch_tensormap(const void* tensor_map);
+void prefetch_tensormap(uint64_t tensor_map);
 
 // ---- warps ----
 void setmaxnreg_inc(uint32_t registers);
@@ -61,34 +69,26 @@ void setmaxnreg_dec(uint32_t registers);
 bool vote_any(bool predicate, uint32_t mask);
 bool vote_all(bool predicate, uint32_t mask);
 bool elect_sync(uint32_t mask, uint32_t& leader);
-enum class Shuffle { kIdx, kBfly };
-uint32_t shfl_sync(Shuffle mode, uint32_t value, uint32_t lane_or_mask, uint32_t clamp, uint32_t mask);
+uint32_t shfl_idx(uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask);
+uint32_t shfl_bfly(uint32_t value, uint32_t lane_mask, uint32_t clamp, uint32_t mask);
 void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]);  // .m8n8.x4.shared.b16
 
 // ---- wgmma.mma_async m64nNk16: float32 accumulators, both operands K-major in shared memory ----
 enum class Half { kBfloat16, kFloat16 };
-struct WgmmaShape {
-  Half type;
-  uint32_t n;
-  uint64_t a, b;  // descriptors
-  bool accumulate;
-};
 void wgmma_fence();
 void wgmma_commit_group();
 void wgmma_wait_group(uint32_t pending);
-// The thread's i-th accumulator is registers[accumulators[i]], of N / 2. Until waited for it holds a signalling NaN.
-void wgmma(Half type, uint32_t n, uint32_t* registers, const uint16_t* accumulators, uint64_t a, uint64_t b,
-           bool accumulate);
-// Registers that may hold accumulators in flight, copies included: registers[indices[i]], i < count. wgmma_wait_group
-// writes results there. For the thread's whole life.
-void track_registers(uint32_t* registers, const uint16_t* indices, uint32_t count);
+// Adds to the thread's N / 2 accumulators. Until waited for they hold signalling NaNs.
+void wgmma(Half type, uint32_t n, uint32_t* const* accumulators, uint64_t a, uint64_t b, bool accumulate);
+// The thread's registers that may hold accumulators in flight, copies included: where wgmma_wait_group writes results.
+void track_registers(uint32_t* registers, uint32_t count);
 
 }  // namespace hopper
 
 // ---- launches, for those who drive the emulation ----
 extern "C" {
-// Runs a kernel to its end; 0, or -1 with a message in hopper_error. `shared_bytes`: dynamic shared memory, which begins
-// `misalignment` bytes after a multiple of 1024.
+// Runs a kernel to its end; 0, or -1 with a message in hopper_error. `shared_bytes`: of dynamic shared memory, which
+// begins `misalignment` bytes after a multiple of 1024.
 int hopper_launch(hopper::Body kernel, uint32_t grid, uint32_t threads, uint32_t shared_bytes, uint32_t misalignment,
                   void* const* arguments);
 const char* hopper_error();

@@ -1,4 +1,5 @@
-// Ordinary loads and stores, the addresses of the shared window, and the fence between the proxies.
+// Loads and stores, the fence between the proxies, and bulk copies of boxes by the TMA unit. Each copy happens at some
+// moment between its issue and the wait that guarantees it.
 
 #include <cstring>
 
@@ -7,25 +8,56 @@
 namespace hopper {
 namespace {
 
-void* global(uint64_t address, uint32_t bytes, const char* what) {
-  if (address % bytes) fail("%s: the address is not a multiple of %u", what, bytes);
-  check_global(address, bytes, what);
+constexpr uint32_t kPieceBytes = 16;
+
+void* global_bytes(uint64_t address, uint32_t bytes, uint32_t alignment, const char* what) {
+  if (address % alignment) fail("%s: the address is not a multiple of %u", what, alignment);
+  bool inside = machine.global.empty();
+  for (const auto& [begin, end] : machine.global) inside |= begin <= address && address + bytes <= end;
+  if (!inside) fail("%s: %u bytes of global memory out of bounds", what, bytes);
   return reinterpret_cast<void*>(address);
+}
+
+// An ordinary store of these lanes of the running warp.
+void store_shared(uint32_t address, const void* value, uint32_t bytes, uint32_t lanes) {
+  Warp& warp = *self->warp;
+  uint8_t* const memory = shared_bytes(address, bytes, bytes);
+  // Warps may store the same value to the same place; Triton does.
+  const bool repeats = cta->shadow.written_by_other_warp(address, warp.index) && std::memcmp(memory, value, bytes) == 0;
+  cta->shadow.write(address, bytes, warp.event(), warp.known, !repeats);
+  std::memcpy(memory, value, bytes);
+  warp.proxy_fenced &= ~lanes;
+}
+
+const TensorMap& tensor_map_at(uint64_t address) {
+  const TensorMap& map = *reinterpret_cast<const TensorMap*>(address);
+  if (address % alignof(TensorMap) || map.magic != kTensorMapMagic) fail("that is no tensor map");
+  return map;
+}
+
+// Copies what of a box is inside the tensor, 16 bytes at a time. A load fills the rest with zeros; a store stores a
+// row's last 16 bytes whole, beyond the tensor's last column.
+void copy_box(const TensorMap& map, int32_t column, int32_t row, uint32_t address, bool is_load) {
+  for (uint32_t at = 0; at < map.box_bytes(); at += kPieceBytes) {
+    const int64_t r = row + int64_t(at / map.box_row_bytes()), begin = int64_t(column) * 2 + at % map.box_row_bytes();
+    const int64_t rest = map.columns * 2 - begin;  // of the row
+    uint8_t* const shared = cta->shared + swizzle(address + at, map.swizzle);
+    if (is_load) std::memset(shared, 0, kPieceBytes);
+    if (r < 0 || r >= int64_t(map.rows) || begin < 0 || rest <= 0) continue;
+    const uint32_t bytes = is_load ? std::min<int64_t>(kPieceBytes, rest) : kPieceBytes;
+    const uint64_t at_global = map.address + r * map.row_bytes + begin;
+    void* const global = global_bytes(at_global, bytes, 1, is_load ? "TMA load" : "TMA store");
+    std::memcpy(is_load ? shared : global, is_load ? global : shared, bytes);
+  }
 }
 
 }  // namespace
 
-uint8_t* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) {
-  if (address % alignment) fail("%s: shared address %u is not a multiple of %u", what, address, alignment);
+uint8_t* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment) {
+  if (address % alignment) fail("shared address %u is not a multiple of %u", address, alignment);
   if (address < cta->shared_begin || address + bytes > cta->shared_end)
-    fail("%s: shared bytes %u to %u of %u to %u", what, address, address + bytes, cta->shared_begin, cta->shared_end);
+    fail("shared bytes %u to %u of %u to %u", address, address + bytes, cta->shared_begin, cta->shared_end);
   return cta->shared + address;
-}
-
-void check_global(uint64_t address, uint64_t bytes, const char* what) {
-  bool inside = machine.global.empty();
-  for (const auto& [begin, end] : machine.global) inside |= begin <= address && address + bytes <= end;
-  if (!inside) fail("%s: %u bytes of global memory out of bounds", what, uint32_t(bytes));
 }
 
 uint32_t dynamic_shared() { return cta->shared_begin; }
@@ -37,46 +69,92 @@ uint32_t cvta_to_shared(uint64_t address) {
 }
 
 void ld_shared(uint32_t address, void* value, uint32_t bytes) {
-  yield();
-  std::memcpy(value, shared_bytes(address, bytes, bytes, "ld.shared"), bytes);
-  const Access access = self->warp->access(Kind::kWarp, self->warp->tick(Kind::kWarp));
-  if (const char* problem = cta->shadow.read(address, bytes, access)) fail("ld.shared: %s", problem);
+  const Instruction now("ld.shared");
+  std::memcpy(value, shared_bytes(address, bytes, bytes), bytes);
+  cta->shadow.read(address, bytes, self->warp->event(), self->warp->known);
 }
 
 void st_shared(uint32_t address, const void* value, uint32_t bytes) {
-  yield();
-  store_shared(*self->warp, address, value, bytes, 1u << self->lane, "st.shared");
+  const Instruction now("st.shared");
+  store_shared(address, value, bytes, 1u << self->lane);
 }
 
-void store_shared(Warp& warp, uint32_t address, const void* value, uint32_t bytes, uint32_t lanes, const char* what) {
-  uint8_t* const memory = shared_bytes(address, bytes, bytes, what);
-  Shadow& shadow = cta->shadow;
-  const Access access = warp.access(Kind::kWarp, warp.tick(Kind::kWarp));
-  // Warps may store the same value to the same place; Triton does.
-  if (shadow.written_by_other_warp(address, access) && std::memcmp(memory, value, bytes) == 0)
-    shadow.own(address, bytes, access.actor, access.tick);
-  else if (const char* problem = shadow.write(address, bytes, access))
-    fail("%s: %s", what, problem);
-  std::memcpy(memory, value, bytes);
-  warp.proxy_fenced &= ~lanes;
+// Lane l passes the address of row l % 8 of matrix l / 8, and of each matrix row l / 4, columns l % 4 · 2 and the next.
+void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]) {
+  const Operands own = {address, values[0], values[1], values[2], values[3]};
+  converge("stmatrix", kEveryLane, true, own, [](const Lanes& lanes) {
+    for (uint32_t matrix = 0; matrix < 4; ++matrix) {
+      uint32_t banks = 0;
+      for (uint32_t row = 0; row < 8; ++row) {
+        const uint32_t at = uint32_t(lanes[8 * matrix + row][0]);
+        uint32_t words[4];
+        for (uint32_t i = 0; i < 4; ++i) words[i] = uint32_t(lanes[4 * row + i][1 + matrix]);
+        store_shared(at, words, sizeof words, kEveryLane);
+        machine.stmatrix_conflicts += banks >> (at / 16 % 8) & 1;
+        banks |= 1u << (at / 16 % 8);
+      }
+    }
+  });
 }
 
 void ld_global(uint64_t address, void* value, uint32_t bytes) {
-  std::memcpy(value, global(address, bytes, "ld.global"), bytes);
+  std::memcpy(value, global_bytes(address, bytes, bytes, "ld.global"), bytes);
 }
 void st_global(uint64_t address, const void* value, uint32_t bytes) {
-  std::memcpy(global(address, bytes, "st.global"), value, bytes);
+  std::memcpy(global_bytes(address, bytes, bytes, "st.global"), value, bytes);
 }
 
 // Shows the async proxy what the warp knows of other warps' stores; its own too, once every lane has been here.
 void fence_proxy_async() {
-  yield();
+  const Instruction now("fence.proxy.async");
   Warp& warp = *self->warp;
-  uint32_t& own = warp.knowledge.proxied[warp.actor(Kind::kWarp)];
-  const uint32_t shown = own;
   warp.proxy_fenced |= 1u << self->lane;
-  join(warp.knowledge.proxied, warp.knowledge.happened);
-  if ((warp.proxy_fenced | warp.exited) != kEveryLane) own = shown;
+  const bool all_lanes = (warp.proxy_fenced | warp.exited) == kEveryLane;
+  for (uint32_t other = 0; other < kMaxWarps; ++other)
+    if (all_lanes || other != warp.index) warp.known.ticks[actor(kShown, other)] = warp.known.ticks[other];
 }
+
+void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int32_t row, uint32_t address) {
+  const Instruction now("TMA load");
+  const TensorMap& map = tensor_map_at(tensor_map);
+  shared_bytes(destination, map.box_bytes(), map.box_alignment());
+  Barrier& mbarrier = find_mbarrier(address);
+  if (machine.strict_mbarriers && !mbarrier.published) fail("no fence.mbarrier_init after mbarrier.init");
+  const Event phase{mbarrier.actor, mbarrier.completed + 1};
+  cta->shadow.write(destination, map.box_bytes(), phase, self->warp->known);
+  cta->in_flight.push_back({phase, [=, &map, &mbarrier] {
+    if (!cta->live_threads) fail("a bulk copy into a CTA that has exited");
+    copy_box(map, column, row, destination, true);
+    complete_bytes(mbarrier, phase.tick, map.box_bytes());
+  }});
+}
+
+void tma_store_2d(uint64_t tensor_map, int32_t column, int32_t row, uint32_t source) {
+  const Instruction now("TMA store");
+  Warp& warp = *self->warp;
+  const TensorMap& map = tensor_map_at(tensor_map);
+  shared_bytes(source, map.box_bytes(), map.box_alignment());
+  if (warp.bulk_lane != kWarpLanes && warp.bulk_lane != self->lane) fail("two lanes of a warp store");
+  warp.bulk_lane = self->lane;
+  warp.bulk_issued = warp.bulk_committed + 1;
+  const Event group = warp.event(kBulkGroups, warp.bulk_issued);
+  cta->shadow.read(source, map.box_bytes(), group, warp.known);
+  cta->in_flight.push_back({group, [=, &map] { copy_box(map, column, row, source, false); }});
+}
+
+// Bulk groups belong to a thread: a lane that stores nothing has none.
+void bulk_commit_group() {
+  const Instruction now("cp.async.bulk.commit_group");
+  if (self->warp->bulk_lane == self->lane) self->warp->bulk_committed = self->warp->bulk_issued;
+}
+
+void bulk_wait_group(uint32_t pending) {
+  const Instruction now("cp.async.bulk.wait_group");
+  Warp& warp = *self->warp;
+  if (warp.bulk_lane == self->lane && warp.bulk_committed > pending)
+    finish_groups(kBulkGroups, warp.bulk_committed - pending);
+}
+
+void prefetch_tensormap(uint64_t tensor_map) { tensor_map_at(tensor_map); }
 
 }  // namespace hopper

@@ -9,43 +9,34 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import ChainMap, defaultdict
+from collections import ChainMap
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tests.hopper.ptx_instructions import RULES, TYPES, split
+from tests.hopper.ptx_instructions import RULES, TYPES
 
 ARRAYS = {1: ("bool", "p"), 16: ("uint16_t", "h"), 32: ("uint32_t", "r"), 64: ("uint64_t", "d")}  # by width
-SPECIAL_REGISTERS = {
-    "%laneid": "tid_x() % 32",
-    **{f"%{name}.x": f"{name}_x()" for name in ("tid", "ntid", "ctaid", "nctaid")},
-    **{f"%{name}.{axis}": str(int(name[0] == "n")) for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "yz"},
-}
-
 COMMENT = re.compile(r'"[^"\n]*"|//[^\n]*|/\*.*?\*/', re.DOTALL)  # or a string, which may look like one
 TOKEN = re.compile(
-    r"""(?P<ignored> \s+ | \.(?:version|target|address_size|file|loc)\b[^\n]* | \.section\s+\.debug\w+\s*\{[^{}]*\} )
+    r"""(?P<ignored> \s+ | \.(?:version|target|address_size|file|loc)\b[^\n]* | \.section\s+\.debug\w+\s*\{[^{}]*\}
+        | \.global\s[^;]*; | \.pragma\s+"[^"\n]*"; )
       | (?P<entry> (?:\.visible\s+)?\.entry\b[^{]*\{ )
       | (?P<open> \{ )
       | (?P<close> \} )
       | (?P<label> [\w$]+ )\s*:(?!:)
-      | (?P<unused> \.global\s[^;]*; | \.pragma\s+"[^"\n]*"; )
       | (?P<directive> \.[^;]*; )
       | (?P<instruction> [^;{}][^;]*; )""",
     re.VERBOSE,
 )
 ENTRY = re.compile(
-    r"(?:\.visible )?\.entry ([\w$]+) ?(?:\(([^)]*)\))? ?"
-    r"((?:\.(?:maxntid|reqntid|minnctapersm)\b[ \d,]*)*)\{"
+    r"(?:\.visible )?\.entry ([\w$]+) ?(?:\(([^)]*)\))? ?(?:\.(?:maxntid|reqntid|minnctapersm)\b[ \d,]*)*\{"
 )
-PARAMETER = re.compile(
-    r"\.param(?: \.align \d+)? \.[bsuf](?:8|16|32|64)(?: \.ptr(?: \.global)?(?: \.align \d+)?)? ([\w$]+)(?:\[\d+\])?"
-)
+PARAMETER = re.compile(r"\.param(?: \.(?:align \d+|[bsuf](?:8|16|32|64)|ptr|global))+ ([\w$]+)(?:\[\d+\])?")
 DYNAMIC_SHARED = re.compile(r"\.extern \.shared(?: \.align \d+)? \.b8 ([\w$]+)\[\];")
 REGISTERS = re.compile(r"\.reg \.(?:pred|[bsuf](16|32|64)) (.*);")
 REGISTER = re.compile(r"([\w$%]+)(?:<(\d+)>)?")
 INSTRUCTION = re.compile(r"(?:@(!?)([\w$%]+) )?([a-z][\w.:]*) ?(.*);")
-ADDRESS = re.compile(r"([\w$%]+)(?: ?\+ ?(-?\w+))?")
+ADDRESS = re.compile(r"([\w$%]+)(?:\+(-?\w+))?")
 INTEGER, FLOAT = re.compile(r"-?(?:0x[0-9a-fA-F]+|0|[1-9]\d*)"), re.compile(r"0[fF]([0-9a-fA-F]{8})")
 
 
@@ -70,26 +61,18 @@ Names = ChainMap[str, tuple[str, int]]  # what has a name, in C++ and its bits; 
 
 def translate(ptx: str) -> str:
     """The C++ translation unit of a PTX module."""
-    tokens = _tokens(ptx)
-    names: Names = ChainMap({name: (value, 32) for name, value in SPECIAL_REGISTERS.items()})
-    kernels: list[_Kernel] = []
+    tokens, cpp = _tokens(ptx), ['#include "ptx_arithmetic.h"\n\nusing namespace hopper;\n']
+    names: Names = ChainMap({f"%{name}.x": (f"{name}_x()", 32) for name in ("tid", "ntid", "ctaid", "nctaid")})
     for token in tokens:
         if token.kind == "entry":
-            kernels.append(_Kernel(token, len(kernels), names))
-            kernels[-1].translate(_parse(token, tokens))
+            kernel = _Kernel(token, names)
+            kernel.translate(_parse(token, tokens))
+            cpp.append(kernel.function())
         elif match := DYNAMIC_SHARED.fullmatch(token.text):
             names[match[1]] = ("dynamic_shared()", 32)
-        elif token.kind != "unused":
+        else:
             raise token.error("unknown directive")
-    table = ", ".join(f'{{"{kernel.name}", kernel_{kernel.number}, {kernel.threads}}}' for kernel in kernels)
-    return "\n".join(
-        [
-            '#include "ptx_arithmetic.h"\n\nusing namespace hopper;\n',
-            *map(str, kernels),
-            f'extern "C" const Kernel hopper_kernels[] = {{{table}}};',
-            f'extern "C" const uint32_t hopper_kernel_count = {len(kernels)};\n',
-        ]
-    )
+    return "\n".join(cpp)
 
 
 def _tokens(ptx: str) -> Iterator[Token]:
@@ -113,70 +96,44 @@ def _parse(opened: Token, tokens: Iterator[Token]) -> Block:
     raise opened.error("is not closed")
 
 
-def _shape(operands: list[str]) -> list[str]:
-    """What tells the forms of one instruction apart."""
-    return ["|" if "|" in operand else operand[:1] if operand.startswith(("{", "[")) else "" for operand in operands]
-
-
 class _Kernel:
-    """A kernel; its C++ as a string."""
+    """A kernel while it is translated."""
 
-    def __init__(self, header: Token, number: int, names: Names) -> None:
+    def __init__(self, header: Token, names: Names) -> None:
         if (match := ENTRY.fullmatch(header.text)) is None:
             raise header.error("unknown directive")
-        threads = re.search(r"\.(?:max|req)ntid (\d+)", match[3])
-        self.token, self.number, self.name, self.threads = header, number, match[1], int(threads[1]) if threads else 0
-        self.names = names.new_child()
-        for i, text in enumerate(split(match[2] or "")):
-            if (parameter := PARAMETER.fullmatch(text)) is None:
+        self.token, self.name, self.names = header, match[1], names.new_child()
+        for i, text in enumerate(match[2].split(",") if match[2] else []):
+            if (parameter := PARAMETER.fullmatch(text.strip())) is None:
                 raise header.error(f"unknown form of a parameter, {text},")
             self._define(parameter[1], f"args[{i}]", 64)
         self.sizes = dict.fromkeys(ARRAYS, 0)
-        self.labels: dict[str, bool] = {}  # whether a branch names it
-        self.accumulators: dict[tuple[int, ...], str] = {}
-        self.copies: defaultdict[int, set[int]] = defaultdict(set)  # where a register is moved to
+        self.labels = itertools.count()
         self.may_be_wider = False  # the registers of this instruction than its types
         self.lines: list[str] = []
 
-    def __str__(self) -> str:
+    def function(self) -> str:
         arrays = [(cpp, name, self.sizes[bits]) for bits, (cpp, name) in ARRAYS.items() if self.sizes[bits]]
-        tracked = self._tracked()
-        lists = {name: numbers for numbers, name in self.accumulators.items()} | (
-            {"tracked": tracked} if tracked else {}
-        )
-        return "\n".join(
-            [
-                f"static void kernel_{self.number}(void* const* args) {{",
-                *(f"{cpp} {name}[{size}];\npoison({name});" for cpp, name, size in arrays),
-                *(f"static const uint16_t {name}[] = {{{str(numbers)[1:-1]}}};" for name, numbers in lists.items()),
-                *([f"track_registers(r, tracked, {len(tracked)});"] if tracked else []),
-                *(line for line in self.lines if self.labels.get(line, True)),
-                "}\n",
-            ]
-        )
-
-    def _tracked(self) -> list[int]:
-        """Every register that may hold an accumulator."""
-        tracked = set(itertools.chain(*self.accumulators))
-        pending = list(tracked)
-        while pending:
-            new = self.copies[pending.pop()] - tracked
-            tracked |= new
-            pending += new
-        return sorted(tracked)
+        registers = [f"{cpp} {name}[{size}];\npoison({name});" for cpp, name, size in arrays]
+        return "\n".join([f'extern "C" void kernel_{self.name}(void* const* args) {{', *registers, *self.lines, "}\n"])
 
     def translate(self, block: Block) -> None:
         outer, self.names = self.names, self.names.new_child()
-        for self.token in (token for token in block if isinstance(token, Token) and token.kind == "label"):
-            label = f"L{len(self.labels)}:;"
-            self.labels[label] = False
-            self._define(self.token.text, label, 0)
+        for self.token in (item for item in block if isinstance(item, Token) and item.kind == "label"):
+            self._define(self.token.text, f"L{next(self.labels)}", 0)
         for item in block:
-            if isinstance(item, Token):
-                self.token = item
-                self._statement()
-            else:
+            if not isinstance(item, Token):
                 self.translate(item)
+                continue
+            self.token = item
+            if item.kind == "label":
+                self.lines.append(f"{self.names[item.text][0]}:;")
+            elif item.kind == "directive":
+                self._registers()
+            elif item.kind == "instruction":
+                self._instruction()
+            else:
+                raise item.error("not in a kernel")
         self.names = outer
 
     def _define(self, name: str, value: str, bits: int) -> None:
@@ -184,23 +141,12 @@ class _Kernel:
             raise self.token.error(f"{name} is there already")
         self.names[name] = (value, bits)
 
-    def _statement(self) -> None:
-        match self.token.kind:
-            case "label":
-                self.lines.append(self.names[self.token.text][0])
-            case "directive":
-                self._registers()
-            case "instruction":
-                self._instruction()
-            case kind if kind != "unused":
-                raise self.token.error("not in a kernel")
-
     def _registers(self) -> None:
         if (match := REGISTERS.fullmatch(self.token.text)) is None:
             raise self.token.error("unknown directive")
         bits = int(match[1] or 1)
-        for text in split(match[2]):
-            if (register := REGISTER.fullmatch(text)) is None:
+        for text in match[2].split(","):
+            if (register := REGISTER.fullmatch(text.strip())) is None:
                 raise self.token.error("unknown form of a register")
             for name in [f"{register[1]}{i}" for i in range(int(register[2]))] if register[2] else [register[1]]:
                 self._define(name, f"{ARRAYS[bits][1]}[{self.sizes[bits]}]", bits)
@@ -210,53 +156,35 @@ class _Kernel:
         match = INSTRUCTION.fullmatch(self.token.text)
         if match is None or match[3] not in RULES:
             raise self.token.error("unknown instruction")
-        negation, predicate, name, operands = match[1], match[2], match[3], split(match[4])
-        rule = next((rule for rule in RULES[name] if _shape(rule.operands) == _shape(operands)), None)
-        if rule is None:
+        negation, predicate, name, operands = match[1], match[2], match[3], match[4].replace(" ", "")
+        rules = ((re.fullmatch(form, operands), kinds, code) for form, kinds, code in RULES[name])
+        match, kinds, code = next((rule for rule in rules if rule[0]), (None, [], ""))
+        if match is None:
             raise self.token.error("unknown form of operands")
         self.may_be_wider = name.startswith(("cvt.", "ld.", "st."))
-        values = self._values(rule.operands, operands)
-        if rule.operands and rule.operands[0][0] == "=":
-            value = rule.code.format(*values[1:], **rule.letters)
-            code = f"{values[0]} = {TYPES[rule.operands[0][1:]].write.format(value)}"
-        else:
-            code = rule.code.format(*values, **rule.letters)
-        if name.startswith(("mov.", "selp.")) and code.startswith("r["):
-            target, *sources = (int(number) for number in re.findall(r"\br\[(\d+)\]", code))
-            for source in sources:
-                self.copies[source].add(target)
-        if rule.has_site:
-            code = f"site = {self.token.line}; {code}"
+        values = [self._operand(kind, operand) for kind, operand in zip(kinds, match.groups(), strict=True)]
+        code = code.format(*values, line=self.token.line)
         self.lines.append(f"if ({negation}{self._named(predicate, 1)}) {{ {code}; }}" if predicate else f"{code};")
 
-    def _values(self, kinds: list[str], operands: list[str]) -> list[str]:
-        if len(kinds) != len(operands):
-            raise self.token.error("unknown form of operands")
-        return list(itertools.chain(*map(self._operand, kinds, operands)))
-
-    def _operand(self, kind: str, operand: str) -> list[str]:
-        """The operand in C++; the elements of a vector."""
-        if kind.startswith("{*"):
-            return [self._accumulators(split(operand[1:-1]), int(kind[2:-1]))]
-        if kind[0] in "{[":
-            return self._values(split(kind[1:-1]), split(operand[1:-1]))
-        if "|" in kind:
-            return self._values(kind.split("|"), operand.split("|"))
-        if kind[0] in "=&":
-            return [self._register(operand, TYPES[kind[1:]].bits)]
-        if kind in TYPES:
-            return [self._source(kind, operand)]
-        if kind in ("shared", "global", "param"):
-            return [self._address(operand, 32 if kind == "shared" else 64)]
-        if kind == "constant":
-            return [self._integer(operand, 32)]
+    def _operand(self, kind: str, operand: str) -> str:
+        """The operand in C++; a vector's elements with commas."""
+        if "*" in kind:
+            count, _, kind = kind.partition("*")
+            if len(elements := operand.split(",")) != int(count):
+                raise self.token.error("unknown form of operands")
+            return ", ".join(self._operand(kind, element) for element in elements)
         if kind == "label":
-            label = self._named(operand, 0)
-            self.labels[label] = True
-            return [label.removesuffix(":;")]
-        if kind != operand:
-            raise self.token.error(f"unknown operand {operand}")
-        return [operand]
+            return self._named(operand, 0)
+        if kind in ("shared", "global", "param"):
+            return self._address(operand, 32 if kind == "shared" else 64)
+        if kind == "constant":
+            return self._integer(operand, 32)
+        if kind[0] in "=&":
+            register = self._named(operand, TYPES[kind[1:]].bits)
+            if not register.endswith("]") or register.startswith("args"):
+                raise self.token.error(f"{operand} is no register")
+            return register
+        return TYPES[kind].read.format(self._bits(kind, operand))
 
     def _named(self, name: str, bits: int) -> str:
         value, width = self.names.get(name, ("", -1))
@@ -264,21 +192,17 @@ class _Kernel:
             raise self.token.error(f"unknown operand {name}")
         return value
 
-    def _register(self, name: str, bits: int) -> str:
-        if not (value := self._named(name, bits)).endswith("]") or value.startswith("args"):
-            raise self.token.error(f"{name} is no register")
-        return value
-
-    def _source(self, kind: str, operand: str) -> str:
-        cpp, bits, read, _ = TYPES[kind]
+    def _bits(self, kind: str, operand: str) -> str:
+        """What the operand is before it is read as one of its kind."""
+        cpp, bits, *_ = TYPES[kind]
         name = operand.removeprefix("!") if kind == "pred" else operand
         if name in self.names:
-            return read.format(operand.removesuffix(name) + self._named(name, bits))
+            return operand.removesuffix(name) + self._named(name, bits)
         if (match := FLOAT.fullmatch(operand)) and (cpp == "float" or kind == "b32") and bits == 32:
-            return read.format(f"0x{match[1]}u")
+            return f"0x{match[1]}u"
         if cpp == "float":
             raise self.token.error(f"unknown operand {operand}")
-        return read.format(self._integer(operand, bits))
+        return self._integer(operand, bits)
 
     def _integer(self, text: str, bits: int) -> str:
         if INTEGER.fullmatch(text) is None or not -(1 << bits - 1) <= int(text, 0) < 1 << bits:
@@ -291,10 +215,3 @@ class _Kernel:
         if match is None or width not in (bits, 64):
             raise self.token.error(f"unknown address {operand}")
         return f"(uint{bits}_t){base}" + (f" + {self._integer(match[2], bits)}" if match[2] else "")
-
-    def _accumulators(self, operands: list[str], count: int) -> str:
-        """The list of the registers' numbers."""
-        if len(operands) != count:
-            raise self.token.error(f"not {count} accumulators")
-        numbers = tuple(int(self._register(operand, 32)[2:-1]) for operand in operands)
-        return self.accumulators.setdefault(numbers, f"accumulators_{len(self.accumulators)}")

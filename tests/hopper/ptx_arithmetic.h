@@ -1,7 +1,7 @@
 // The arithmetic of PTX, for kernels that ptx.py translates. Registers hold bits; a float exists within an instruction.
 //
-// A NaN that an instruction gives is PTX's canonical one. A signalling NaN is an accumulator in flight: moves keep it, and
-// arithmetic on it ends the launch.
+// A NaN that an instruction gives is PTX's canonical one. A signalling NaN is an accumulator in flight: moves keep it,
+// and arithmetic on it ends the launch.
 #pragma once
 
 #include <cfenv>
@@ -19,6 +19,7 @@ namespace hopper {
 template <class T, size_t kCount>
 void poison(T (&registers)[kCount]) {
   std::memset(registers, sizeof(T) == sizeof(bool) ? 0 : 0xff, sizeof registers);
+  if constexpr (sizeof(T) == sizeof(float)) track_registers(registers, kCount);
 }
 
 // Loads elements of type T, one for each register, in one access. A wider register is filled by T's sign or zeros.
@@ -35,12 +36,16 @@ void store(void (*st)(Address, const void*, uint32_t), Address address, Values..
   st(address, values, sizeof values);
 }
 
-inline void stmatrix(uint32_t address, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3) {
-  stmatrix_x4(address, {v0, v1, v2, v3});
+// As the runtime's, with the accumulators one by one.
+template <class... Registers>
+void wgmma(Half type, uint64_t a, uint64_t b, bool accumulate, Registers&... registers) {
+  uint32_t* const accumulators[] = {&registers...};
+  wgmma(type, 2 * sizeof...(registers), accumulators, a, b, accumulate);
 }
 
-inline const void* pointer(uint64_t address) { return reinterpret_cast<const void*>(address); }
-inline void ld_param(uint64_t address, void* value, uint32_t bytes) { std::memcpy(value, pointer(address), bytes); }
+inline void ld_param(uint64_t address, void* value, uint32_t bytes) {
+  std::memcpy(value, reinterpret_cast<const void*>(address), bytes);
+}
 
 // ---- integers ----
 
@@ -49,35 +54,23 @@ constexpr uint32_t kBits = 8 * sizeof(T);
 
 template <class T>
 T shift_left(T value, uint32_t count) {
-  return count < kBits<T> ? T(value << count) : T(0);
+  return count < kBits<T> ? T(uint64_t(value) << count) : T(0);
 }
 template <class T>
 T shift_right(T value, uint32_t count) {
   return count < kBits<T> ? T(value >> count) : T(value < 0 ? -1 : 0);
 }
 
-// By zero: what the hardware gives, all ones and the dividend.
-template <class T>
-T quotient(T a, T b) {
-  if (b == 0) return T(-1);
-  return b == T(-1) && T(-1) < 0 ? T(uint64_t(0) - uint64_t(a)) : T(a / b);
-}
-
 // bfe: the field of `length` bits from `position` on, and its sign or zeros.
 template <class T>
 T extract(T value, uint32_t position, uint32_t length) {
-  position &= 255, length &= 255;
-  if (length == 0) return 0;
-  const T field = shift_right(value, position);
-  if (length >= kBits<T>) return field;
-  const uint32_t above = kBits<T> - length;
-  return shift_right(T(uint64_t(field) << above), above);
+  const uint32_t above = (length & 255) < kBits<T> ? kBits<T> - (length & 255) : 0;
+  return shift_right(shift_left(shift_right(value, position & 255), above), above);
 }
 template <class T>
 T insert(T field, T value, uint32_t position, uint32_t length) {
-  position &= 255, length &= 255;
-  const T mask = shift_left(T(~shift_left(T(~T(0)), length)), position);
-  return T((value & ~mask) | (shift_left(field, position) & mask));
+  const T mask = shift_left(T(~shift_left(T(-1), length & 255)), position & 255);
+  return T((value & ~mask) | (shift_left(field, position & 255) & mask));
 }
 
 // ---- floats ----
@@ -115,37 +108,18 @@ inline float flush(float value) {
   return __builtin_isless(__builtin_fabsf(value), 0x1p-126f) ? __builtin_copysignf(0, value) : value;
 }
 
-template <class T> bool is_eq(T a, T b) { return a == b; }
-template <class T> bool is_ne(T a, T b) { return a != b; }
-template <class T> bool is_lt(T a, T b) { return a < b; }
-template <class T> bool is_le(T a, T b) { return a <= b; }
-template <class T> bool is_gt(T a, T b) { return a > b; }
-template <class T> bool is_ge(T a, T b) { return a >= b; }
-// Comparisons of floats are false if one is NaN, but neu. C++'s < would raise FE_INVALID.
-inline bool is_ne(float a, float b) { return __builtin_islessgreater(a, b); }
-inline bool is_lt(float a, float b) { return __builtin_isless(a, b); }
-inline bool is_le(float a, float b) { return __builtin_islessequal(a, b); }
-inline bool is_gt(float a, float b) { return __builtin_isgreater(a, b); }
-inline bool is_ge(float a, float b) { return __builtin_isgreaterequal(a, b); }
-inline bool is_neu(float a, float b) { return a != b; }
-inline bool is_leu(float a, float b) { return !__builtin_isgreater(a, b); }
-
 // The greater one, where -0 < +0; the number, if the other is NaN.
 inline float maximum(float a, float b) {
   if (a != a || b != b) return a != a ? b : a;
   return a > b || (a == b && !__builtin_signbit(a)) ? a : b;
 }
-inline float minimum(float a, float b) { return -maximum(-a, -b); }
 
 // The sum, rounded toward zero.
 inline float add_rz(float a, float b) {
-  const double x = a, y = b, sum = x + y;
-  float result = float(sum);
-  if (!__builtin_isfinite(x) || !__builtin_isfinite(y)) return result;
-  const double y_in_sum = sum - x, lost = (x - (sum - y_in_sum)) + (y - y_in_sum);  // x + y == sum + lost
-  const double excess = result == sum ? -lost : result - sum;
-  if (result > 0 ? excess > 0 : excess < 0) result = __builtin_nextafterf(result, 0);
-  return result;
+  std::fesetround(FE_TOWARDZERO);
+  const volatile float x = a, sum = x + b;  // between the two calls, whatever the compiler thinks of them
+  std::fesetround(FE_TONEAREST);
+  return sum;
 }
 
 }  // namespace hopper

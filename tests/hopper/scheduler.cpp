@@ -1,13 +1,10 @@
 // Launches: every thread a fiber, chosen by a seeded schedule; asynchronous work done between their steps.
 
-#include <sys/mman.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cfenv>
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
 #include "state.h"
@@ -28,43 +25,32 @@ jmp_buf scheduler_context, launch_context;
 Body body;
 void* const* arguments;
 
-uint8_t* stack_of(const Thread& thread) {
-  static uint8_t* const stacks = static_cast<uint8_t*>(
-      mmap(nullptr, kStackBytes * kMaxWarps * kWarpLanes, PROT_READ | PROT_WRITE,
-           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  return stacks + kStackBytes * thread.index;
-}
-
-void exit_thread(Thread& thread) {
-  Warp& warp = *thread.warp;
-  thread.exited = true;
-  warp.runnable &= ~(1u << thread.lane);
-  warp.exited |= 1u << thread.lane;
-  --cta->live_threads;
-  if (warp.convergence.name && warp.convergence.mask >> thread.lane & 1)
-    fail("a lane exits while others of its warp wait in %s", warp.convergence.name);
-  if (!warp.wgmmas.empty()) fail("a thread exits with wgmmas that nobody has waited for");
-  if (warp.exited == kEveryLane && warp.bulk_issued > warp.tick(Kind::kBulkGroups))
-    fail("a warp exits while its bulk stores read shared memory");
-  if (std::fetestexcept(FE_INVALID)) fail("arithmetic on an accumulator in flight");
-}
-
 // The first function on a fiber's stack.
 void run_thread() {
   body(arguments);
-  exit_thread(*self);
+  Warp& warp = *self->warp;
+  warp.runnable &= ~(1u << self->lane);
+  warp.exited |= 1u << self->lane;
+  --cta->live_threads;
+  if (warp.convergence && warp.convergence->mask >> self->lane & 1)
+    fail("a lane exits while others of its warp wait in %s", warp.convergence->name);
+  if (!warp.accumulators.empty()) fail("a thread exits with wgmmas that nobody has waited for");
+  if (warp.exited == kEveryLane && warp.bulk_issued > warp.tick(kBulkGroups))
+    fail("a warp exits while its bulk stores read shared memory");
+  if (std::fetestexcept(FE_INVALID)) fail("arithmetic on an accumulator in flight");
   _longjmp(scheduler_context, 1);
 }
 
 // Runs the thread until it suspends itself or yields.
 void resume(Thread& thread) {
+  static uint8_t* const stacks = new uint8_t[kStackBytes * kMaxWarps * kWarpLanes];
   self = &thread;
   if (_setjmp(scheduler_context) == 0) {
     if (thread.started) _longjmp(thread.context, 1);
     thread.started = true;
     ucontext_t context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stack_of(thread);
+    context.uc_stack.ss_sp = stacks + kStackBytes * tid_x();
     context.uc_stack.ss_size = kStackBytes;
     makecontext(&context, run_thread, 0);
     setcontext(&context);
@@ -83,104 +69,96 @@ Thread* choose_thread() {
   static std::vector<Warp*> runnable;
   static uint32_t turn = 0;
   runnable.clear();
-  for (const auto& warp : cta->warps)
-    if (warp->runnable) runnable.push_back(warp.get());
+  for (Warp* warp : cta->priorities)
+    if (warp->runnable) runnable.push_back(warp);
   if (runnable.empty()) return nullptr;
   size_t chosen = machine.random() % runnable.size();
   if (machine.schedule == Schedule::kPriority) chosen = 0;
   if (machine.schedule == Schedule::kRoundRobin) chosen = turn++ % runnable.size();
   // The last warp runs when no other can.
-  if (machine.schedule == Schedule::kStarve && runnable[chosen] == cta->warps.back().get()) chosen = 0;
+  if (machine.schedule == Schedule::kStarve && runnable[chosen] == cta->priorities.back()) chosen = 0;
   uint32_t lanes = runnable[chosen]->runnable;
   for (uint32_t skip = machine.random() % __builtin_popcount(lanes); skip; --skip) lanes &= lanes - 1;
   return &runnable[chosen]->threads[__builtin_ctz(lanes)];
 }
 
-// Does any one thing that is in flight and may come now.
+// Does any one thing that is in flight and may come now: a warp's wgmmas come in order.
 bool run_any_async() {
-  if (cta->in_flight.empty()) return false;
-  const Async& chosen = cta->in_flight[machine.random() % cta->in_flight.size()];
-  const Warp* const warp = chosen.warp;
-  const bool in_order = chosen.in_order;
-  return run_async([&](const Async& async) {
-    return in_order ? async.in_order && async.warp == warp : &async == &chosen;
-  });
+  std::list<Async>& in_flight = cta->in_flight;
+  if (in_flight.empty()) return false;
+  auto chosen = std::next(in_flight.begin(), machine.random() % in_flight.size());
+  const uint32_t actor = chosen->event.actor;
+  if (actor / kMaxWarps == kWgmmaGroups)
+    chosen = std::find_if(in_flight.begin(), chosen, [&](const Async& one) { return one.event.actor == actor; });
+  chosen->run();
+  in_flight.erase(chosen);
+  return true;
 }
 
 [[noreturn]] void fail_deadlock() {
   std::string where;
-  for (const auto& warp : cta->warps)
-    for (const Thread& thread : warp->threads)
-      if (!thread.exited && thread.lane == uint32_t(__builtin_ctz(~warp->exited)) && where.size() < 600)
-        where += "; cta " + std::to_string(cta->index) + " warp " + std::to_string(warp->index) + " lane " +
-                 std::to_string(thread.lane) + " in " + thread.waits_for + " at " + std::to_string(thread.waits_at);
+  for (const Warp* warp : cta->priorities) {
+    if (warp->exited == kEveryLane || where.size() >= 600) continue;
+    const Thread& thread = warp->threads[__builtin_ctz(~warp->exited)];
+    where += "; cta " + std::to_string(cta->index) + " warp " + std::to_string(warp->index) + " lane " +
+             std::to_string(thread.lane) + " in " + thread.instruction + " at " + std::to_string(thread.waits_at);
+  }
   fail("deadlock%s", where.c_str());
 }
 
 void run_cta() {
   while (cta->live_threads) {
     if (machine.timing == Timing::kAtOnce)
-      while (run_any_async()) {
-      }
-    else if (machine.timing == Timing::kRandom && machine.chance(8))
+      while (run_any_async()) continue;
+    else if (machine.timing == Timing::kRandom && machine.random() % 8 == 0)
       run_any_async();
     if (Thread* const thread = choose_thread())
       resume(*thread);
     else if (!run_any_async())
       fail_deadlock();
   }
-  while (run_any_async()) {
-  }
-  check_warpgroups();
+  while (run_any_async()) continue;
+  for (const Warp& warp : cta->warps)
+    if (warp.wgmma_history != cta->warps[warp.index / kWarpgroupWarps * kWarpgroupWarps].wgmma_history)
+      fail("wgmma: the warps of a warpgroup differ");
 }
 
 void start_cta(uint32_t index, uint32_t shared_bytes, uint32_t misalignment) {
-  static uint8_t* const window = static_cast<uint8_t*>(std::aligned_alloc(1024, kWindowBytes));
-  std::memset(window, 0xff, kWindowBytes);  // NaN in every format
   cta = std::make_unique<Cta>();
   cta->index = index;
   cta->live_threads = machine.threads;
-  cta->shared = window;
+  std::memset(cta->shared, 0xff, kWindowBytes);  // NaN in every format
   cta->shared_begin = kReservedShared + misalignment;
   cta->shared_end = cta->shared_begin + shared_bytes;
-  const uint32_t num_warps = machine.threads / kWarpLanes;
-  cta->warpgroup_wgmmas.resize((num_warps + kWarpgroupWarps - 1) / kWarpgroupWarps);
   const uint32_t registers = std::min(kMaxRegisters, kRegisterFile / machine.threads / 8 * 8);  // of a thread
   cta->free_registers = kRegisterFile - registers * machine.threads;
-  for (uint32_t m = 0; m < kMaxMbarriers; ++m) cta->mbarriers[m].actor = actor(Kind::kMbarrier, m);
-  for (uint32_t w = 0; w < num_warps; ++w) {
-    cta->warps.push_back(std::make_unique<Warp>());
-    Warp& warp = *cta->warps.back();
-    warp.index = w;
-    warp.tick(Kind::kWarp) = 1;
-    for (uint32_t lane = 0; lane < kWarpLanes; ++lane) {
-      Thread& thread = warp.threads[lane];
-      thread.warp = &warp;
-      thread.lane = lane;
-      thread.index = w * kWarpLanes + lane;
-      thread.registers = registers;
-    }
-  }
-  std::shuffle(cta->warps.begin(), cta->warps.end(), machine.random);
+  for (uint32_t w = 0; w < machine.threads / kWarpLanes; ++w)
+    cta->priorities.push_back(&cta->warps.emplace_back(w, registers));
+  std::shuffle(cta->priorities.begin(), cta->priorities.end(), machine.random);
 }
 
 }  // namespace
 
 void fail(const char* format, ...) {
-  char text[1200], place[80] = "";
+  char text[1300];
+  int begun = 0;
+  if (self)
+    begun = std::sprintf(text, "cta %u warp %u lane %u at %u: %s%s", cta->index, self->warp->index, self->lane, site,
+                         self->instruction, *self->instruction ? ": " : "");
   va_list values;
   va_start(values, format);
-  std::vsnprintf(text, sizeof text, format, values);
+  std::vsnprintf(text + begun, sizeof text - begun, format, values);
   va_end(values);
-  if (self)
-    std::snprintf(place, sizeof place, "cta %u warp %u lane %u at %u: ", cta->index, self->warp->index, self->lane,
-                  site);
-  machine.error = std::string(place) + text;
+  machine.error = text;
   _longjmp(launch_context, 1);
 }
 
-void suspend(const char* waits_for, std::vector<Thread*>& waiting) {
-  self->waits_for = waits_for;
+Instruction::Instruction(const char* name) {
+  self->instruction = name;
+  if (machine.random() % 4 == 0) leave();
+}
+
+void suspend(std::vector<Thread*>& waiting) {
   waiting.push_back(self);
   self->warp->runnable &= ~(1u << self->lane);
   leave();
@@ -191,43 +169,17 @@ void wake(std::vector<Thread*>& waiting) {
   waiting.clear();
 }
 
-void yield() {
-  if (machine.chance(4)) leave();
-}
-
-void converge(const char* name, uint32_t mask, bool aligned, void* lane_arguments, Action action) {
-  yield();
+void finish_groups(Kind kind, uint32_t last) {
   Warp& warp = *self->warp;
-  Convergence& now = warp.convergence;
-  if (!(mask >> self->lane & 1)) fail("%s: its mask %x lacks the executing lane", name, mask);
-  if (mask & warp.exited) fail("%s: lanes %x have exited", name, mask & warp.exited);
-  if (!now.name)
-    now = {name, site, mask, 0, now.generation, now.arguments};
-  else if (now.name != name || now.mask != mask || (aligned && now.site != site))
-    fail("divergent: %s, while lanes %x wait in %s at %u", name, now.arrived, now.name, now.site);
-  now.arguments[self->lane] = lane_arguments;
-  now.arrived |= 1u << self->lane;
-  if (now.arrived == mask) {
-    action(warp, now.arguments);
-    ++now.generation;
-    now.name = nullptr;
-    warp.runnable |= mask;
-    return;
-  }
-  std::vector<Thread*> nobody;
-  for (const uint32_t generation = now.generation; now.generation == generation;) suspend(name, nobody);
+  cta->in_flight.remove_if([&](const Async& async) {
+    const bool is_of_them = async.event.actor == actor(kind, warp.index) && async.event.tick <= last;
+    if (is_of_them) async.run();
+    return is_of_them;
+  });
+  warp.tick(kind) = std::max(warp.tick(kind), last);
 }
 
-bool run_async(const std::function<bool(const Async&)>& fits) {
-  const auto found = std::find_if(cta->in_flight.begin(), cta->in_flight.end(), fits);
-  if (found == cta->in_flight.end()) return false;
-  const Async async = std::move(*found);
-  cta->in_flight.erase(found);
-  async.run();
-  return true;
-}
-
-uint32_t tid_x() { return self->index; }
+uint32_t tid_x() { return self->warp->index * kWarpLanes + self->lane; }
 uint32_t ntid_x() { return machine.threads; }
 uint32_t ctaid_x() { return cta->index; }
 uint32_t nctaid_x() { return machine.grid; }

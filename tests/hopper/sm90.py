@@ -115,7 +115,7 @@ def emulated(load: Load, multiprocessors: int, settings: Settings) -> Iterator[N
     emulator.configure(settings)
 
     def load_kernel(compilation: Compilation, device: int) -> ctypes.c_void_p:
-        return ctypes.c_void_p(load(compilation).bodies[kernels.NAME])
+        return ctypes.c_void_p(load(compilation).body(kernels.NAME))
 
     def pad_to_alignment(t: Tensor) -> Tensor:
         padded = gemm.pad_to_alignment(t)

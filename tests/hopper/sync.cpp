@@ -1,150 +1,159 @@
-// mbarriers, named barriers, and the registers that warps hand to each other.
+// What threads do together: mbarriers, named barriers, the registers that warps hand to each other, votes and shuffles.
 
 #include "state.h"
 
 namespace hopper {
 namespace {
 
-constexpr uint32_t kMbarrierBytes = 8;
+constexpr uint32_t kMbarrierBytes = 8, kNamedBarriers = 16;
 
-Mbarrier* lookup(uint32_t address) {
-  for (Mbarrier& mbarrier : cta->mbarriers)
-    if (mbarrier.count && mbarrier.address == address) return &mbarrier;
-  return nullptr;
+void complete_if_done(Barrier& barrier) {
+  if (barrier.pending || barrier.bytes) return;
+  barrier.pending = barrier.count;
+  barrier.gathered.ticks[barrier.actor] = ++barrier.completed;
+  barrier.released = barrier.gathered;
+  wake(barrier.waiting);
 }
 
-void complete_if_done(Mbarrier& mbarrier) {
-  if (mbarrier.pending || mbarrier.bytes) return;
-  ++mbarrier.completed;
-  mbarrier.pending = mbarrier.count;
-  mbarrier.gathered.happened[mbarrier.actor] = mbarrier.gathered.proxied[mbarrier.actor] = mbarrier.tick();
-  mbarrier.released = mbarrier.gathered;
-  wake(mbarrier.waiting);
+void arrive(Barrier& barrier, uint32_t bytes) {
+  if (!barrier.pending) fail("more arrivals than the mbarrier's count of %u", barrier.count);
+  self->warp->release(barrier.gathered);
+  --barrier.pending;
+  barrier.bytes += bytes;
+  complete_if_done(barrier);
 }
 
-void arrive(Mbarrier& mbarrier, uint32_t bytes, const char* what) {
-  if (!mbarrier.pending) fail("%s: more arrivals than the mbarrier's count of %u", what, mbarrier.count);
-  self->warp->release(mbarrier.gathered);
-  --mbarrier.pending;
-  mbarrier.bytes += bytes;
-  complete_if_done(mbarrier);
-}
-
-void set_registers(uint32_t registers, const char* what) {
-  converge(what, kEveryLane, true, nullptr, [](Warp&, const Lanes&) {});
-  if (registers < 24 || registers > 256 || registers % 8) fail("%s: %u registers", what, registers);
-  while (registers > self->registers + cta->free_registers) suspend(what, cta->waiting_for_registers);
+void set_registers(const char* name, uint32_t registers, bool wrong_way) {
+  converge(name, kEveryLane, true);
+  const Instruction now(name);
+  if (wrong_way) fail("to %u, from %u", registers, self->registers);
+  if (registers < 24 || registers > 256 || registers % 8) fail("%u registers", registers);
+  while (registers > self->registers + cta->free_registers) suspend(cta->waiting_for_registers);
   cta->free_registers += self->registers - registers;
   self->registers = registers;
   wake(cta->waiting_for_registers);
 }
 
-}  // namespace
-
-Mbarrier& find_mbarrier(uint32_t address, const char* what) {
-  Mbarrier* const mbarrier = lookup(address);
-  if (!mbarrier) fail("%s: no mbarrier at %u", what, address);
-  if (self->warp->knowledge.happened[mbarrier->init_actor] < mbarrier->init_tick)
-    fail("%s: nothing orders it after mbarrier.init", what);
-  return *mbarrier;
+// The lanes of `mask` whose predicate is true.
+uint32_t ballot(const char* name, bool predicate, uint32_t mask) {
+  const Lanes lanes = converge(name, mask, false, {predicate});
+  uint32_t result = 0;
+  for (uint32_t lane = 0; lane < kWarpLanes; ++lane) result |= uint32_t(lanes[lane][0]) << lane;
+  return result;
 }
 
-void complete_bytes(Mbarrier& mbarrier, uint32_t phase, uint32_t bytes) {
-  if (mbarrier.tick() + 1 != phase) fail("the mbarrier's phase ended before the bytes of a bulk copy came");
+}  // namespace
+
+Barrier& find_mbarrier(uint32_t address) {
+  Barrier& mbarrier = cta->barriers[address];
+  if (!mbarrier.count || address < kReservedShared) fail("no mbarrier at %u", address);
+  if (!self->warp->known.knows(mbarrier.init)) fail("nothing orders it after mbarrier.init");
+  return mbarrier;
+}
+
+void complete_bytes(Barrier& mbarrier, uint32_t phase, uint32_t bytes) {
+  if (mbarrier.completed + 1 != phase) fail("the mbarrier's phase ended before the bytes of a bulk copy came");
   mbarrier.bytes -= bytes;
   complete_if_done(mbarrier);
 }
 
 void mbarrier_init(uint32_t address, uint32_t count) {
-  yield();
-  Warp& warp = *self->warp;
-  shared_bytes(address, kMbarrierBytes, kMbarrierBytes, "mbarrier.init");
-  if (!count || count >= 1u << 20) fail("mbarrier.init: a count of %u", count);
-  if (lookup(address)) fail("mbarrier.init: there is one already");
-  for (Mbarrier& mbarrier : cta->mbarriers) {
-    if (mbarrier.count) continue;
-    mbarrier.first_tick = mbarrier.tick();
-    mbarrier.address = address;
-    mbarrier.count = mbarrier.pending = count;
-    mbarrier.bytes = mbarrier.completed = mbarrier.published = 0;
-    mbarrier.init_actor = warp.actor(Kind::kWarp);
-    mbarrier.init_tick = warp.tick(Kind::kWarp);
-    mbarrier.gathered = mbarrier.released = {};
-    cta->shadow.own(address, kMbarrierBytes, mbarrier.actor, UINT32_MAX);
-    return;
-  }
-  fail("more mbarriers than the emulation has");
+  const Instruction now("mbarrier.init");
+  shared_bytes(address, kMbarrierBytes, kMbarrierBytes);
+  Barrier& mbarrier = cta->barriers[address];
+  if (!count || count >= 1u << 20) fail("a count of %u", count);
+  if (mbarrier.count) fail("there is one already");
+  if (cta->mbarrier_count == kMaxMbarriers) fail("more mbarriers than the emulation has");
+  mbarrier = {count, count, 0, 0, actor(kMbarrier, cta->mbarrier_count++), self->warp->event()};
+  cta->shadow.write(address, kMbarrierBytes, {mbarrier.actor, kHoldsMbarrier}, self->warp->known);
 }
 
 void mbarrier_inval(uint32_t address) {
-  yield();
-  Warp& warp = *self->warp;
-  Mbarrier& mbarrier = find_mbarrier(address, "mbarrier.inval");
-  if (!mbarrier.waiting.empty() || mbarrier.bytes) fail("mbarrier.inval: it is in use");
+  const Instruction now("mbarrier.inval");
+  Barrier& mbarrier = find_mbarrier(address);
+  if (!mbarrier.waiting.empty() || mbarrier.bytes) fail("it is in use");
   mbarrier.count = 0;
-  cta->shadow.own(address, kMbarrierBytes, warp.actor(Kind::kWarp), warp.tick(Kind::kWarp));
+  cta->shadow.write(address, kMbarrierBytes, self->warp->event(), self->warp->known, false);
 }
 
 void fence_mbarrier_init() {
-  yield();
-  for (Mbarrier& mbarrier : cta->mbarriers)
-    mbarrier.published |= mbarrier.init_actor == self->warp->actor(Kind::kWarp);
+  const Instruction now("fence.mbarrier_init");
+  for (auto& [address, mbarrier] : cta->barriers) mbarrier.published |= mbarrier.init.actor == self->warp->index;
 }
 
-void mbarrier_arrive(uint32_t address) {
-  yield();
-  arrive(find_mbarrier(address, "mbarrier.arrive"), 0, "mbarrier.arrive");
-}
-
+void mbarrier_arrive(uint32_t address) { mbarrier_arrive_expect_tx(address, 0); }
 void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes) {
-  yield();
-  const char* const what = "mbarrier.arrive.expect_tx";
-  arrive(find_mbarrier(address, what), bytes, what);
+  const Instruction now("mbarrier.arrive");
+  arrive(find_mbarrier(address), bytes);
 }
 
 bool mbarrier_try_wait_parity(uint32_t address, uint32_t parity) {
-  yield();
-  const char* const what = "mbarrier.try_wait";
-  Mbarrier& mbarrier = find_mbarrier(address, what);
-  if (parity > 1) fail("%s: a parity of %u", what, parity);
+  const Instruction now("mbarrier.try_wait");
+  Barrier& mbarrier = find_mbarrier(address);
+  if (parity > 1) fail("a parity of %u", parity);
   // In some phases it fails once. For all: what one lane learns, the emulation takes for the warp's.
-  const uint32_t attempt = mbarrier.tick() * kActors + mbarrier.actor;
-  if (self->refused != attempt && (mbarrier.tick() * 5 + mbarrier.actor + machine.seed) % 8 == 0) {
+  const uint32_t attempt = mbarrier.completed * kActors + mbarrier.actor;
+  if (self->refused != attempt && (mbarrier.completed * 5 + mbarrier.actor + machine.seed) % 8 == 0) {
     self->refused = attempt;
     return false;
   }
-  while ((mbarrier.completed & 1) == parity) suspend(what, mbarrier.waiting);
-  self->warp->knowledge.join(mbarrier.released);
+  while (mbarrier.completed % 2 == parity) suspend(mbarrier.waiting);
+  self->warp->known.join(mbarrier.released);
   return true;
 }
 
 void bar_sync(uint32_t id, uint32_t threads) {
-  yield();
-  if (id >= cta->barriers.size()) fail("bar.sync: barrier %u", id);
-  if (threads % kWarpLanes) fail("bar.sync: %u threads are not whole warps", threads);
-  NamedBarrier& barrier = cta->barriers[id];
-  const uint32_t generation = barrier.generation, expected = threads ? threads : machine.threads;
-  if (barrier.arrived && barrier.expected != expected)
-    fail("a barrier of %u threads, which others use with %u", expected, barrier.expected);
-  barrier.expected = expected;
-  self->warp->release(barrier.gathered);
-  if (++barrier.arrived == expected) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    barrier.released = barrier.gathered;
-    wake(barrier.waiting);
-  }
-  while (barrier.generation == generation) suspend("bar.sync", barrier.waiting);
-  self->warp->knowledge.join(barrier.released);
+  const Instruction now("bar.sync");
+  if (id >= kNamedBarriers) fail("barrier %u", id);
+  if (threads % kWarpLanes) fail("%u threads are not whole warps", threads);
+  Barrier& barrier = cta->barriers[id];
+  const uint32_t count = threads ? threads : machine.threads, phase = barrier.completed;
+  if (barrier.pending == barrier.count) barrier.pending = barrier.count = count;  // the first to arrive
+  if (barrier.count != count) fail("a barrier of %u threads, which others use with %u", count, barrier.count);
+  arrive(barrier, 0);
+  if (barrier.completed == phase) suspend(barrier.waiting);
+  self->warp->known.join(barrier.released);
 }
 
-void setmaxnreg_dec(uint32_t registers) {
-  if (registers > self->registers) fail("setmaxnreg.dec: to %u, from %u", registers, self->registers);
-  set_registers(registers, "setmaxnreg.dec");
+void setmaxnreg_dec(uint32_t registers) { set_registers("setmaxnreg.dec", registers, registers > self->registers); }
+void setmaxnreg_inc(uint32_t registers) { set_registers("setmaxnreg.inc", registers, registers < self->registers); }
+
+Lanes converge(const char* name, uint32_t mask, bool aligned, const Operands& own,
+               const std::function<void(const Lanes&)>& action) {
+  const Instruction instruction(name);
+  Warp& warp = *self->warp;
+  if (!(mask >> self->lane & 1)) fail("its mask %x lacks the executing lane", mask);
+  if (mask & warp.exited) fail("lanes %x have exited", mask & warp.exited);
+  if (!warp.convergence) warp.convergence = std::make_shared<Convergence>(Convergence{name, site, mask});
+  const std::shared_ptr<Convergence> now = warp.convergence;
+  if (now->name != name || now->mask != mask || (aligned && now->site != site))
+    fail("divergent, while lanes %x wait in %s at %u", now->arrived, now->name, now->site);
+  now->lanes[self->lane] = own;
+  now->arrived |= 1u << self->lane;
+  if (now->arrived != mask) {
+    suspend(now->waiting);
+  } else {
+    if (action) action(now->lanes);
+    warp.convergence.reset();
+    wake(now->waiting);
+  }
+  return now->lanes;
 }
-void setmaxnreg_inc(uint32_t registers) {
-  if (registers < self->registers) fail("setmaxnreg.inc: to %u, from %u", registers, self->registers);
-  set_registers(registers, "setmaxnreg.inc");
+
+bool vote_any(bool predicate, uint32_t mask) { return ballot("vote.any", predicate, mask) != 0; }
+bool vote_all(bool predicate, uint32_t mask) { return ballot("vote.all", predicate, mask) == mask; }
+
+bool elect_sync(uint32_t mask, uint32_t& leader) {
+  leader = __builtin_ctz(ballot("elect.sync", true, mask));
+  return self->lane == leader;
+}
+
+uint32_t shfl_idx(uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask) {
+  if (clamp != kWarpLanes - 1 || mask != kEveryLane) fail("shfl.sync: only whole warps are emulated");
+  return uint32_t(converge("shfl.sync", mask, false, {value})[lane % kWarpLanes][0]);
+}
+uint32_t shfl_bfly(uint32_t value, uint32_t lane_mask, uint32_t clamp, uint32_t mask) {
+  return shfl_idx(value, self->lane ^ lane_mask, clamp, mask);
 }
 
 }  // namespace hopper

@@ -25,7 +25,7 @@ BROKEN = {
     "misaligned": "is not a multiple of 8",
     "out_of_shared": "ld.shared: shared bytes",
     "out_of_global": "ld.global: 4 bytes of global memory out of bounds",
-    "divergent": "divergent: wgmma",
+    "divergent": "wgmma.(fence|commit_group): divergent",
     "exited_lane": "vote.any: lanes 1 have exited|a lane exits while others of its warp wait in vote.any",
     "foreign_mask": "vote.any: its mask 1 lacks the executing lane",
     "too_many_arrivals": "more arrivals than the mbarrier's count of 2",
@@ -37,6 +37,7 @@ BROKEN = {
     "unequal_barriers": "a barrier of (32|64) threads, which others use with|deadlock",
     "too_few_registers": "deadlock; .*in setmaxnreg.inc",
     "wrong_registers": "setmaxnreg.dec: 100 registers",
+    "unequal_wgmmas": "the warps of a warpgroup differ",
     "no_tensor_map": "that is no tensor map",
 }
 RIGHT = {
@@ -53,6 +54,7 @@ THREADS = {name: 64 for name in ("race", "race_of_stores", "same_value", "overwr
 THREADS |= {
     "mbarrier_orders": 64,
     "unequal_barriers": 64,
+    "unequal_wgmmas": 128,
     "registers": 384,
     "too_few_registers": 384,
 }

@@ -42,7 +42,7 @@ class EmulatedDriver:
         """Run ``ptx`` where the compiled kernel is launched."""
         program = Program(translate(ptx))
         self.programs.append(program)
-        self.bodies[cubin] = program.bodies[name]
+        self.bodies[cubin] = program.body(name)
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[None, int, int, int, int]:
         return None, self.bodies[cubin], 0, 0, 1024  # module, function, registers, spills, threads

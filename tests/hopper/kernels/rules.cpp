@@ -3,7 +3,9 @@
 
 using namespace hopper;
 
-static void race(void* const*) {
+#define KERNEL(name) extern "C" void kernel_##name([[maybe_unused]] void* const* args)
+
+KERNEL(race) {
   const uint32_t shared = dynamic_shared();
   const uint32_t one = 1;
   uint32_t got;
@@ -11,19 +13,19 @@ static void race(void* const*) {
   if (tid_x() == 32) ld_shared(shared, &got, 4);
 }
 
-static void race_of_stores(void* const*) {
+KERNEL(race_of_stores) {
   const uint32_t shared = dynamic_shared();
   const uint32_t v = tid_x();
   if (tid_x() % 32 == 0) st_shared(shared, &v, 4);
 }
 
-static void same_value(void* const*) {
+KERNEL(same_value) {
   const uint32_t shared = dynamic_shared();
   const uint32_t v = 7;
   if (tid_x() % 32 == 0) st_shared(shared, &v, 4);
 }
 
-static void overwrite(void* const*) {
+KERNEL(overwrite) {
   const uint32_t shared = dynamic_shared();
   uint32_t v = tid_x();
   if (v == 0) st_shared(shared, &v, 4);
@@ -32,7 +34,7 @@ static void overwrite(void* const*) {
   if (v == 32) st_shared(shared, &v, 4);
 }
 
-static void barrier(void* const* args) {
+KERNEL(barrier) {
   const uint32_t shared = dynamic_shared();
   const uint64_t out = reinterpret_cast<uint64_t>(args[0]);
   const uint32_t one = 1;
@@ -45,60 +47,60 @@ static void barrier(void* const* args) {
   }
 }
 
-static void unwritten(void* const*) {
+KERNEL(unwritten) {
   const uint32_t shared = dynamic_shared();
   uint32_t got;
   ld_shared(shared + 64, &got, 4);
 }
 
-static void misaligned(void* const*) {
+KERNEL(misaligned) {
   const uint32_t shared = dynamic_shared();
   uint64_t got;
   ld_shared(shared + 4, &got, 8);
 }
 
-static void out_of_shared(void* const*) {
+KERNEL(out_of_shared) {
   const uint32_t shared = dynamic_shared();
   uint32_t got;
   ld_shared(shared + 4096, &got, 4);
 }
 
-static void out_of_global(void* const* args) {
+KERNEL(out_of_global) {
   const uint64_t out = reinterpret_cast<uint64_t>(args[0]);
   uint32_t got;
   ld_global(out + 4096, &got, 4);
 }
 
-static void divergent(void* const*) {
+KERNEL(divergent) {
   const uint32_t lane = tid_x() % 32;
   if (lane < 16) wgmma_fence();
   else wgmma_commit_group();
 }
 
-static void exited_lane(void* const*) {
+KERNEL(exited_lane) {
   const uint32_t lane = tid_x() % 32;
   if (lane) vote_any(true, ~0u);
 }
 
-static void partial_vote(void* const* args) {
+KERNEL(partial_vote) {
   const uint32_t lane = tid_x() % 32;
   const uint64_t out = reinterpret_cast<uint64_t>(args[0]);
   const uint32_t got = lane < 8 ? vote_all(lane < 8, 0xff) : 1;
   st_global(out + 4 * lane, &got, 4);
 }
 
-static void foreign_mask(void* const*) {
+KERNEL(foreign_mask) {
   vote_any(true, 1);
 }
 
-static void shuffles(void* const* args) {
+KERNEL(shuffles) {
   const uint32_t lane = tid_x() % 32;
   const uint64_t out = reinterpret_cast<uint64_t>(args[0]);
-  const uint32_t got = shfl_sync(Shuffle::kBfly, lane, 5, 31, ~0u) + 100 * shfl_sync(Shuffle::kIdx, lane, 3, 31, ~0u);
+  const uint32_t got = shfl_bfly(lane, 5, 31, ~0u) + 100 * shfl_idx(lane, 3, 31, ~0u);
   st_global(out + 4 * lane, &got, 4);
 }
 
-static void elect(void* const* args) {
+KERNEL(elect) {
   const uint32_t lane = tid_x() % 32;
   const uint64_t out = reinterpret_cast<uint64_t>(args[0]);
   uint32_t leader;
@@ -106,7 +108,7 @@ static void elect(void* const* args) {
   st_global(out + 4 * lane, &got, 4);
 }
 
-static void too_many_arrivals(void* const*) {
+KERNEL(too_many_arrivals) {
   const uint32_t shared = dynamic_shared();
   if (tid_x() == 0) {
     mbarrier_init(shared, 2);
@@ -116,19 +118,19 @@ static void too_many_arrivals(void* const*) {
   }
 }
 
-static void never_arrives(void* const*) {
+KERNEL(never_arrives) {
   const uint32_t shared = dynamic_shared();
   if (tid_x() == 0) {
     mbarrier_init(shared, 1);
   while (!mbarrier_try_wait_parity(shared, 0)) {} }
 }
 
-static void no_mbarrier(void* const*) {
+KERNEL(no_mbarrier) {
   const uint32_t shared = dynamic_shared();
   mbarrier_arrive(shared);
 }
 
-static void second_init(void* const*) {
+KERNEL(second_init) {
   const uint32_t shared = dynamic_shared();
   if (tid_x() == 0) {
     mbarrier_init(shared, 1);
@@ -136,7 +138,7 @@ static void second_init(void* const*) {
   }
 }
 
-static void store_over_mbarrier(void* const*) {
+KERNEL(store_over_mbarrier) {
   const uint32_t shared = dynamic_shared();
   const uint32_t v = 0;
   if (tid_x() == 0) {
@@ -145,13 +147,13 @@ static void store_over_mbarrier(void* const*) {
   }
 }
 
-static void unordered_mbarrier(void* const*) {
+KERNEL(unordered_mbarrier) {
   const uint32_t shared = dynamic_shared();
   if (tid_x() == 0) mbarrier_init(shared, 1);
   if (tid_x() == 32) while (true) mbarrier_arrive(shared);
 }
 
-static void mbarrier_orders(void* const* args) {
+KERNEL(mbarrier_orders) {
   const uint32_t shared = dynamic_shared();
   const uint64_t out = reinterpret_cast<uint64_t>(args[0]);
   const uint32_t one = 1;
@@ -168,35 +170,39 @@ static void mbarrier_orders(void* const* args) {
   }
 }
 
-static void unequal_barriers(void* const*) {
+KERNEL(unequal_barriers) {
   bar_sync(1, tid_x() < 32 ? 64 : 32);
 }
 
-static void too_few_registers(void* const*) {
+KERNEL(too_few_registers) {
   setmaxnreg_inc(232);
 }
 
-static void registers(void* const*) {
+KERNEL(registers) {
   if (tid_x() < 128) setmaxnreg_dec(40);
   else setmaxnreg_inc(232);
 }
 
-static void wrong_registers(void* const*) {
+KERNEL(wrong_registers) {
   setmaxnreg_dec(100);
 }
 
-static void no_tensor_map(void* const*) {
-  static int map[32];
-  prefetch_tensormap(map);
+// One warp of the warpgroup multiplies once more.
+KERNEL(unequal_wgmmas) {
+  const uint32_t shared = dynamic_shared(), zero = 0;
+  const uint64_t rows = shared >> 4;  // the same eight, again and again
+  uint32_t registers[4]{}, *const accumulators[] = {&registers[0], &registers[1], &registers[2], &registers[3]};
+  track_registers(registers, 4);
+  if (tid_x() < 32) st_shared(shared + 4 * tid_x(), &zero, 4);
+  fence_proxy_async();
+  bar_sync(0, 0);
+  wgmma_fence();
+  for (uint32_t i = 0; i < (tid_x() < 96 ? 1 : 2); ++i) wgmma(Half::kFloat16, 8, accumulators, rows, rows, true);
+  wgmma_commit_group();
+  wgmma_wait_group(0);
 }
 
-#define KERNEL(name) {#name, name, 0}
-extern "C" const Kernel hopper_kernels[] = {
-    KERNEL(race), KERNEL(race_of_stores), KERNEL(same_value), KERNEL(overwrite), KERNEL(barrier), KERNEL(unwritten),
-    KERNEL(misaligned), KERNEL(out_of_shared), KERNEL(out_of_global), KERNEL(divergent), KERNEL(exited_lane),
-    KERNEL(partial_vote), KERNEL(foreign_mask), KERNEL(shuffles), KERNEL(elect), KERNEL(too_many_arrivals),
-    KERNEL(never_arrives), KERNEL(no_mbarrier), KERNEL(second_init), KERNEL(store_over_mbarrier),
-    KERNEL(unordered_mbarrier), KERNEL(mbarrier_orders), KERNEL(unequal_barriers), KERNEL(too_few_registers),
-    KERNEL(registers), KERNEL(wrong_registers), KERNEL(no_tensor_map),
-};
-extern "C" const uint32_t hopper_kernel_count = sizeof hopper_kernels / sizeof *hopper_kernels;
+KERNEL(no_tensor_map) {
+  alignas(64) static int map[32];
+  prefetch_tensormap(reinterpret_cast<uint64_t>(map));
+}

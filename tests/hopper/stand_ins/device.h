@@ -30,9 +30,9 @@ inline bool __all_sync(uint32_t mask, bool predicate) { return hopper::vote_all(
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __ffs(uint32_t bits) { return __builtin_ffs(bits); }
 inline int __shfl_sync(uint32_t mask, int value, int lane) {
-  return hopper::shfl_sync(hopper::Shuffle::kIdx, value, lane, 31, mask);
+  return hopper::shfl_idx(value, lane, 31, mask);
 }
 inline float __shfl_xor_sync(uint32_t mask, float value, int lane_mask) {
-  const uint32_t bits = hopper::shfl_sync(hopper::Shuffle::kBfly, reinterpret_cast<uint32_t&>(value), lane_mask, 31, mask);
+  const uint32_t bits = hopper::shfl_bfly(reinterpret_cast<uint32_t&>(value), lane_mask, 31, mask);
   return reinterpret_cast<const float&>(bits);
 }

@@ -3,7 +3,6 @@
 #include <cstddef>
 
 #include "machine.h"
-#include "tma.h"
 
 using hopper::TensorMap;
 

@@ -26,17 +26,18 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   }
 }
 
+inline uint64_t address(const TensorMap* tensor_map) { return reinterpret_cast<uint64_t>(tensor_map); }
 inline void tma_load_2d(void* dst, const TensorMap* tensor_map, int column, int row, uint64_t* barrier) {
-  hopper::tma_load_2d(smem_addr(dst), tensor_map, column, row, smem_addr(barrier));
+  hopper::tma_load_2d(smem_addr(dst), address(tensor_map), column, row, smem_addr(barrier));
 }
 inline void tma_store_2d(const TensorMap* tensor_map, int column, int row, const void* src) {
-  hopper::tma_store_2d(tensor_map, column, row, smem_addr(src));
+  hopper::tma_store_2d(address(tensor_map), column, row, smem_addr(src));
 }
 inline void tma_store_commit_group() { hopper::bulk_commit_group(); }
 inline void tma_store_wait_group_read() { hopper::bulk_wait_group(0); }
 inline void tma_store_wait_group() { hopper::bulk_wait_group(0); }
 inline void fence_proxy_async() { hopper::fence_proxy_async(); }
-inline void prefetch_tensormap(const TensorMap* tensor_map) { hopper::prefetch_tensormap(tensor_map); }
+inline void prefetch_tensormap(const TensorMap* tensor_map) { hopper::prefetch_tensormap(address(tensor_map)); }
 
 inline void named_barrier_sync(int id, int num_threads) { hopper::bar_sync(id, num_threads); }
 template <int kRegisters>
@@ -68,18 +69,13 @@ void wgmma_wait_group() {
 template <int kCount>
 void wgmma_fence_accumulator(float (&)[kCount]) {}
 
-struct EveryIndex {
-  uint16_t values[64];
-  constexpr EveryIndex() : values() {
-    for (int i = 0; i < 64; ++i) values[i] = uint16_t(i);
-  }
-};
-
 template <class Element>
 void wgmma_m64n128k16(float (&acc)[64], uint64_t a, uint64_t b, bool accumulate) {
-  static constexpr EveryIndex kEvery;
   const auto type = Element::kIsBfloat16 ? hopper::Half::kBfloat16 : hopper::Half::kFloat16;
-  hopper::wgmma(type, 128, reinterpret_cast<uint32_t*>(acc), kEvery.values, a, b, accumulate);
+  uint32_t* accumulators[64];
+  for (int i = 0; i < 64; ++i) accumulators[i] = reinterpret_cast<uint32_t*>(&acc[i]);
+  hopper::track_registers(accumulators[0], 64);
+  hopper::wgmma(type, 128, accumulators, a, b, accumulate);
 }
 
 }  // namespace siglip::sm90
