@@ -25,62 +25,60 @@ constexpr uint32_t kHoldsMbarrier = UINT32_MAX;  // the tick of a write that onl
 inline uint32_t actor(Kind kind, uint32_t index) { return kind * kMaxWarps + index; }
 inline bool is_async(uint32_t actor) { return actor >= kMaxWarps; }
 
-// What an actor knows to have happened: ticks of all.
-struct Clock : std::array<uint32_t, kActors> {
+// What an actor does at a tick of its clock. At tick 0 it has done nothing.
+struct Event {
+  uint32_t actor = 0, tick = 0;
+};
+
+// What somebody knows to have happened: a tick of each actor.
+struct Clock {
+  std::array<uint32_t, kActors> ticks{};
+
+  bool knows(const Event& event) const { return ticks[event.actor] >= event.tick; }
   void join(const Clock& other) {
-    for (uint32_t i = 0; i < kActors; ++i) (*this)[i] = std::max((*this)[i], other[i]);
+    for (uint32_t i = 0; i < kActors; ++i) ticks[i] = std::max(ticks[i], other.ticks[i]);
   }
 };
 
-// An access to shared memory: by whom, at which tick of its clock, knowing what.
-struct Access {
-  const Clock& known;
-  uint32_t actor, tick;
-};
-
-// The last accesses to shared memory: writes by 4-byte word, reads by 16-byte chunk. They fail where there is a race.
+// The last accesses to shared memory: writes by 4-byte word, reads by 16-byte chunk. `known`: to whoever makes one.
 class Shadow {
  public:
   explicit Shadow(uint32_t bytes) : writes_(bytes / 4), reads_(bytes / 16) {}
 
-  void read(uint32_t begin, uint32_t bytes, const Access& access) {
+  void read(uint32_t begin, uint32_t bytes, Event event, const Clock& known) {
     for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word) {
-      check_written(writes_[word], access);
-      reads_[word / 4][access.actor] = access.tick;
+      check_written(writes_[word], event, known);
+      reads_[word / 4][event.actor] = event.tick;
     }
   }
 
-  void write(uint32_t begin, uint32_t bytes, const Access& access, bool checked = true) {
+  void write(uint32_t begin, uint32_t bytes, Event event, const Clock& known, bool checked = true) {
     for (uint32_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk)
       for (uint32_t i = 0; checked && i < kReaders; ++i)
-        if (reads_[chunk][i] > access.known[i]) fail("a race with a %s", kReaderNames[i / kMaxWarps]);
+        if (!known.knows({i, reads_[chunk][i]})) fail("a race with a %s", kReaderNames[i / kMaxWarps]);
     for (uint32_t word = begin / 4; word <= (begin + bytes - 1) / 4; ++word) {
-      if (checked && writes_[word].tick) check_written(writes_[word], access);
-      writes_[word] = {access.actor, access.tick};
+      if (checked && writes_[word].tick) check_written(writes_[word], event, known);
+      writes_[word] = event;
     }
   }
 
   // Whether an ordinary store of another warp was the last here.
-  bool written_by_other_warp(uint32_t begin, const Access& access) const {
-    const Write& write = writes_[begin / 4];
-    return write.tick && !is_async(write.actor) && write.actor != access.actor;
+  bool written_by_other_warp(uint32_t begin, uint32_t warp) const {
+    const Event& write = writes_[begin / 4];
+    return write.tick && !is_async(write.actor) && write.actor != actor(kWarp, warp);
   }
 
  private:
-  struct Write {
-    uint32_t actor = 0, tick = 0;  // tick 0: never written
-  };
-
-  void check_written(const Write& write, const Access& access) const {
+  void check_written(const Event& write, const Event& event, const Clock& known) const {
     if (!write.tick) fail("shared memory that nobody has written");
     if (write.tick == kHoldsMbarrier) fail("shared memory that holds an mbarrier");
-    if (write.tick > access.known[write.actor])
+    if (!known.knows(write))
       fail("a race with a %s", is_async(write.actor) ? "bulk copy that writes here" : "store of another warp");
-    if (is_async(access.actor) && !is_async(write.actor) && write.tick > access.known[actor(kShown, write.actor)])
+    if (is_async(event.actor) && !is_async(write.actor) && !known.knows({actor(kShown, write.actor), write.tick}))
       fail("an ordinary store without fence.proxy.async before the async proxy");
   }
 
-  std::vector<Write> writes_;
+  std::vector<Event> writes_;
   std::vector<std::array<uint32_t, kReaders>> reads_;
 };
 

@@ -1,7 +1,7 @@
 // The emulated Hopper as a kernel sees it: a function for each PTX instruction that is more than arithmetic.
 //
 // A kernel is a C++ function that every thread runs, as a fiber of its own. Shared addresses are 32 bits wide, as in
-// PTX; global and generic addresses are the host's. Whatever breaks a rule of the PTX ISA ends the launch with an error.
+// PTX; global and generic addresses are the host's. What breaks a rule of the PTX ISA ends the launch with an error.
 #pragma once
 
 #include <cstdint>
@@ -80,16 +80,15 @@ void wgmma_commit_group();
 void wgmma_wait_group(uint32_t pending);
 // Adds to the thread's N / 2 accumulators. Until waited for they hold signalling NaNs.
 void wgmma(Half type, uint32_t n, uint32_t* const* accumulators, uint64_t a, uint64_t b, bool accumulate);
-// All registers of the thread that may hold accumulators in flight, copies included: where wgmma_wait_group writes the
-// results. For the thread's whole life.
+// Registers of the thread that may hold accumulators in flight, copies included: where wgmma_wait_group writes results.
 void track_registers(uint32_t* registers, uint32_t count);
 
 }  // namespace hopper
 
 // ---- launches, for those who drive the emulation ----
 extern "C" {
-// Runs a kernel to its end; 0, or -1 with a message in hopper_error. `shared_bytes`: dynamic shared memory, which begins
-// `misalignment` bytes after a multiple of 1024.
+// Runs a kernel to its end; 0, or -1 with a message in hopper_error. `shared_bytes`: of dynamic shared memory, which
+// begins `misalignment` bytes after a multiple of 1024.
 int hopper_launch(hopper::Body kernel, uint32_t grid, uint32_t threads, uint32_t shared_bytes, uint32_t misalignment,
                   void* const* arguments);
 const char* hopper_error();

@@ -22,10 +22,9 @@ void* global_bytes(uint64_t address, uint32_t bytes, uint32_t alignment, const c
 void store_shared(uint32_t address, const void* value, uint32_t bytes, uint32_t lanes) {
   Warp& warp = *self->warp;
   uint8_t* const memory = shared_bytes(address, bytes, bytes);
-  const Access access = warp.access();
   // Warps may store the same value to the same place; Triton does.
-  const bool repeats = cta->shadow.written_by_other_warp(address, access) && std::memcmp(memory, value, bytes) == 0;
-  cta->shadow.write(address, bytes, access, !repeats);
+  const bool repeats = cta->shadow.written_by_other_warp(address, warp.index) && std::memcmp(memory, value, bytes) == 0;
+  cta->shadow.write(address, bytes, warp.event(), warp.known, !repeats);
   std::memcpy(memory, value, bytes);
   warp.proxy_fenced &= ~lanes;
 }
@@ -72,7 +71,7 @@ uint32_t cvta_to_shared(uint64_t address) {
 void ld_shared(uint32_t address, void* value, uint32_t bytes) {
   const Instruction now("ld.shared");
   std::memcpy(value, shared_bytes(address, bytes, bytes), bytes);
-  cta->shadow.read(address, bytes, self->warp->access());
+  cta->shadow.read(address, bytes, self->warp->event(), self->warp->known);
 }
 
 void st_shared(uint32_t address, const void* value, uint32_t bytes) {
@@ -112,7 +111,7 @@ void fence_proxy_async() {
   warp.proxy_fenced |= 1u << self->lane;
   const bool all_lanes = (warp.proxy_fenced | warp.exited) == kEveryLane;
   for (uint32_t other = 0; other < kMaxWarps; ++other)
-    if (all_lanes || other != warp.index) warp.known[actor(kShown, other)] = warp.known[actor(kWarp, other)];
+    if (all_lanes || other != warp.index) warp.known.ticks[actor(kShown, other)] = warp.known.ticks[other];
 }
 
 void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int32_t row, uint32_t address) {
@@ -121,12 +120,12 @@ void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int3
   shared_bytes(destination, map.box_bytes(), map.box_alignment());
   Barrier& mbarrier = find_mbarrier(address);
   if (machine.strict_mbarriers && !mbarrier.published) fail("no fence.mbarrier_init after mbarrier.init");
-  const uint32_t phase = mbarrier.completed + 1;
-  cta->shadow.write(destination, map.box_bytes(), {self->warp->known, mbarrier.actor, phase});
-  cta->in_flight.push_back({mbarrier.actor, phase, [=, &map, &mbarrier] {
+  const Event phase{mbarrier.actor, mbarrier.completed + 1};
+  cta->shadow.write(destination, map.box_bytes(), phase, self->warp->known);
+  cta->in_flight.push_back({phase, [=, &map, &mbarrier] {
     if (!cta->live_threads) fail("a bulk copy into a CTA that has exited");
     copy_box(map, column, row, destination, true);
-    complete_bytes(mbarrier, phase, map.box_bytes());
+    complete_bytes(mbarrier, phase.tick, map.box_bytes());
   }});
 }
 
@@ -138,9 +137,9 @@ void tma_store_2d(uint64_t tensor_map, int32_t column, int32_t row, uint32_t sou
   if (warp.bulk_lane != kWarpLanes && warp.bulk_lane != self->lane) fail("two lanes of a warp store");
   warp.bulk_lane = self->lane;
   warp.bulk_issued = warp.bulk_committed + 1;
-  const Access access{warp.known, actor(kBulkGroups, warp.index), warp.bulk_issued};
-  cta->shadow.read(source, map.box_bytes(), access);
-  cta->in_flight.push_back({access.actor, access.tick, [=, &map] { copy_box(map, column, row, source, false); }});
+  const Event group = warp.event(kBulkGroups, warp.bulk_issued);
+  cta->shadow.read(source, map.box_bytes(), group, warp.known);
+  cta->in_flight.push_back({group, [=, &map] { copy_box(map, column, row, source, false); }});
 }
 
 // Bulk groups belong to a thread: a lane that stores nothing has none.

@@ -1,7 +1,7 @@
 // The arithmetic of PTX, for kernels that ptx.py translates. Registers hold bits; a float exists within an instruction.
 //
-// A NaN that an instruction gives is PTX's canonical one. A signalling NaN is an accumulator in flight: moves keep it, and
-// arithmetic on it ends the launch.
+// A NaN that an instruction gives is PTX's canonical one. A signalling NaN is an accumulator in flight: moves keep it,
+// and arithmetic on it ends the launch.
 #pragma once
 
 #include <cfenv>

@@ -87,9 +87,9 @@ bool run_any_async() {
   std::list<Async>& in_flight = cta->in_flight;
   if (in_flight.empty()) return false;
   auto chosen = std::next(in_flight.begin(), machine.random() % in_flight.size());
-  const uint32_t actor = chosen->actor;
+  const uint32_t actor = chosen->event.actor;
   if (actor / kMaxWarps == kWgmmaGroups)
-    chosen = std::find_if(in_flight.begin(), chosen, [&](const Async& earlier) { return earlier.actor == actor; });
+    chosen = std::find_if(in_flight.begin(), chosen, [&](const Async& one) { return one.event.actor == actor; });
   chosen->run();
   in_flight.erase(chosen);
   return true;
@@ -172,7 +172,7 @@ void wake(std::vector<Thread*>& waiting) {
 void finish_groups(Kind kind, uint32_t last) {
   Warp& warp = *self->warp;
   cta->in_flight.remove_if([&](const Async& async) {
-    const bool is_of_them = async.actor == actor(kind, warp.index) && async.group <= last;
+    const bool is_of_them = async.event.actor == actor(kind, warp.index) && async.event.tick <= last;
     if (is_of_them) async.run();
     return is_of_them;
   });

@@ -34,7 +34,7 @@ struct Thread {
   const char* instruction = "";  // which it executes, for messages
   uint32_t waits_at = 0;         // its site, while others run
   uint32_t refused = 0;  // the last try_wait that failed although it need not
-  std::vector<std::pair<uint32_t*, uint32_t>> tracked{};  // arrays of registers that may hold accumulators
+  std::map<uint32_t*, uint32_t> tracked{};  // arrays of registers that may hold accumulators, and their sizes
 };
 
 // What a lane brings to an instruction for which the lanes of its warp wait for each other.
@@ -55,9 +55,7 @@ struct Accumulators {
   float sums[16][256];
 
   // A lane's i-th, in the ISA's layout.
-  float& at(uint32_t lane, uint32_t i) {
-    return sums[lane / 4 + (i & 2) * 4][i / 4 * 8 + lane % 4 * 2 + (i & 1)];
-  }
+  float& at(uint32_t lane, uint32_t i) { return sums[lane / 4 + (i & 2) * 4][i / 4 * 8 + lane % 4 * 2 + (i & 1)]; }
 };
 
 struct Warp {
@@ -78,8 +76,9 @@ struct Warp {
     for (uint32_t lane = 0; lane < kWarpLanes; ++lane) threads[lane] = {this, lane, registers};
     tick(kWarp) = 1;
   }
-  uint32_t& tick(Kind kind) { return known[actor(kind, index)]; }
-  Access access() { return {known, actor(kWarp, index), tick(kWarp)}; }  // an ordinary one
+  uint32_t& tick(Kind kind) { return known.ticks[actor(kind, index)]; }
+  Event event(Kind kind, uint32_t tick) const { return {actor(kind, index), tick}; }
+  Event event() { return event(kWarp, tick(kWarp)); }  // what a thread does now
   // Hands on what this warp knows; what it does from now on is not part of it.
   void release(Clock& into) {
     into.join(known);
@@ -87,21 +86,21 @@ struct Warp {
   }
 };
 
-// A named barrier, or an mbarrier if it has a count: where threads wait until all have arrived that a phase needs.
+// A named barrier or an mbarrier: where threads wait until all have arrived that a phase needs.
 struct Barrier {
-  uint32_t count = 0, pending = 0;  // arrivals of a phase, and those that it still lacks
+  uint32_t count = 0, pending = 0;  // arrivals of a phase, 0 if there is no mbarrier, and those that are still to come
   int64_t bytes = 0;                // of the phase, announced and not yet here
   uint32_t completed = 0;           // phases: the ticks of its actor
   uint32_t actor = kActors - 1;     // of a named barrier, whose phases nobody asks for
-  uint32_t init_actor = 0, init_tick = 0;
+  Event init{};
   bool published = false;  // by fence.mbarrier_init
   Clock gathered{}, released{};
   std::vector<Thread*> waiting{};
 };
 
-// Work in flight, of an actor's group or phase.
+// Work in flight, and the tick, group or phase, of which it is a part.
 struct Async {
-  uint32_t actor, group;
+  Event event;
   std::function<void()> run;
 };
 

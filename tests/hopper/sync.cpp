@@ -10,7 +10,7 @@ constexpr uint32_t kMbarrierBytes = 8, kNamedBarriers = 16;
 void complete_if_done(Barrier& barrier) {
   if (barrier.pending || barrier.bytes) return;
   barrier.pending = barrier.count;
-  barrier.gathered[barrier.actor] = ++barrier.completed;
+  barrier.gathered.ticks[barrier.actor] = ++barrier.completed;
   barrier.released = barrier.gathered;
   wake(barrier.waiting);
 }
@@ -47,7 +47,7 @@ uint32_t ballot(const char* name, bool predicate, uint32_t mask) {
 Barrier& find_mbarrier(uint32_t address) {
   Barrier& mbarrier = cta->barriers[address];
   if (!mbarrier.count || address < kReservedShared) fail("no mbarrier at %u", address);
-  if (self->warp->known[mbarrier.init_actor] < mbarrier.init_tick) fail("nothing orders it after mbarrier.init");
+  if (!self->warp->known.knows(mbarrier.init)) fail("nothing orders it after mbarrier.init");
   return mbarrier;
 }
 
@@ -64,9 +64,8 @@ void mbarrier_init(uint32_t address, uint32_t count) {
   if (!count || count >= 1u << 20) fail("a count of %u", count);
   if (mbarrier.count) fail("there is one already");
   if (cta->mbarrier_count == kMaxMbarriers) fail("more mbarriers than the emulation has");
-  const Access init = self->warp->access();
-  mbarrier = {count, count, 0, 0, actor(kMbarrier, cta->mbarrier_count++), init.actor, init.tick};
-  cta->shadow.write(address, kMbarrierBytes, {init.known, mbarrier.actor, kHoldsMbarrier});
+  mbarrier = {count, count, 0, 0, actor(kMbarrier, cta->mbarrier_count++), self->warp->event()};
+  cta->shadow.write(address, kMbarrierBytes, {mbarrier.actor, kHoldsMbarrier}, self->warp->known);
 }
 
 void mbarrier_inval(uint32_t address) {
@@ -74,12 +73,12 @@ void mbarrier_inval(uint32_t address) {
   Barrier& mbarrier = find_mbarrier(address);
   if (!mbarrier.waiting.empty() || mbarrier.bytes) fail("it is in use");
   mbarrier.count = 0;
-  cta->shadow.write(address, kMbarrierBytes, self->warp->access(), false);
+  cta->shadow.write(address, kMbarrierBytes, self->warp->event(), self->warp->known, false);
 }
 
 void fence_mbarrier_init() {
   const Instruction now("fence.mbarrier_init");
-  for (auto& [address, mbarrier] : cta->barriers) mbarrier.published |= mbarrier.init_actor == self->warp->index;
+  for (auto& [address, mbarrier] : cta->barriers) mbarrier.published |= mbarrier.init.actor == self->warp->index;
 }
 
 void mbarrier_arrive(uint32_t address) { mbarrier_arrive_expect_tx(address, 0); }

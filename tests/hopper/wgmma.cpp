@@ -30,13 +30,12 @@ std::vector<const uint8_t*> read_operand(uint64_t descriptor, uint32_t first_row
   if (descriptor & 0x3ff0c000c000c000) fail("reserved bits of a descriptor");
   if ((start >> 7 & (span / 16 - 1)) != (descriptor >> 49 & 7)) fail("the swizzle's pattern begins elsewhere");
   const Warp& warp = *self->warp;
-  const Access access{warp.known, actor(kWgmmaGroups, warp.index), warp.wgmma_committed + 1};
   std::vector<const uint8_t*> pieces;
   for (uint32_t row = first_row; row < first_row + rows; ++row)
     for (uint32_t piece = 0; piece < 2; ++piece) {
       const uint32_t at = start + row / 8 * stride + row % 8 * span + piece * (span == 16 ? leading : 16);
       pieces.push_back(shared_bytes(swizzle(at, span), 16, 16));
-      cta->shadow.read(swizzle(at, span), 16, access);
+      cta->shadow.read(swizzle(at, span), 16, warp.event(kWgmmaGroups, warp.wgmma_committed + 1), warp.known);
     }
   return pieces;
 }
@@ -138,17 +137,13 @@ void wgmma(Half type, uint32_t n, uint32_t* const* accumulators, uint64_t a, uin
     const auto rows_of_a = read_operand(a, warp.index % kWarpgroupWarps * kRows, kRows);
     const auto rows_of_b = read_operand(b, 0, n);
     Accumulators& taken = take_accumulators(n, lanes);
-    cta->in_flight.push_back({actor(kWgmmaGroups, warp.index), taken.group, [=, &taken] {
+    cta->in_flight.push_back({warp.event(kWgmmaGroups, taken.group), [=, &taken] {
       if (!accumulate) std::memset(taken.sums, 0, sizeof taken.sums);
       multiply(load_operand(type, rows_of_a), load_operand(type, rows_of_b), taken);
     }});
   });
 }
 
-void track_registers(uint32_t* registers, uint32_t count) {
-  const auto known = [&](const auto& array) { return array.first == registers; };
-  auto& tracked = self->tracked;
-  if (std::none_of(tracked.begin(), tracked.end(), known)) tracked.push_back({registers, count});
-}
+void track_registers(uint32_t* registers, uint32_t count) { self->tracked[registers] = count; }
 
 }  // namespace hopper
