@@ -80,7 +80,7 @@ void wgmma_commit_group();
 void wgmma_wait_group(uint32_t pending);
 // Adds to the thread's N / 2 accumulators. Until waited for they hold signalling NaNs.
 void wgmma(Half type, uint32_t n, uint32_t* const* accumulators, uint64_t a, uint64_t b, bool accumulate);
-// The thread's registers that may hold accumulators in flight, copies included: where wgmma_wait_group writes results.
+// Registers of the thread that may hold accumulators in flight, copies included: where wgmma_wait_group writes results.
 void track_registers(uint32_t* registers, uint32_t count);
 
 }  // namespace hopper

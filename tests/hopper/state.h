@@ -34,7 +34,7 @@ struct Thread {
   const char* instruction = "";  // which it executes, for messages
   uint32_t waits_at = 0;         // its site, while others run
   uint32_t refused = 0;  // the last try_wait that failed although it need not
-  std::pair<uint32_t*, uint32_t> tracked{};  // registers that may hold accumulators, and how many
+  std::map<uint32_t*, uint32_t> tracked{};  // arrays of registers that may hold accumulators, and their sizes
 };
 
 // What a lane brings to an instruction for which the lanes of its warp wait for each other.

@@ -90,13 +90,13 @@ Accumulators& take_accumulators(uint32_t n, const Lanes& lanes) {
 void hand_back(Warp& warp, Accumulators& done) {
   for (uint32_t lane = 0; lane < kWarpLanes; ++lane) {
     bool found[kMaxN / 2]{};
-    const auto& [registers, count] = warp.threads[lane].tracked;
-    for (uint32_t r = 0; r < count; ++r) {
-      const uint32_t i = registers[r] ^ done.token;
-      if (i >= done.n / 2) continue;
-      found[i] = true;
-      std::memcpy(&registers[r], &done.at(lane, i), sizeof registers[r]);
-    }
+    for (const auto& [registers, count] : warp.threads[lane].tracked)
+      for (uint32_t r = 0; r < count; ++r) {
+        const uint32_t i = registers[r] ^ done.token;
+        if (i >= done.n / 2) continue;
+        found[i] = true;
+        std::memcpy(&registers[r], &done.at(lane, i), sizeof registers[r]);
+      }
     for (uint32_t i = 0; i < done.n / 2; ++i)
       if (!found[i]) fail("lane %u wrote accumulator %u while a wgmma was in flight", lane, i);
   }
@@ -144,6 +144,6 @@ void wgmma(Half type, uint32_t n, uint32_t* const* accumulators, uint64_t a, uin
   });
 }
 
-void track_registers(uint32_t* registers, uint32_t count) { self->tracked = {registers, count}; }
+void track_registers(uint32_t* registers, uint32_t count) { self->tracked[registers] = count; }
 
 }  // namespace hopper
