@@ -271,11 +271,18 @@ class TileEpilogue {
   T signs_[kSegmentWidth], masses_[kGeneral ? kSegmentWidth : 1];
 };
 
+// Not inlined, so that its size does not change how the compiler treats the other paths.
+template <class T, class DzOutput, bool kLossOnly>
+[[gnu::noinline]] void run_general(const BlockParams& params, const T* u, int64_t u_stride, Range rows, Range cols,
+                                   double* sums) {
+  TileEpilogue<T, DzOutput, false, kLossOnly, true>(params).run(u, u_stride, rows, cols, sums);
+}
+
 template <class T, class DzOutput, bool kLossOnly = false>
 void run_epilogue(const BlockParams& params, const void* u, int64_t u_stride, Range rows, Range cols, double* sums) {
   const T* first = static_cast<const T*>(u);
   if (params.image_masses || params.has_balance || params.ignore_ids || params.stats)
-    TileEpilogue<T, DzOutput, false, kLossOnly, true>(params).run(first, u_stride, rows, cols, sums);
+    run_general<T, DzOutput, kLossOnly>(params, first, u_stride, rows, cols, sums);
   else if (params.image_weights)
     TileEpilogue<T, DzOutput, true, kLossOnly>(params).run(first, u_stride, rows, cols, sums);
   else
