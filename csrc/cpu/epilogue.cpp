@@ -219,8 +219,9 @@ class TileEpilogue {
       if (has_parts()) {
         load_parts(sign, segment_offset, lanes, f, g);
         if (has_second_part()) {
-          // softplus(-a) = max(-a, 0) + log, but 0 for what is left out: pairs of sign 0, and past the row's end.
-          const auto counted = kSigns ? sign != 0 : lane_indices() < T(lanes);
+          // softplus(-a) = max(-a, 0) + log, but 0 for what is left out: pairs of sign 0, and past the row's end. Of 0
+          // times infinity nothing is left.
+          const auto counted = (kSigns ? sign != 0 : lane_indices() < T(lanes)) & (g != 0);
           softplus = f * relu + (f + g) * log + (negative & counted ? -g * a : Vector<T>{});
         } else {
           softplus *= f;

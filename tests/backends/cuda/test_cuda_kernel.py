@@ -50,7 +50,7 @@ MUTATIONS = [
     ("sigmoid_loss.h", "fmaf(sums.product, e, e) + sums.product", "sums.product + e", "softplus"),
     ("sigmoid_loss.h", "= (kAllLow || a[i] < 0 ? e : 1) * rcp_approx", "= e * rcp_approx", "sigmoid"),
     ("sigmoid_loss.h", "- opposite * (a < 0 ? 1 : e)", "- opposite * e", "sigmoid"),
-    ("sigmoid_loss.h", "+ opposite * fmaxf(-a, 0)", "", "softplus"),
+    ("sigmoid_loss.h", "+ (opposite == 0 ? 0 : opposite * fmaxf(-a, 0))", "", "softplus"),
     ("sigmoid_loss.h", "q = fmaf(q, e, 0.079204522f);", "q = fmaf(q, e, 0.0792f);", "softplus"),
     ("sigmoid_loss.h", "kLow = 2.5f", "kLow = 50.0f", "softplus"),
     ("tile_scheduler.h", "kGroupM + in_group % group_rows", "kGroupM + in_group % kGroupM", "tile"),
