@@ -108,13 +108,13 @@ class _Parts:
         if pairs.image_masses is not None and pairs.text_masses is not None:
             mass = pairs.image_masses[:, None] + pairs.text_masses
         smoothing, is_soft = pairs.label_smoothing, pairs.multi_positive == "soft_targets"
-        target = smoothing + (1 - 2 * smoothing) * mass if is_soft else torch.full_like(a, 1 - smoothing)
-        factor = pairs.positive_weight if is_soft else mass * pairs.positive_weight
-        self.f = torch.where(positive, factor * target, 1 - smoothing)
+        # The target and the rest to 1 of positives, without a difference that cancels, however small the smoothing is.
+        kept, label, factor = 1 - smoothing, mass if is_soft else 1.0, 1.0 if is_soft else mass
+        target, rest = kept * label + smoothing * (1 - label), kept * (1 - label) + smoothing * label
+        self.f = torch.where(positive, pairs.positive_weight * target * factor, kept)
         self.g = self.opposite = None
         if pairs.has_two_parts:
-            rest = 1 - target if is_soft else mass * (1 - target)
-            self.g = torch.where(positive, rest, pairs.positive_weight * smoothing)
+            self.g = torch.where(positive, rest * factor, pairs.positive_weight * smoothing)
             if ignored is not None:
                 self.g.masked_fill_(ignored, 0.0)
             # Of 0 times infinity nothing is left: softplus and sigmoid of -inf are 0.

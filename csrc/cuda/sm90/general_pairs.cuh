@@ -76,10 +76,10 @@ class GeneralPairs {
       positive |= uint32_t(is_positive) << i;
       counted |= uint32_t(rows_.in_bounds[r] && columns_.in_bounds[c] && !is_ignored) << i;
     }
-    positive &= counted;
   }
 
-  uint32_t positive, counted;  // bit i for the thread's i-th pair; counted: in bounds and not left out
+  // Bit i for the thread's i-th pair. counted: in bounds and not left out; positive ones need not be.
+  uint32_t positive, counted;
 
   __device__ float weight(int i) const { return rows_.weights[thread_row(i)] * columns_.weights[thread_column(i)]; }
   // The counted pairs of which neither side has a weight of 0.
@@ -100,9 +100,11 @@ class GeneralPairs {
     const bool shares = params_.image_masses && is_positive;
     const float mass = shares ? rows_.masses[thread_row(i)] + columns_.masses[thread_column(i)] : 1.0f;
     const float label = !is_positive ? 0.0f : params_.soft_targets ? mass : 1.0f;
-    const float target = fmaf(1 - 2 * params_.label_smoothing, label, params_.label_smoothing);
+    // Without a difference that cancels, however small the smoothing is.
+    const float smoothing = params_.label_smoothing, kept = 1 - smoothing;
+    const float toward = params_.positive_weight * (kept * label + smoothing * (1 - label));
+    const float away = kept * (1 - label) + smoothing * label;
     const float factor = params_.soft_targets ? 1.0f : mass;
-    const float toward = params_.positive_weight * target, away = 1 - target;
     const float counts = counted >> i & 1 ? factor : 0.0f;
     return {counts * (is_positive ? toward : away), counts * (is_positive ? away : toward)};
   }
