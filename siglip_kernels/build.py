@@ -276,7 +276,8 @@ def _compiler() -> tuple[list[str], str]:
 
 def _compiler_commands() -> Iterator[tuple[list[str], str]]:
     """(command, reason) by preference. If there is no such program, the command is empty and the reason says why."""
-    if own := os.environ.get("CXX"):
+    own = os.path.expandvars("$CXX")
+    if own not in ("$CXX", ""):  # the variable is set
         yield _resolve_command(own), f"$CXX is {own!r}, which names no program"
     yield next(filter(None, map(_resolve_command, COMPILERS)), []), f"none of {', '.join(COMPILERS)} is on the PATH"
 

@@ -118,8 +118,8 @@ def sigmoid_loss(
     ignore_ids: bool = False,
     multi_positive: MultiPositive | None = None,
     anchors: Anchors = "both",
-    positive_weight: float = 1.0,
-    label_smoothing: float = 0.0,
+    positive_weight: float = 1,  # no 1.0, which Dynamo would make an input of a dynamic graph
+    label_smoothing: float = 0,
     return_stats: bool = False,
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
@@ -246,8 +246,8 @@ def sigmoid_loss_and_grads(
     ignore_ids: bool = False,
     multi_positive: MultiPositive | None = None,
     anchors: Anchors = "both",
-    positive_weight: float = 1.0,
-    label_smoothing: float = 0.0,
+    positive_weight: float = 1,  # no 1.0, which Dynamo would make an input of a dynamic graph
+    label_smoothing: float = 0,
     return_stats: bool = False,
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,8 @@ def feature_grads_of_rounded_dz(
     x, y, scale, bias = (t.double() for t in (x, y, scale, bias))
     terms = _terms(x, y, scale, bias, reduction, spec)
     # A power of two that keeps float16 from underflow, as in schedule.py.
-    largest = [*(w.max() for w in pair_weights(spec, x, y)), torch.tensor(max(1.0, spec.positive_weight))]
-    exponent = 14 - sum(int(torch.frexp(w).exponent) for w in largest)
+    exponent = 14 - sum(int(torch.frexp(w.max()).exponent) for w in pair_weights(spec, x, y))
+    exponent -= math.ceil(math.log2(max(1.0, spec.positive_weight)))
     dz_scale = 2.0**exponent if dtype is torch.float16 else 1.0
     dz = ((terms.negative - terms.positive) * dz_scale).to(dtype).double() / dz_scale
     factor = upstream * scale / terms.denominator

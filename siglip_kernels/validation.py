@@ -129,7 +129,7 @@ def _scalar(name: str, value: Any, x: Tensor) -> Tensor:
 
 def _number(name: str, value: Any, most: float) -> float:
     """A finite float from 0 to ``most``."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
+    if type(value) not in (float, int) and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
     number = float(value)
     if not (0 <= number <= most and number < math.inf):

@@ -49,7 +49,7 @@ def refused(rank: int, group: Any, batch: Batch, odd: dict[str, Any], mode: str 
         ({"pairs": "ignore ids"}, r"ignore_ids must be the same .* False on ranks 0, 2; True on rank 1"),
         ({"pairs": "soft targets"}, r"multi_positive must be .* weights on ranks 0, 2; soft_targets on rank 1"),
         ({"pairs": "masses of images"}, r"anchors must be .* both on ranks 0, 2; images on rank 1"),
-        ({"pairs": "balance"}, r"positive_weight must be .* 1.0 on ranks 0, 2; 3.0 on rank 1"),
+        ({"pairs": "balance"}, r"positive_weight must be .* 1.0 on ranks 0, 2; 2.0 on rank 1"),
         ({"exchange": {"algorithm": "gather"}}, r"algorithm .* ring on ranks 0, 2; gather on rank 1"),
         ({"exchange": {"same_upstream": False}}, r"same_upstream .* True on ranks 0, 2; False on rank 1"),
         ({"exchange": {"text_gradient_dtype": torch.float16}}, r"text_gradient_dtype .* torch.float16 on rank 1"),

@@ -7,13 +7,15 @@ import functools
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 
 import torch
 
-TOOLKITS = ("$CUDA_HOME", "$CUDA_PATH", "/usr/local/cuda")  # folders of CUDA toolkits, which have it too
+# Folders of a CUDA toolkit, which has it too: conda's, and the usual one.
+TOOLKITS = (Path(sys.prefix, "lib"), Path("/usr/local/cuda/lib64"))
 
 
 class CompileError(RuntimeError):
@@ -90,10 +92,7 @@ def _check(error: int) -> None:
 
 def _libraries() -> Iterator[str]:
     """Paths of NVRTC in the wheels that torch depends on and in toolkits, and the names that the loader may know."""
-    folders = [folder for root in _wheels() for folder in root.glob("*/lib")]
-    for toolkit in map(os.path.expandvars, TOOLKITS):
-        folders += [Path(toolkit, "lib64"), Path(toolkit, "targets", "x86_64-linux", "lib")]
-    for folder in folders:
+    for folder in (*(folder for root in _wheels() for folder in root.glob("*/lib")), *TOOLKITS):
         yield from map(str, folder.glob("libnvrtc.so.[0-9]*"))
     yield from ("libnvrtc.so.13", "libnvrtc.so.12")
 
