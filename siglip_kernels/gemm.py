@@ -20,10 +20,9 @@ def accumulates_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     found = _found.get((dtype, device))
     if found is None:
-        if device.type == "cuda" and is_capturing(device):
+        if is_capturing(device):
             return torch.version.hip is None
-        found = device.type == "cuda" and _multiplies_into_float32(dtype, device)
-        _found[dtype, device] = found
+        found = _found[dtype, device] = device.type == "cuda" and _multiplies_into_float32(dtype, device)
     return found
 
 

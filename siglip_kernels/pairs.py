@@ -56,6 +56,11 @@ class PairSpec(NamedTuple):
         return self.positive_weight != 1.0 or self.label_smoothing != 0.0
 
     @property
+    def has_weighted_terms(self) -> bool:
+        """Whether terms have factors: weights, masses or a balance. Block kernels then get weights on both sides."""
+        return self.has_weights or self.multi_positive is not None or self.has_balance
+
+    @property
     def has_two_parts(self) -> bool:
         """Whether the terms of some pairs have softplus(z) and softplus(-z) in them."""
         return self.multi_positive == "soft_targets" or self.label_smoothing != 0.0
@@ -80,12 +85,12 @@ class PairSpec(NamedTuple):
 
         With ``multi_positive`` there are also masses of ``dtype``; with them, or with a balance, always weights.
         """
-        if not self.has_ids and not self.has_weights and not self.has_balance:
+        if not self.has_ids and not self.has_weighted_terms:
             return self
         spec = self
         if self.multi_positive is not None and self.image_masses is None:
             spec = self.with_masses(dtype)
-        weighted = self.has_weights or self.multi_positive is not None or self.has_balance
+        weighted = self.has_weighted_terms
         return spec._replace(
             image_ids=None if self.image_ids is None else self.image_ids.to(torch.int64).contiguous(),
             text_ids=None if self.text_ids is None else self.text_ids.to(torch.int64).contiguous(),

@@ -62,14 +62,11 @@ def sigmoid_loss_reference(
     if multi_positive is None and not pairs.has_balance:
         terms = -F.logsigmoid(torch.where(mask, z, -z))
     else:
-        mass = torch.ones_like(z) if multi_positive is None else masses(mask, u, v, anchors).to(z.dtype)
-        is_soft = multi_positive == "soft_targets"
-        label = mask * mass if is_soft else mask.to(z.dtype)
-        target = label_smoothing + (1 - 2 * label_smoothing) * label
+        target, factor = targets(pairs, mask, u, v)
         # Of 0 times infinity nothing is left.
         terms = -torch.where(target == 0, 0.0, positive_weight * target * F.logsigmoid(z))
         terms = terms - torch.where(target == 1, 0.0, (1 - target) * F.logsigmoid(-z))
-        terms = terms if is_soft else torch.where(mask, mass * terms, terms)
+        terms = factor * terms
     ignored = pairs.ignored_mask(*z.shape)
     if ignored is not None:
         terms = terms.masked_fill(ignored, 0.0)
@@ -85,6 +82,17 @@ def pair_weights(pairs: PairSpec, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]
     u = x.new_ones(x.shape[0]) if pairs.image_weights is None else pairs.image_weights.to(x.dtype)
     v = y.new_ones(y.shape[0]) if pairs.text_weights is None else pairs.text_weights.to(y.dtype)
     return u, v
+
+
+def targets(pairs: PairSpec, positive: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Two [M, N] in the dtype of u: the target of every pair, and the mass that is a factor of its term."""
+    mass = torch.ones_like(positive, dtype=u.dtype)
+    if pairs.multi_positive is not None:
+        mass = torch.where(positive, masses(positive, u, v, pairs.anchors).to(u.dtype), mass)
+    is_soft = pairs.multi_positive == "soft_targets"
+    label = positive * mass if is_soft else positive.to(u.dtype)
+    target = pairs.label_smoothing + (1 - 2 * pairs.label_smoothing) * label
+    return target, torch.ones_like(mass) if is_soft else mass
 
 
 def masses(positive: Tensor, u: Tensor, v: Tensor, anchors: str) -> Tensor:

@@ -47,9 +47,7 @@ def problem_of(request: Request, needs_grad: NeedsGrad) -> Problem:
     """What is needed to choose and to size a block kernel."""
     x = request.x
     M, D = x.shape
-    pairs = request.pairs
-    has_weights = pairs.has_weights or pairs.multi_positive is not None or pairs.has_balance
-    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, has_weights, pairs.has_balance)
+    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, request.pairs.has_weighted_terms)
 
 
 def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> Result:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.reference import denominator, masses, pair_weights
+from siglip_kernels.reference import denominator, pair_weights, targets
 
 
 class Scalars(NamedTuple):
@@ -60,17 +60,11 @@ def feature_grads_of_rounded_dz(
 def _terms(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, reduction: str, pairs: PairSpec) -> Terms:
     z = scale * (x @ y.T) + bias
     is_positive = pairs.positive_mask(x.shape[0], y.shape[0], z.device)
-    weights = u, v = pair_weights(pairs, x, y)
-    mass = masses(is_positive, u, v, pairs.anchors) if pairs.multi_positive is not None else torch.ones_like(z)
-    is_soft = pairs.multi_positive == "soft_targets"
-    smoothing = pairs.label_smoothing
-    label = is_positive * mass if is_soft else is_positive.to(z.dtype)
-    target = smoothing + (1 - 2 * smoothing) * label
+    u, v = pair_weights(pairs, x, y)
+    target, factor = targets(pairs, is_positive, u, v)
     negative, positive = (1 - target) * torch.sigmoid(z), pairs.positive_weight * target * torch.sigmoid(-z)
-    weight = u[:, None] * v
-    if not is_soft:
-        weight = torch.where(is_positive, mass, 1.0) * weight
+    weight = factor * u[:, None] * v
     ignored = pairs.ignored_mask(*z.shape)
     if ignored is not None:
         weight = weight.masked_fill(ignored, 0.0)
-    return Terms(weight * negative, weight * positive, denominator(*weights, reduction))
+    return Terms(weight * negative, weight * positive, denominator(u, v, reduction))

@@ -118,7 +118,7 @@ def _scalar(name: str, value: Any, x: Tensor) -> Tensor:
             raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
         _same_device(name, value, x)
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is_real(value):
         raise TypeError(f"{name} must be a float or a tensor of one element, got {type(value).__name__}")
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     if torch.compiler.is_compiling():
@@ -127,9 +127,14 @@ def _scalar(name: str, value: Any, x: Tensor) -> Tensor:
     return x.new_full((), float(value), dtype=dtype)
 
 
+def _is_real(value: Any) -> bool:
+    """Whether it is a number; a bool is none."""
+    return type(value) in (float, int) or (isinstance(value, Real) and not isinstance(value, bool))
+
+
 def _number(name: str, value: Any, most: float) -> float:
     """A finite float from 0 to ``most``."""
-    if type(value) not in (float, int) and (isinstance(value, bool) or not isinstance(value, Real)):
+    if not _is_real(value):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
     number = float(value)
     if not (0 <= number <= most and number < math.inf):

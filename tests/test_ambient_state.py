@@ -92,7 +92,11 @@ def test_the_scale_of_a_float16_dz(state: str) -> None:
     weights = (1.0, 0.75, 3.0, 2.0**-100, 2.0**100, 2.0**-140)
     with STATES[state]():
         found = [
-            schedule._dz_scale(14, [torch.tensor(w, dtype=torch.float32, device="cpu")], torch.device("cpu"))
+            schedule._dz_scale(
+                schedule.FLOAT16_DZ_EXPONENT,
+                [torch.tensor(w, dtype=torch.float32, device="cpu")],
+                torch.device("cpu"),
+            )
             for w in weights
         ]
     assert {t.dtype for t in found} == {torch.float32}

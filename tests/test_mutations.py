@@ -141,8 +141,8 @@ class SmoothingIgnored(Kernel):
 class _WeighsNegatives(eager._Parts):
     """positive_weight weighs the wrong part of every term."""
 
-    def __init__(self, pairs: PairSpec, a: Tensor, ignored: Tensor | None) -> None:
-        super().__init__(pairs._replace(positive_weight=1.0), a, ignored)
+    def __init__(self, pairs: PairSpec, a: Tensor, positives: eager._Positives) -> None:
+        super().__init__(pairs._replace(positive_weight=1.0), a, positives)
         positive = pairs.positive_mask(a.shape[0], a.shape[1], a.device)
         self.f = torch.where(positive, self.f, pairs.positive_weight * self.f)
         if self.g is not None:
@@ -150,8 +150,8 @@ class _WeighsNegatives(eager._Parts):
 
 
 class _SmoothsPositivesOnly(eager._Parts):
-    def __init__(self, pairs: PairSpec, a: Tensor, ignored: Tensor | None) -> None:
-        super().__init__(pairs, a, ignored)
+    def __init__(self, pairs: PairSpec, a: Tensor, positives: eager._Positives) -> None:
+        super().__init__(pairs, a, positives)
         positive = pairs.positive_mask(a.shape[0], a.shape[1], a.device)
         self.f = torch.where(positive, self.f, 1.0)
         if self.g is not None:

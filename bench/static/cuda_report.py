@@ -12,7 +12,6 @@ from bench.static.disassembly import nvidia_tool, sass_opcodes
 from siglip_kernels.backends.cuda import kernels
 from siglip_kernels.backends.cuda.kernels import Compilation
 
-SHARED_MEMORY = 227 * 1024  # of a thread block on Hopper
 REGISTERS = 168  # of a thread at launch; with fewer, the consumers' setmaxnreg would wait forever
 COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "MUFU", "LDL", "STL")
 HEADER = f"{'kernel':30} {'regs':>5}{'stack':>6}" + "".join(f"{name:>10}" for name in COUNTED) + f"{'instr':>8}"

@@ -24,7 +24,6 @@ class Problem(NamedTuple):
     device: torch.device
     needs_dz: bool = True  # some feature gradient is needed
     has_weights: bool = False  # pairs have weights, masses or a balance
-    has_balance: bool = False  # positive_weight or label_smoothing changes the terms
 
     @property
     def rounds_out(self) -> bool:

@@ -57,7 +57,7 @@ class EagerBlockKernel(BlockKernel):
             measure_logits(a, pairs, task.stats)
         positive.negate_(a)
         positive.exclude_(a)
-        parts = _Parts(pairs, a, positive.ignored) if pairs.multi_positive or pairs.has_balance else None
+        parts = _Parts(pairs, a, positive) if pairs.multi_positive or pairs.has_balance else None
         torch.ops.aten.softplus.out(a, 1, 40, out=terms)
         if parts is not None:
             parts.weigh_terms_(terms)
@@ -102,8 +102,9 @@ class _Positives:
 class _Parts:
     """With masses or a balance the term is f·softplus(a) + g·softplus(-a), dz is f·σ(a) - g·σ(-a)."""
 
-    def __init__(self, pairs: PairSpec, a: Tensor, ignored: Tensor | None) -> None:
-        positive = pairs.positive_mask(a.shape[0], a.shape[1], a.device)
+    def __init__(self, pairs: PairSpec, a: Tensor, positives: _Positives) -> None:
+        mask = positives.mask
+        positive = pairs.positive_mask(a.shape[0], a.shape[1], a.device) if mask is None else mask
         mass = torch.ones_like(a)
         if pairs.image_masses is not None and pairs.text_masses is not None:
             mass = pairs.image_masses[:, None] + pairs.text_masses
@@ -115,8 +116,8 @@ class _Parts:
         self.g = self.opposite = None
         if pairs.has_two_parts:
             self.g = torch.where(positive, rest * factor, pairs.positive_weight * smoothing)
-            if ignored is not None:
-                self.g.masked_fill_(ignored, 0.0)
+            if positives.ignored is not None:
+                self.g.masked_fill_(positives.ignored, 0.0)
             # Of 0 times infinity nothing is left: softplus and sigmoid of -inf are 0.
             self.opposite = torch.where(self.g == 0, -math.inf, -a)
 

@@ -150,7 +150,7 @@ def launch(
     dz_map = x_map  # not read
     if dz is not None and writes_dz:
         dz_map = driver.tensor_map(dtype, dz.data_ptr(), R, C, dz.stride(0), box)
-    blocks = min(_multiprocessors(device), num_partials(R, C) // PARTIALS)
+    blocks = min(_multiprocessors(device), partials.shape[1] // PARTIALS)  # no more than there are tiles
     arguments = params, x_map, y_map, dz_map
     stream = torch._C._cuda_getCurrentRawStream(device)
     driver.launch(load_kernel(compilation, device), blocks, THREADS, SHARED_BYTES, arguments, device, stream)
