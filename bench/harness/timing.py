@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -51,21 +52,22 @@ def time_interleaved(
 ) -> dict[Any, list[float]]:
     """Seconds of each step by round: every step runs once a round, so that all see the same state of the machine.
 
-    The first step of a round is the last of the next, so that no position is favoured. ``setup`` runs untimed before
-    each step. The caller has warmed up the steps. A round that would not end within ``seconds`` is not started.
+    The order is drawn anew for each round: on a device bound by its power a step inherits the clocks that the one
+    before left, which must not always be the same. ``setup`` runs untimed before each step. The caller has warmed up
+    the steps. A round that would not end within ``seconds`` is not started.
     """
     times: dict[Any, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    names, order = list(steps), random.Random(0)
     start = time.perf_counter()
     for done in range(max_rounds):
         spent = time.perf_counter() - start
         if done >= min_rounds and spent * (done + 1) > seconds * done:
             break
         on_round(done)
+        order.shuffle(names)
         for name in names:
             setup(name)
             times[name].append(time_once(steps[name], device))
-        names.append(names.pop(0))
     return times
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.static import triton_report
+from bench.static import compilation, triton_report
 from bench.static.triton_report import Resources, Row
 from siglip_kernels.backends.triton import configs
 from siglip_kernels.backends.triton.configs import Config, Variant
@@ -78,3 +78,28 @@ def test_two_programs_share_a_hopper_multiprocessor(dtype: torch.dtype, monkeypa
 def test_problems(changes: dict[str, int], problem: str) -> None:
     assert triton_report.find_problems(HOPPER, GOOD) == []
     assert triton_report.find_problems(HOPPER, replace(GOOD, **changes)) == [problem]
+
+
+def _ptx_of_scaling(arch: str) -> str:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from siglip_kernels.backends.triton import scale
+
+    signature = {"accumulator_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": "*bf16", "elements": "i32"}
+    source = ASTSource(
+        scale._scale_kernel,
+        {**signature, "BLOCK": "constexpr"},
+        {"BLOCK": scale.BLOCK},
+        {(i,): [["tt.divisibility", 16]] for i in range(3)},
+    )
+    return str(triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32)).asm["ptx"])
+
+
+def test_gradients_are_scaled_by_wide_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for ptx in compilation.parallel_map(_ptx_of_scaling, ["sm_80", "sm_90"]):
+        assert ptx is not None
+        assert "ld.global.v4.b32" in ptx
+        assert "st.global.v" in ptx

@@ -23,10 +23,16 @@ _works: dict[tuple[torch.dtype, torch.device], bool] = {}
 
 @triton.jit(do_not_specialize=["elements"])
 def _scale_kernel(accumulator_ptr, factor_ptr, out_ptr, elements, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < elements
-    scaled = tl.load(accumulator_ptr + offsets, mask=mask) * tl.load(factor_ptr)
-    tl.store(out_ptr + offsets, scaled.to(out_ptr.dtype.element_ty), mask=mask)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    factor = tl.load(factor_ptr)
+    # Without a mask: one of an unknown length takes wide loads and stores apart, 107 µs in place of 41.
+    if start + BLOCK <= elements:
+        tl.store(out_ptr + offsets, (tl.load(accumulator_ptr + offsets) * factor).to(out_ptr.dtype.element_ty))
+    else:
+        mask = offsets < elements
+        scaled = tl.load(accumulator_ptr + offsets, mask=mask) * factor
+        tl.store(out_ptr + offsets, scaled.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 _kernels = CompiledKernels(_scale_kernel)

@@ -9,7 +9,7 @@ from torch import Tensor
 from siglip_kernels.backends.base import BlockTask
 from siglip_kernels.backends.compiled import CompiledKernels
 
-BLOCK, NUM_WARPS = 2048, 8
+BLOCK, NUM_WARPS = 8192, 16  # many loads in flight: it waits for memory
 
 
 @triton.jit(do_not_specialize=["parts", "images", "texts"])

@@ -27,10 +27,14 @@ def test_peak_memory_is_read_right(mib: int) -> None:
 
 def test_rounds_are_interleaved() -> None:
     calls: list[str] = []
-    steps = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
+    steps = {name: (lambda name=name: calls.append(name)) for name in ("a", "b", "c")}
     times = timing.time_interleaved(
-        steps, CPU, seconds=0, min_rounds=3, setup=lambda name: calls.append(f"before {name}")
+        steps, CPU, seconds=0, min_rounds=30, setup=lambda name: calls.append(f"before {name}")
     )
-    assert [call for call in calls if "before" not in call] == ["a", "b", "b", "a", "a", "b"]
-    assert calls[:2] == ["before a", "a"]
-    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
+    timed = [call for call in calls if "before" not in call]
+    assert calls[::2] == [f"before {name}" for name in timed]
+    assert all(sorted(timed[i : i + 3]) == ["a", "b", "c"] for i in range(0, 90, 3))
+    assert {name: len(t) for name, t in times.items()} == {"a": 30, "b": 30, "c": 30}
+    # No step always runs after the same other.
+    before_a = [timed[i - 1] for i in range(1, 90) if timed[i] == "a"]
+    assert min(before_a.count("b"), before_a.count("c")) >= 8
