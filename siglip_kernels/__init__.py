@@ -5,12 +5,14 @@ from siglip_kernels.accumulation import accumulate
 from siglip_kernels.drop_in import SigLipLoss
 from siglip_kernels.loss import SigmoidLoss, SigmoidLossGrads, sigmoid_loss, sigmoid_loss_and_grads
 from siglip_kernels.stats import LogitStats
+from siglip_kernels.teachers import Teacher
 
 __all__ = [
     "LogitStats",
     "SigLipLoss",
     "SigmoidLoss",
     "SigmoidLossGrads",
+    "Teacher",
     "accumulate",
     "distributed",
     "reference",

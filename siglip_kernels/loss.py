@@ -17,6 +17,8 @@ With positive_weight p and label_smoothing ε a pair with the target τ (1, 0 or
 
     term  w (p τ' softplus(−z) + (1 − τ') softplus(z))    dz  w ((1 − τ') σ(z) − p τ' σ(−z))
 
+Teachers with the sigmoids q_k and the weights λ_k make the target (1 − Σ λ_k) τ' + Σ λ_k q_k.
+
 Source: Zhai et al. 2023, arXiv 2303.15343, Algorithm 1: t = exp(t'), t' starts at log 10, b at −10, denominator = batch
 size. The M×N logits exist only tile by tile, and the gradients are formed in the forward pass (see ``schedule.py``).
 """
@@ -24,6 +26,7 @@ size. The M×N logits exist only tile by tile, and the gradients are formed in t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
@@ -34,6 +37,7 @@ from siglip_kernels import backends, ops
 from siglip_kernels.distributed import Exchange
 from siglip_kernels.distributed.exchange import validate
 from siglip_kernels.stats import LogitStats, logit_stats
+from siglip_kernels.teachers import Teacher
 from siglip_kernels.validation import REDUCTIONS, one_of
 
 if TYPE_CHECKING:
@@ -69,6 +73,7 @@ class LossArguments(TypedDict, total=False):
     anchors: Anchors
     positive_weight: float
     label_smoothing: float
+    teacher: Teacher | Sequence[Teacher] | None
     reduction: Reduction
     backend: Backend
     process_group: ProcessGroup | DeviceMesh | Exchange | None
@@ -120,6 +125,7 @@ def sigmoid_loss(
     anchors: Anchors = "both",
     positive_weight: float = 1,  # no 1.0, which Dynamo would make an input of a dynamic graph
     label_smoothing: float = 0,
+    teacher: Teacher | Sequence[Teacher] | None = None,
     return_stats: bool = False,
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
@@ -151,6 +157,10 @@ def sigmoid_loss(
         positive_weight: a factor of the positive part of every term, as ``pos_weight`` of torch's
             BCEWithLogitsLoss: above 1 it favours recall. At least 0, finite; the divisor does not contain it.
         label_smoothing: ε, from 0 to 1: the target is 1 − ε for a positive pair and ε for a negative one.
+        teacher: a :class:`~siglip_kernels.Teacher` of the weight λ, or a sequence of them: the target of every pair
+            becomes (1 − Σ λ) times what the labels say, and Σ λ q of the teachers' sigmoids q. What is left out stays
+            left out, and weights multiply on top. No gradient is formed for a teacher. Over a group the features of a
+            rank's teachers travel with its texts; number, widths, dtypes and weights must be the same on every rank.
         return_stats: also return :class:`~siglip_kernels.LogitStats`, from the same pass: mean, least and largest logit
             and number, of the positive pairs and of the negative ones. With a group, they cover this rank's images
             against the texts of all ranks.
@@ -193,6 +203,7 @@ def sigmoid_loss(
         anchors=anchors,
         positive_weight=positive_weight,
         label_smoothing=label_smoothing,
+        teacher=teacher,
         return_stats=return_stats,
         reduction=reduction,
         backend=backend,
@@ -248,6 +259,7 @@ def sigmoid_loss_and_grads(
     anchors: Anchors = "both",
     positive_weight: float = 1,  # no 1.0, which Dynamo would make an input of a dynamic graph
     label_smoothing: float = 0,
+    teacher: Teacher | Sequence[Teacher] | None = None,
     return_stats: bool = False,
     reduction: Reduction = "batchmean",
     backend: Backend = "auto",
@@ -276,6 +288,7 @@ def sigmoid_loss_and_grads(
         anchors=anchors,
         positive_weight=positive_weight,
         label_smoothing=label_smoothing,
+        teacher=teacher,
         return_stats=return_stats,
         reduction=reduction,
         backend=backend,

@@ -25,15 +25,17 @@ from siglip_kernels.distributed.handshake import propagate_errors
 from siglip_kernels.gradients import LossAndGrads
 from siglip_kernels.host_read import is_capturing
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.request import NO_GRAD, TENSOR_NAMES, ExchangeSpec, NeedsGrad, Request
+from siglip_kernels.request import NO_GRAD, ExchangeSpec, NeedsGrad, Request
 from siglip_kernels.schedule import Result
 from siglip_kernels.stats import SIZE
+from siglip_kernels.teachers import Teacher
 
 _library = torch.library.Library("siglip_kernels", "DEF")
 _ARGUMENTS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, SymInt? positive_offset,"
     " Tensor? image_ids, Tensor? text_ids, Tensor? image_weights, Tensor? text_weights,"
     " bool ignore_ids, str? multi_positive, str anchors, float positive_weight, float label_smoothing,"
+    " Tensor[] teacher_tensors, float[] teacher_weights,"
     " str reduction, str backend, bool return_stats,"
     " str group_names, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
     " bool needs_dx, bool needs_dy, bool needs_dscale, bool needs_dbias, Tensor? upstream"
@@ -70,6 +72,8 @@ def _flatten(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -
         "anchors": pairs.anchors,
         "positive_weight": pairs.positive_weight,
         "label_smoothing": pairs.label_smoothing,
+        "teacher_tensors": [t for teacher in pairs.teachers for t in teacher[:4]],
+        "teacher_weights": [teacher.weight for teacher in pairs.teachers],
         "reduction": request.reduction,
         "backend": request.backend,
         "return_stats": request.return_stats,
@@ -100,6 +104,8 @@ def _restore(
     anchors: str,
     positive_weight: float,
     label_smoothing: float,
+    teacher_tensors: list[Tensor],
+    teacher_weights: list[float],
     reduction: str,
     backend: str,
     return_stats: bool,
@@ -125,6 +131,7 @@ def _restore(
         anchors=anchors,
         positive_weight=positive_weight,
         label_smoothing=label_smoothing,
+        teachers=tuple(Teacher(*teacher_tensors[4 * k : 4 * k + 4], w) for k, w in enumerate(teacher_weights)),
     )
     exchange = ExchangeSpec(group_names, algorithm, text_gradient_dtype, same_upstream)
     request = Request(x, y, scale, bias, pairs, reduction, backend, return_stats, exchange)
@@ -155,7 +162,7 @@ def _operator(*arguments: Any) -> Result:
     if not all(t is None or dispatch.may_be_read(t) for t in tensors):
         raise TypeError("sigmoid_loss got a tensor without memory of its own, which the tensor's class did not unwrap")
     if x.device.type in dispatch.DEVICES:
-        dispatch.check_memory(TENSOR_NAMES, tensors)
+        dispatch.check_memory(request.tensor_names(), tensors)
     result = _compute(request, needs_grad, upstream)
     return result if result.stats is not None else result._replace(stats=_new_stats(x, 0))
 
@@ -167,7 +174,7 @@ def _is_direct(request: Request) -> bool:
     tensors = request.tensors()
     if not dispatch.are_ordinary(tensors):
         return False
-    dispatch.check_memory(TENSOR_NAMES, tensors)
+    dispatch.check_memory(request.tensor_names(), tensors)
     return True
 
 

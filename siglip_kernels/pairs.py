@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siglip_kernels.teachers import Teacher
+
 MULTI_POSITIVE = (None, "weights", "soft_targets")
 # The positives of an anchor share a mass of 1. Values: how much of a pair's mass is its image's, how much its text's.
 ANCHORS = {"both": (0.5, 0.5), "images": (1.0, 0.0), "texts": (0.0, 1.0)}
@@ -26,7 +28,8 @@ class PairSpec(NamedTuple):
     absent.
 
     The target of a pair is its label: 1, 0 or, with "soft_targets", the mass of a positive one. ``label_smoothing`` ε
-    makes it ε + (1 - 2 ε) label. ``positive_weight`` is a factor of the part of every term that the target weighs.
+    makes it ε + (1 - 2 ε) label, and teachers of the weights λ make that (1 - Σ λ) target + Σ λ q. ``positive_weight``
+    is a factor of the part of every term that the target weighs.
     """
 
     positive_offset: int | None = 0
@@ -41,6 +44,7 @@ class PairSpec(NamedTuple):
     text_masses: Tensor | None = None  # [N] floating
     positive_weight: float = 1.0
     label_smoothing: float = 0.0
+    teachers: tuple[Teacher, ...] = ()  # of the same images and texts; their scales and biases are tensors
 
     @property
     def has_ids(self) -> bool:
@@ -57,13 +61,13 @@ class PairSpec(NamedTuple):
 
     @property
     def has_weighted_terms(self) -> bool:
-        """Whether terms have factors: weights, masses or a balance. Block kernels then get weights on both sides."""
-        return self.has_weights or self.multi_positive is not None or self.has_balance
+        """Whether terms have factors: weights, masses, a balance or teachers. Block kernels then get both weights."""
+        return self.has_weights or self.multi_positive is not None or self.has_balance or bool(self.teachers)
 
     @property
     def has_two_parts(self) -> bool:
         """Whether the terms of some pairs have softplus(z) and softplus(-z) in them."""
-        return self.multi_positive == "soft_targets" or self.label_smoothing != 0.0
+        return self.multi_positive == "soft_targets" or self.label_smoothing != 0.0 or bool(self.teachers)
 
     def block(self, rows: slice, cols: slice) -> PairSpec:
         """The pairs of images ``rows`` and texts ``cols``, numbered from the block's own corner."""
@@ -78,12 +82,13 @@ class PairSpec(NamedTuple):
             text_weights=_take(self.text_weights, cols),
             image_masses=_take(self.image_masses, rows),
             text_masses=_take(self.text_masses, cols),
+            teachers=tuple(teacher.rows(rows, cols) for teacher in self.teachers),
         )
 
     def prepared(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> PairSpec:
         """What block kernels take: contiguous vectors, int64 ids, weights of ``dtype`` on both sides or on neither.
 
-        With ``multi_positive`` there are also masses of ``dtype``; with them, or with a balance, always weights.
+        With ``multi_positive`` there are also masses of ``dtype``; with them, a balance or teachers always weights.
         """
         if not self.has_ids and not self.has_weighted_terms:
             return self

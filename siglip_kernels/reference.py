@@ -6,6 +6,7 @@ that people train with today. Source: Zhai et al. 2023, arXiv 2303.15343, Algori
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from siglip_kernels.pairs import ANCHORS, PairSpec
 from siglip_kernels.stats import LogitStats, logit_stats, measure_logits, reduce_stats
+from siglip_kernels.teachers import Teacher, as_teachers, total_weight
 
 
 def sigmoid_loss_reference(
@@ -32,6 +34,7 @@ def sigmoid_loss_reference(
     anchors: str = "both",
     positive_weight: float = 1.0,
     label_smoothing: float = 0.0,
+    teacher: Teacher | Sequence[Teacher] | None = None,
     return_stats: bool = False,
     reduction: str = "batchmean",
 ) -> Any:
@@ -41,7 +44,7 @@ def sigmoid_loss_reference(
     is 0 because there are no pairs, its gradients are 0; those of sigmoid_loss are NaN.
     """
     x, y = image_features, text_features
-    pairs = PairSpec(
+    pairs = pair_spec(
         positive_offset=positive_offset,
         image_ids=image_ids,
         text_ids=text_ids,
@@ -52,6 +55,7 @@ def sigmoid_loss_reference(
         anchors=anchors,
         positive_weight=positive_weight,
         label_smoothing=label_smoothing,
+        teacher=teacher,
     )
 
     z = _scalar(logit_scale, x) * (x @ y.T)
@@ -59,7 +63,7 @@ def sigmoid_loss_reference(
         z = z + _scalar(logit_bias, x)
     mask = pairs.positive_mask(x.shape[0], y.shape[0], x.device)
     u, v = pair_weights(pairs, x, y)
-    if multi_positive is None and not pairs.has_balance:
+    if multi_positive is None and not pairs.has_balance and not pairs.teachers:
         terms = -F.logsigmoid(torch.where(mask, z, -z))
     else:
         target, factor = targets(pairs, mask, u, v)
@@ -77,6 +81,11 @@ def sigmoid_loss_reference(
     return (loss, _stats(z.detach(), pairs)) if return_stats else loss
 
 
+def pair_spec(teacher: Teacher | Sequence[Teacher] | None = None, **arguments: Any) -> PairSpec:
+    """The spec for the public arguments that say something of pairs."""
+    return PairSpec(**arguments, teachers=as_teachers(teacher))
+
+
 def pair_weights(pairs: PairSpec, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """([M], [N]) in the features' dtype: the weight of pair (i, j) is the product of its two. Ones if not given."""
     u = x.new_ones(x.shape[0]) if pairs.image_weights is None else pairs.image_weights.to(x.dtype)
@@ -92,6 +101,12 @@ def targets(pairs: PairSpec, positive: Tensor, u: Tensor, v: Tensor) -> tuple[Te
     is_soft = pairs.multi_positive == "soft_targets"
     label = positive * mass if is_soft else positive.to(u.dtype)
     target = pairs.label_smoothing + (1 - 2 * pairs.label_smoothing) * label
+    if pairs.teachers:
+        target = (1 - total_weight(pairs.teachers)) * target
+    for teacher in pairs.teachers:
+        z = teacher.image_features.to(u.dtype) @ teacher.text_features.to(u.dtype).T * _scalar(teacher.logit_scale, u)
+        z = z if teacher.logit_bias is None else z + _scalar(teacher.logit_bias, u)
+        target = target + teacher.weight * z.sigmoid()
     return target, torch.ones_like(mass) if is_soft else mass
 
 

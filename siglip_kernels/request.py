@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.pairs import PairSpec
+from siglip_kernels.teachers import Teacher
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -18,6 +19,7 @@ TENSOR_NAMES = (
     *("image_features", "text_features", "logit_scale", "logit_bias"),
     *("image_ids", "text_ids", "image_weights", "text_weights"),
 )
+TEACHER_TENSORS = ("image_features", "text_features", "logit_scale", "logit_bias")  # of every teacher, after those
 
 
 class ExchangeSpec(NamedTuple):
@@ -72,15 +74,25 @@ class Request(NamedTuple):
     exchange: ExchangeSpec = ONE_PROCESS
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors, in the order of TENSOR_NAMES."""
+        """The tensors, in the order of :meth:`tensor_names`."""
         pairs = self.pairs
         labels = pairs.image_ids, pairs.text_ids, pairs.image_weights, pairs.text_weights
-        return self.x, self.y, self.scale, self.bias, *labels
+        return self.x, self.y, self.scale, self.bias, *labels, *(t for teacher in pairs.teachers for t in teacher[:4])
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """The public names of :meth:`tensors`."""
+        teachers = self.pairs.teachers
+        return TENSOR_NAMES + tuple(f"teacher: {name}" for _ in teachers for name in TEACHER_TENSORS)
 
     def with_tensors(self, tensors: Sequence[Any]) -> Request:
         """The same call with other tensors, in the order of :meth:`tensors`."""
-        x, y, scale, bias, image_ids, text_ids, image_weights, text_weights = tensors
+        x, y, scale, bias, image_ids, text_ids, image_weights, text_weights, *of_teachers = tensors
+        teachers = self.pairs.teachers
         pairs = self.pairs._replace(
-            image_ids=image_ids, text_ids=text_ids, image_weights=image_weights, text_weights=text_weights
+            image_ids=image_ids,
+            text_ids=text_ids,
+            image_weights=image_weights,
+            text_weights=text_weights,
+            teachers=tuple(Teacher(*of_teachers[4 * k : 4 * k + 4], t.weight) for k, t in enumerate(teachers)),
         )
         return self._replace(x=x, y=y, scale=scale, bias=bias, pairs=pairs)

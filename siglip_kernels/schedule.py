@@ -23,6 +23,7 @@ from siglip_kernels.backends.base import BlockKernel, BlockTask, LossTask, Probl
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.request import NeedsGrad, Request
 from siglip_kernels.stats import SIZE, reduce_stats
+from siglip_kernels.teachers import TeacherLogits, teacher_logits
 
 # |dz| is at most max(u)·max(v)·max(p, 1): the largest weights of the images and the texts, and positive_weight. In
 # float16 it is stored times 2^(14 - e(u) - e(v) - e(p)), with max(u) < 2^e(u) (torch.frexp; 0 without weights) and
@@ -47,7 +48,9 @@ def problem_of(request: Request, needs_grad: NeedsGrad) -> Problem:
     """What is needed to choose and to size a block kernel."""
     x = request.x
     M, D = x.shape
-    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, request.pairs.has_weighted_terms)
+    pairs = request.pairs
+    has = pairs.has_weighted_terms, bool(pairs.teachers)
+    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, *has)
 
 
 def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> Result:
@@ -84,6 +87,7 @@ class BlockLoop:
         row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
         self.dz = self._new(R if problem.needs_dz else 0, row, dtype=self.operand)
         self.workspace = kernel.workspace(problem, R, C)
+        self.teacher_products = self._new(R if problem.has_teachers else 0, C)
         self.scale = _scalar(request.scale, self.dtype)
         self.bias = x.new_zeros((), dtype=self.dtype) if request.bias is None else _scalar(request.bias, self.dtype)
         self.dz_scale: Tensor | None = None
@@ -132,12 +136,13 @@ class BlockLoop:
             if c.start == 0:
                 x_block = _as(_rows(self.x, r), self.operand)
             y_block = _as(_rows(y, c), self.operand)
+            block_pairs = pairs.block(r, c)
             task = BlockTask(
                 x=x_block,
                 y=y_block,
                 scale=self.scale,
                 bias=self.bias,
-                pairs=pairs.block(r, c),
+                pairs=block_pairs,
                 sums=sums_of_blocks[index],
                 dz=self._block_dz(x_block.shape[0], y_block.shape[0]),
                 dz_scale=self.dz_scale,
@@ -150,6 +155,7 @@ class BlockLoop:
                 accumulate_dx=self.accumulate_dx or c.start > 0,
                 dy=None if dy is None else _rows(dy, c),
                 accumulate_dy=accumulate_dy or r.start > rows.start,
+                teacher=self._teacher(block_pairs) if pairs.teachers else None,
             )
             self.kernel.block_and_grads(task)
             del task  # or it would hold this block's copies of the features while the next are made
@@ -179,6 +185,12 @@ class BlockLoop:
         if not self.problem.needs_dz:
             return None
         return self.dz if self.dz.shape == (r, c) else self.dz[:r, :c]
+
+    def _teacher(self, pairs: PairSpec) -> TeacherLogits:
+        """The logits of a block's teachers."""
+        first, buffer = pairs.teachers[0], self.teacher_products
+        r, c = len(first.image_features), len(first.text_features)
+        return teacher_logits(pairs.teachers, buffer[:r, :c], self.kernel.inner_products)
 
     def _new_stats(self, blocks: int) -> Tensor:
         """[blocks, 8], uninitialised; ``result`` combines them."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.reference import denominator, pair_weights, targets
+from siglip_kernels.reference import denominator, pair_spec, pair_weights, targets
 
 
 class Scalars(NamedTuple):
@@ -30,9 +30,16 @@ def scalar_terms(
 ) -> Scalars:
     """Σ|terms| of dscale and of dbias in float64. The terms of these sums cancel, so their errors are judged by it."""
     x, y, scale, bias = (t.double() for t in inputs)
-    terms = _terms(x, y, scale, bias, reduction, PairSpec(**pairs))
+    terms = _terms(x, y, scale, bias, reduction, pair_spec(**pairs))
     size = (terms.negative + terms.positive) * (abs(upstream) / terms.denominator)
     return Scalars(float((size * (x @ y.T)).abs().sum()), float(size.sum()))
+
+
+def cancellation(inputs: tuple[Tensor, Tensor, Tensor, Tensor], **pairs: Any) -> float:
+    """How much larger ‖dz‖ would be if the two parts of a pair did not cancel: 1 where every pair has only one."""
+    negative, positive, _ = _terms(*(t.double() for t in inputs), "sum", pair_spec(**pairs))
+    dz = float((negative - positive).norm())
+    return float((negative + positive).norm()) / dz if dz > 0 else 1.0
 
 
 def feature_grads_of_rounded_dz(
@@ -45,7 +52,7 @@ def feature_grads_of_rounded_dz(
     **pairs: Any,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dy) in the features' dtype if nothing is rounded but dz and they: the best that half precision can do."""
-    dtype, spec = x.dtype, PairSpec(**pairs)
+    dtype, spec = x.dtype, pair_spec(**pairs)
     x, y, scale, bias = (t.double() for t in (x, y, scale, bias))
     terms = _terms(x, y, scale, bias, reduction, spec)
     # A power of two that keeps float16 from underflow, as in schedule.py.

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from siglip_kernels.pairs import ANCHORS
 from siglip_kernels.reference import sigmoid_loss_reference
-from siglip_kernels.terms import Scalars, feature_grads_of_rounded_dz, scalar_terms
+from siglip_kernels.teachers import Teacher
+from siglip_kernels.terms import Scalars, cancellation, feature_grads_of_rounded_dz, scalar_terms
 
 
 class Regime(NamedTuple):
@@ -242,7 +243,18 @@ PAIRS: dict[str, Callable[[int, int, torch.device], dict[str, Any]]] = {
         "positive_weight": 0.5,
         "label_smoothing": 0.05,
     },
+    "teacher": lambda M, N, device: {"teacher": _teacher(M, N, 24, device, 0.6)},
+    "teachers, soft targets, balance": lambda M, N, device: {
+        **_multi_positive(M, N, device, "soft_targets"),
+        "positive_weight": 2.0,
+        "label_smoothing": 0.05,
+        "teacher": (_teacher(M, N, 40, device, 0.3), _teacher(M, N, 17, device, 0.5)),
+    },
 }
+
+
+def _teacher(M: int, N: int, D: int, device: torch.device, weight: float) -> Teacher:
+    return Teacher(*make_inputs(M, N, D, torch.float32, "trained", seed=D, device=device), weight)
 
 
 def _multi_positive(M: int, N: int, device: torch.device, kind: str) -> dict[str, Any]:
@@ -287,6 +299,9 @@ def judge(loss_fn: Callable[..., Tensor], case: Case, device: torch.device | str
     eager = _eager(inputs, case.dtype, upstream, **arguments)
 
     admissible = _by_name(limits(case.dtype, case.regime))
+    if "teacher" in arguments:  # a student that agrees with it has no dz left
+        pairs = {name: value for name, value in arguments.items() if name != "reduction"}
+        admissible |= {name: admissible[name] * cancellation(inputs, **pairs) for name in ("dx", "dy")}
     errors = _errors(ours, expected, terms)
     measured = [(name, name, error, admissible[name]) for name, error in errors.items()]
     # With fewer pairs the sample of eager's rounding is too small: it may be exact by luck.

@@ -15,6 +15,7 @@ from siglip_kernels import backends
 from siglip_kernels.dispatch import are_ordinary, check_memory, is_traced
 from siglip_kernels.pairs import ANCHORS, MULTI_POSITIVE, PairSpec
 from siglip_kernels.request import ONE_PROCESS, ExchangeSpec, Request
+from siglip_kernels.teachers import Teacher, as_teachers
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -37,6 +38,7 @@ def validate(
     anchors: Any,
     positive_weight: Any,
     label_smoothing: Any,
+    teacher: Any,
     return_stats: Any,
     reduction: Any,
     backend: Any,
@@ -67,6 +69,7 @@ def validate(
             anchors=anchors,
             positive_weight=_number("positive_weight", positive_weight, math.inf),
             label_smoothing=_number("label_smoothing", label_smoothing, 1.0),
+            teachers=() if teacher is None else _teachers(teacher, x, M, N),
         ),
         reduction=reduction,
         backend=backend,
@@ -75,27 +78,28 @@ def validate(
     )
 
 
-def _features(x: Any, y: Any) -> tuple[Tensor, Tensor]:
-    """Both feature matrices, checked, and cast to the autocast dtype under autocast."""
-    for name, t in (("image_features", x), ("text_features", y)):
+def _features(x: Any, y: Any, of: str = "") -> tuple[Tensor, Tensor]:
+    """Both feature matrices, checked, and cast to the autocast dtype under autocast. ``of``: before their names."""
+    x_name, y_name = of + "image_features", of + "text_features"
+    for name, t in ((x_name, x), (y_name, y)):
         _tensor(name, t, "a floating")
         if t.dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions [batch, D], got shape {tuple(t.shape)}")
         if t.dtype not in FEATURE_DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
     if y.device != x.device:
-        raise ValueError(f"text_features are on {y.device}, image_features on {x.device}; expected one device")
+        raise ValueError(f"{y_name} are on {y.device}, {x_name} on {x.device}; expected one device")
     autocast = _autocast_dtype(x)
     cast_x, cast_y = x, y
     if autocast is not None:
-        _readable("image_features", x)
-        _readable("text_features", y)
+        _readable(x_name, x)
+        _readable(y_name, y)
         cast_x, cast_y = (t if t.dtype is torch.float64 else t.to(autocast) for t in (x, y))
     if cast_y.dtype is not cast_x.dtype:
         why = "" if autocast is None else ", for autocast leaves float64 as it is"
-        raise TypeError(f"text_features are {y.dtype}, image_features {x.dtype}; expected one dtype{why}")
+        raise TypeError(f"{y_name} are {y.dtype}, {x_name} {x.dtype}; expected one dtype{why}")
     if y.shape[1] != x.shape[1]:
-        raise ValueError(f"text_features have D = {y.shape[1]}, image_features D = {x.shape[1]}; expected the same D")
+        raise ValueError(f"{y_name} have D = {y.shape[1]}, {x_name} D = {x.shape[1]}; expected the same D")
     return cast_x, cast_y
 
 
@@ -141,6 +145,42 @@ def _number(name: str, value: Any, most: float) -> float:
         bound = "finite" if most == math.inf else f"at most {most:g}"
         raise ValueError(f"{name} must be at least 0 and {bound}, got {value!r}")
     return number
+
+
+def _teachers(teacher: Any, x: Tensor, M: int, N: int) -> tuple[Teacher, ...]:
+    """Those that have a weight, their scales and biases as tensors."""
+    is_one = isinstance(teacher, Teacher)
+    every = [teacher] if is_one else teacher
+    if not isinstance(every, list | tuple) or not all(isinstance(one, Teacher) for one in every):
+        raise TypeError(f"teacher must be a siglip_kernels.Teacher or a sequence of them, got {type(teacher).__name__}")
+    checked = [_teacher("teacher" if is_one else f"teacher[{k}]", one, x, M, N) for k, one in enumerate(every)]
+    total = math.fsum(one.weight for one in checked)
+    if total > 1 + 1e-9:
+        raise ValueError(f"teacher: the weights must add up to at most 1, got {total:g}")
+    return as_teachers(checked)
+
+
+def _teacher(name: str, teacher: Teacher, x: Tensor, M: int, N: int) -> Teacher:
+    images, texts = _features(teacher.image_features, teacher.text_features, f"{name}.")
+    bias = 0.0 if teacher.logit_bias is None else teacher.logit_bias
+    checked = Teacher(
+        image_features=images,
+        text_features=texts,
+        logit_scale=_scalar(f"{name}.logit_scale", teacher.logit_scale, x),
+        logit_bias=_scalar(f"{name}.logit_bias", bias, x),
+        weight=_number(f"{name}.weight", teacher.weight, 1.0),
+    )
+    for field, length in (("image_features", M), ("text_features", N)):
+        features = getattr(checked, field)
+        _same_device(f"{name}.{field}", features, x)
+        if features.shape[0] != length:
+            raise ValueError(f"{name}.{field} must have {length} rows, as the student's, got {features.shape[0]}")
+    for field in Teacher._fields[:4]:
+        if torch.is_grad_enabled() and getattr(checked, field).requires_grad:
+            raise ValueError(
+                f"{name}.{field} requires grad, but no gradient is formed for a teacher; expected a detached tensor"
+            )
+    return checked
 
 
 def _kinds(ignore_ids: Any, multi_positive: Any, anchors: Any, return_stats: Any, has_ids: bool) -> None:

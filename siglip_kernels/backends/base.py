@@ -10,6 +10,7 @@ from torch import Tensor
 
 from siglip_kernels import gemm
 from siglip_kernels.pairs import PairSpec
+from siglip_kernels.teachers import TeacherLogits
 
 ENOUGH_PAIRS = 1024
 
@@ -23,7 +24,8 @@ class Problem(NamedTuple):
     dtype: torch.dtype  # of the features
     device: torch.device
     needs_dz: bool = True  # some feature gradient is needed
-    has_weights: bool = False  # pairs have weights, masses or a balance
+    has_weights: bool = False  # pairs have weights, masses, a balance or teachers
+    has_teachers: bool = False
 
     @property
     def rounds_out(self) -> bool:
@@ -75,6 +77,7 @@ class BlockTask(NamedTuple):
     accumulate_dx: bool = False
     dy: Tensor | None = None  # [c, D] the same: dzᵀ @ x, added with accumulate_dy
     accumulate_dy: bool = False
+    teacher: TeacherLogits | None = None  # of the block, where the pairs have teachers
 
     def dx_scale(self) -> Tensor:
         """[] t / dz_scale: the factor from dz @ y to dx, without the denominator."""
@@ -115,6 +118,10 @@ class BlockKernel(abc.ABC):
     @abc.abstractmethod
     def block(self, task: BlockTask) -> None:
         """Write ``sums``, ``dz`` and ``stats`` of the block; read nothing back to the host."""
+
+    def inner_products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        """``out = x @ y.T``: contiguous x [r, k] and y [c, k] of one dtype; out [r, c] of the logits' dtype."""
+        gemm.gemm_(out, x, y.T)
 
     def block_and_grads(self, task: BlockTask) -> None:
         """``block``, then the block's part of the feature gradients."""

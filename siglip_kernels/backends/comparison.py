@@ -36,6 +36,7 @@ def run_eager(task: BlockTask, inspect: Callable[[slice, PairSpec, Tensor], None
         rows = slice(begin, min(begin + height, r))
         dz = buffer[: rows.stop - begin] if buffer is not None else None if task.dz is None else task.dz[rows]
         pairs = task.pairs.block(rows, slice(0, c))
+        teacher = task.teacher
         sums.append(torch.zeros_like(task.sums))
         if task.stats is not None:
             stats.append(task.stats.new_empty(1, SIZE))
@@ -47,6 +48,7 @@ def run_eager(task: BlockTask, inspect: Callable[[slice, PairSpec, Tensor], None
                 dz=dz,
                 workspace=workspace,
                 stats=stats[-1][0] if stats else None,
+                teacher=None if teacher is None else teacher._replace(products=teacher.products[rows]),
             )
         )
         if inspect is not None and dz is not None:

@@ -12,6 +12,7 @@ from siglip_kernels.backends.base import BlockKernel, BlockTask, Problem
 from siglip_kernels.gemm import accumulates_in_float32, gemm_
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.stats import measure_logits
+from siglip_kernels.teachers import TeacherLogits
 
 
 class Workspace(NamedTuple):
@@ -57,7 +58,8 @@ class EagerBlockKernel(BlockKernel):
             measure_logits(a, pairs, task.stats)
         positive.negate_(a)
         positive.exclude_(a)
-        parts = _Parts(pairs, a, positive) if pairs.multi_positive or pairs.has_balance else None
+        has_parts = pairs.multi_positive or pairs.has_balance or task.teacher is not None
+        parts = _Parts(pairs, a, positive, task.teacher) if has_parts else None
         torch.ops.aten.softplus.out(a, 1, 40, out=terms)
         if parts is not None:
             parts.weigh_terms_(terms)
@@ -100,9 +102,9 @@ class _Positives:
 
 
 class _Parts:
-    """With masses or a balance the term is f·softplus(a) + g·softplus(-a), dz is f·σ(a) - g·σ(-a)."""
+    """With masses, a balance or a teacher the term is f·softplus(a) + g·softplus(-a), dz is f·σ(a) - g·σ(-a)."""
 
-    def __init__(self, pairs: PairSpec, a: Tensor, positives: _Positives) -> None:
+    def __init__(self, pairs: PairSpec, a: Tensor, positives: _Positives, teacher: TeacherLogits | None) -> None:
         mask = positives.mask
         positive = pairs.positive_mask(a.shape[0], a.shape[1], a.device) if mask is None else mask
         mass = torch.ones_like(a)
@@ -112,10 +114,16 @@ class _Parts:
         # The target and the rest to 1 of positives, without a difference that cancels, however small the smoothing is.
         kept, label, factor = 1 - smoothing, mass if is_soft else 1.0, 1.0 if is_soft else mass
         target, rest = kept * label + smoothing * (1 - label), kept * (1 - label) + smoothing * label
+        no_target: float | Tensor = smoothing  # of negatives, and the rest of theirs
+        if teacher is not None:
+            z = teacher.products * teacher.scale + teacher.bias
+            taught, untaught, own = teacher.weight * z.sigmoid(), teacher.weight * (-z).sigmoid(), 1 - teacher.weight
+            target, rest = own * target + taught, own * rest + untaught
+            no_target, kept = own * smoothing + taught, own * kept + untaught
         self.f = torch.where(positive, pairs.positive_weight * target * factor, kept)
         self.g = self.opposite = None
         if pairs.has_two_parts:
-            self.g = torch.where(positive, rest * factor, pairs.positive_weight * smoothing)
+            self.g = torch.where(positive, rest * factor, pairs.positive_weight * no_target)
             if positives.ignored is not None:
                 self.g.masked_fill_(positives.ignored, 0.0)
             # Of 0 times infinity nothing is left: softplus and sigmoid of -inf are 0.

@@ -34,6 +34,8 @@ class CudaBlockKernel(GpuBlockKernel):
             reasons.append(f"features are {problem.dtype}, expected float16 or bfloat16")
         if problem.D < 1:
             reasons.append(f"D = {problem.D}, expected at least 1")
+        if problem.has_teachers:
+            reasons.append("a teacher is given")
         reasons += _why_not_device(problem.device)
         missing = nvrtc.why_not()
         return reasons if missing is None else [*reasons, missing]
