@@ -86,7 +86,7 @@ class PairSpec(NamedTuple):
         )
 
     def prepared(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> PairSpec:
-        """What block kernels take: contiguous vectors, int64 ids, weights of ``dtype`` on both sides or on neither.
+        """What block kernels take: contiguous tensors, int64 ids, weights of ``dtype`` on both sides or on neither.
 
         With ``multi_positive`` there are also masses of ``dtype``; with them, a balance or teachers always weights.
         """
@@ -101,6 +101,7 @@ class PairSpec(NamedTuple):
             text_ids=None if self.text_ids is None else self.text_ids.to(torch.int64).contiguous(),
             image_weights=_weights(self.image_weights, x, dtype) if weighted else None,
             text_weights=_weights(self.text_weights, y, dtype) if weighted else None,
+            teachers=tuple(teacher.contiguous() for teacher in self.teachers),
         )
 
     def with_masses(self, dtype: torch.dtype, images: Tensor | None = None, texts: Tensor | None = None) -> PairSpec:

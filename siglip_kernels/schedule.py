@@ -87,7 +87,7 @@ class BlockLoop:
         row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
         self.dz = self._new(R if problem.needs_dz else 0, row, dtype=self.operand)
         self.workspace = kernel.workspace(problem, R, C)
-        self.teacher_products = self._new(R if problem.has_teachers else 0, C)
+        self.teacher_products = self._new(R if problem.has_teachers else 0, row)
         self.scale = _scalar(request.scale, self.dtype)
         self.bias = x.new_zeros((), dtype=self.dtype) if request.bias is None else _scalar(request.bias, self.dtype)
         self.dz_scale: Tensor | None = None

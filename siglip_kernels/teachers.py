@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Teacher(NamedTuple):
-    """A frozen dual encoder on the same batch: q_ij = σ(t' <x'_i, y'_j> + b') becomes part of the target of pair (i, j).
+    """A frozen dual encoder on the same batch: q_ij = σ(t' <x'_i, y'_j> + b') becomes part of the target of a pair.
 
     With the weight λ, or the weights of several teachers, the target is (1 − Σ λ) · label + Σ λ · q. A teacher gets no
     gradient. Its logits are formed block by block, like the student's, and never held.
@@ -26,6 +26,11 @@ class Teacher(NamedTuple):
     def rows(self, images: slice, texts: slice) -> Teacher:
         """The same teacher of these images and texts."""
         return self._replace(image_features=self.image_features[images], text_features=self.text_features[texts])
+
+    def contiguous(self) -> Teacher:
+        """The same teacher, its features contiguous."""
+        images, texts = self.image_features.contiguous(), self.text_features.contiguous()
+        return self._replace(image_features=images, text_features=texts)
 
 
 class TeacherLogits(NamedTuple):

@@ -2,7 +2,7 @@
 //
 // With a = -s·z and e = exp(-|a|):  softplus(a) = max(a, 0) + log1p(e),  σ(a) = (a < 0 ? e : 1) / (1 + e).
 // Many pairs share one log1p: p = Π(1 + e) - 1 is accumulated as p ← p + (e + p·e).
-// With masses or a balance the term is f·softplus(a) + g·softplus(-a) instead, and dz is -s·(f·σ(a) - g·σ(-a)).
+// With masses, a balance or a teacher the term is f·softplus(a) + g·softplus(-a) instead, and dz is -s·(f·σ(a) - g·σ(-a)).
 
 #include "epilogue.h"
 
@@ -109,7 +109,7 @@ struct HalfDz {
   }
 };
 
-// kGeneral: also ignored pairs, masses, a balance and stats, and weights if there are any, all checked at run time.
+// kGeneral: also ignored pairs, masses, a balance, a teacher and stats, and weights if there are any, all checked at run time.
 template <class T, class DzOutput, bool kWeights, bool kLossOnly, bool kGeneral = false>
 class TileEpilogue {
  public:
@@ -140,9 +140,11 @@ class TileEpilogue {
   }
 
   SIGLIP_INLINE bool has_weights() const { return kGeneral ? params_.image_weights != nullptr : kWeights; }
-  SIGLIP_INLINE bool has_parts() const { return kGeneral && (params_.image_masses || params_.has_balance); }
+  SIGLIP_INLINE bool has_parts() const {
+    return kGeneral && (params_.image_masses || params_.has_balance || params_.teacher);
+  }
   SIGLIP_INLINE bool has_second_part() const {
-    return params_.soft_targets || (params_.has_balance && params_.label_smoothing != 0);
+    return params_.soft_targets || params_.teacher || (params_.has_balance && params_.label_smoothing != 0);
   }
 
   // Signs and masses of the pairs (i, cols). Ignored pairs have the sign 0.
@@ -157,17 +159,31 @@ class TileEpilogue {
     }
   }
 
-  // f and g of the terms of a vector, without their weights.
-  SIGLIP_INLINE void load_parts(Vector<T> sign, int64_t segment_offset, int lanes, Vector<T>& f, Vector<T>& g) const {
-    f = params_.image_masses ? load(masses_ + segment_offset, lanes) : broadcast(T(1));
+  // f and g of the terms of a vector, the pairs (i, j), (i, j + 1), …, without their weights.
+  SIGLIP_INLINE void load_parts(Vector<T> sign, int64_t i, int64_t j, int64_t segment_offset, int lanes, Vector<T>& f,
+                                Vector<T>& g) const {
+    const Vector<T> ones = broadcast(T(1)), mass = params_.image_masses ? load(masses_ + segment_offset, lanes) : ones;
+    f = mass;
     g = params_.soft_targets ? 1 - f : Vector<T>{};
-    if (params_.has_balance) {
-      // Smoothing mixes them. positive_weight is a factor of softplus(-z): of f for a positive pair, else of g.
-      const T smoothing = T(params_.label_smoothing), rest = T(1 - params_.label_smoothing);
-      const Vector<T> unsmoothed = f, ones = broadcast(T(1)), positive_weight = broadcast(T(params_.positive_weight));
-      f = (sign < 0 ? positive_weight : ones) * (rest * unsmoothed + smoothing * g);
-      g = (sign < 0 ? ones : positive_weight) * (rest * g + smoothing * unsmoothed);
+    if (params_.has_balance) mix(T(1 - params_.label_smoothing), T(params_.label_smoothing) * g,
+                                 T(params_.label_smoothing) * f, f, g);
+    if (params_.teacher) {
+      const Vector<T> u = load(static_cast<const T*>(params_.teacher) + i * params_.teacher_stride + j, lanes);
+      const Vector<T> a = sign * (u * *static_cast<const T*>(params_.teacher_scale) +
+                                  *static_cast<const T*>(params_.teacher_bias));
+      const Vector<T> e = exp_nonpositive<T>(negative_abs<T>(a));
+      const Vector<T> weight = T(params_.teacher_weight) * (params_.soft_targets ? ones : mass) / (1 + e);
+      mix(T(1 - params_.teacher_weight), weight * (a < 0 ? ones : e), weight * (a < 0 ? e : ones), f, g);
     }
+    if (params_.has_balance) {  // positive_weight is a factor of softplus(-z): of f for a positive pair, else of g
+      const Vector<T> positive_weight = broadcast(T(params_.positive_weight));
+      f *= sign < 0 ? positive_weight : ones;
+      g *= sign < 0 ? ones : positive_weight;
+    }
+  }
+  SIGLIP_INLINE static void mix(T rest, Vector<T> more_f, Vector<T> more_g, Vector<T>& f, Vector<T>& g) {
+    f = rest * f + more_f;
+    g = rest * g + more_g;
   }
 
   SIGLIP_INLINE void run_segment(const T* u, int64_t i, Range cols) {
@@ -217,7 +233,7 @@ class TileEpilogue {
       const Vector<T> log = log1p_nonnegative<T>(e);
       Vector<T> softplus = relu + log;
       if (has_parts()) {
-        load_parts(sign, segment_offset, lanes, f, g);
+        load_parts(sign, i, j, segment_offset, lanes, f, g);
         if (has_second_part()) {
           // softplus(-a) = max(-a, 0) + log, but 0 for what is left out: pairs of sign 0, and past the row's end. Of 0
           // times infinity nothing is left.
@@ -282,7 +298,7 @@ template <class T, class DzOutput, bool kLossOnly>
 template <class T, class DzOutput, bool kLossOnly = false>
 void run_epilogue(const BlockParams& params, const void* u, int64_t u_stride, Range rows, Range cols, double* sums) {
   const T* first = static_cast<const T*>(u);
-  if (params.image_masses || params.has_balance || params.ignore_ids || params.stats)
+  if (params.image_masses || params.has_balance || params.teacher || params.ignore_ids || params.stats)
     run_general<T, DzOutput, kLossOnly>(params, first, u_stride, rows, cols, sums);
   else if (params.image_weights)
     TileEpilogue<T, DzOutput, true, kLossOnly>(params).run(first, u_stride, rows, cols, sums);

@@ -127,6 +127,11 @@ void siglip_block_by_blas(const BlockParams* params, const void* x, const void* 
                   params->dy_begun);
 }
 
+void siglip_inner_products_by_blas(void* out, int64_t out_stride, const void* x, const void* y, int64_t rows,
+                                   int64_t cols, int64_t features, int32_t operand, BlasGemm gemm) {
+  Blas{gemm, Dtype(operand)}.run(out, out_stride, {x, features}, {y, features, true}, rows, cols, features, false);
+}
+
 #if defined(__x86_64__)
 
 namespace {
@@ -139,39 +144,83 @@ constexpr int64_t kPanelsPerGemmTask = 3;
 // no row too wide for the caches. Gradients: float32 only, because words of bfloat16 combine two rows.
 constexpr int64_t kMaxUnpackedLogitRows = 1024, kMaxUnpackedWords = 8192, kMaxUnpackedGradRows = 128;
 
+// x·yᵀ in tiles, one a task.
+template <class Element>
+class InnerProducts {
+ public:
+  InnerProducts(int64_t rows, int64_t cols, const void* x, const void* y, int64_t features, uint32_t* packed)
+      : rows_(rows),
+        cols_(cols),
+        features_(features),
+        x_(static_cast<const Storage*>(x)),
+        y_(static_cast<const Storage*>(y)),
+        packed_(packed),
+        k_words_(avx512::num_k_words<Element>(features)),
+        panel_words_(k_words_ * avx512::kNR),
+        unpacked_(rows <= std::min(kMaxUnpackedLogitRows, k_words_) && k_words_ <= kMaxUnpackedWords),
+        // Small blocks get small tiles, so that there are tasks for every thread.
+        tile_rows_(unpacked_ || rows * cols < 256 * 256 ? 6 : kTileRows),
+        row_tiles_(ceil_div(rows, tile_rows_)) {}
+
+  int64_t tasks() const { return row_tiles_ * ceil_div(cols_, kTileColumns); }
+  int64_t work() const { return rows_ * cols_ * (k_words_ * kMultiplyWordCost + kPairCost); }
+  Range rows_of(int64_t task) const { return chunk(task % row_tiles_, tile_rows_, rows_); }
+  Range cols_of(int64_t task) const { return chunk(task / row_tiles_, kTileColumns, cols_); }
+
+  // Before the tasks.
+  void pack(ParallelFor pool) const {
+    const int64_t k_chunks = ceil_div(features_, kPackChunkK), panels = unpacked_ ? 0 : avx512::num_panels(cols_);
+    for_each_task(pool, panels * k_chunks, panels * panel_words_ * kPackWordCost, [&](int64_t task) {
+      const int64_t p = task / k_chunks;
+      const Range k = chunk(task % k_chunks, kPackChunkK, features_);
+      avx512::pack_transposed_panel<Element>(y_ + k.begin, features_, k.size(), chunk(p, avx512::kNR, cols_),
+                                             packed_ + p * panel_words_ +
+                                                 avx512::num_k_words<Element>(k.begin) * avx512::kNR);
+    });
+  }
+
+  void compute(int64_t task, float* out, int64_t out_stride) const {
+    using namespace avx512;
+    const Range rows = rows_of(task), cols = cols_of(task);
+    const Storage* const x = x_ + rows.begin * features_;
+    if (unpacked_)
+      gemm_nt<Element>(x, y_ + cols.begin * features_, features_, out, out_stride, rows.size(), cols.size());
+    for (int64_t j = cols.begin; j < cols.end && !unpacked_; j += kNR)
+      gemm_panel<Element>(row_major_a(x, features_), {packed_ + j / kNR * panel_words_}, features_,
+                          out + (j - cols.begin), out_stride, rows.size(), std::min(kNR, cols.end - j), false);
+  }
+
+ private:
+  using Storage = typename Element::Storage;
+  const int64_t rows_, cols_, features_;
+  const Storage* const x_;
+  const Storage* const y_;
+  uint32_t* const packed_;
+  const int64_t k_words_, panel_words_;
+  const bool unpacked_;
+  const int64_t tile_rows_, row_tiles_;
+};
+
 // The GEMM of the logits with the epilogue on each tile, while it is in the cache.
 template <class Element>
-void fused_gemm_epilogue(const BlockParams& params, const void* x_data, const void* y_data, int64_t features,
-                         uint32_t* packed, ParallelFor pool) {
-  using namespace avx512;
-  const auto* x = static_cast<const typename Element::Storage*>(x_data);
-  const auto* y = static_cast<const typename Element::Storage*>(y_data);
-  const int64_t k_words = num_k_words<Element>(features);
-  const bool unpacked = params.rows <= std::min(kMaxUnpackedLogitRows, k_words) && k_words <= kMaxUnpackedWords;
-  // Small blocks get small tiles, so that there are tasks for every thread.
-  const int64_t tile_rows = unpacked || params.rows * params.cols < 256 * 256 ? 6 : kTileRows;
-  const int64_t panel_words = num_k_words<Element>(features) * kNR, row_tiles = ceil_div(params.rows, tile_rows);
-  const int64_t k_chunks = ceil_div(features, kPackChunkK);
-  const int64_t panels = unpacked ? 0 : num_panels(params.cols);
-  for_each_task(pool, panels * k_chunks, panels * panel_words * kPackWordCost, [&](int64_t task) {
-    const int64_t p = task / k_chunks;
-    const Range k = chunk(task % k_chunks, kPackChunkK, features);
-    pack_transposed_panel<Element>(y + k.begin, features, k.size(), chunk(p, kNR, params.cols),
-                                   packed + p * panel_words + num_k_words<Element>(k.begin) * kNR);
-  });
-  const int64_t tasks = row_tiles * ceil_div(params.cols, kTileColumns);
-  const int64_t work = params.rows * params.cols * (num_k_words<Element>(features) * kMultiplyWordCost + kPairCost);
-  reduce_tasks(pool, tasks, work, params, [&](int64_t task, double* sums) {
+void fused_gemm_epilogue(const BlockParams& params, const void* x, const void* y, int64_t features, uint32_t* packed,
+                         ParallelFor pool) {
+  const InnerProducts<Element> products(params.rows, params.cols, x, y, features, packed);
+  products.pack(pool);
+  reduce_tasks(pool, products.tasks(), products.work(), params, [&](int64_t task, double* sums) {
     alignas(64) float tile[kTileRows * kTileColumns];
-    const Range rows = chunk(task % row_tiles, tile_rows, params.rows);
-    const Range cols = chunk(task / row_tiles, kTileColumns, params.cols);
-    const auto* const x_rows = x + rows.begin * features;
-    if (unpacked)
-      gemm_nt<Element>(x_rows, y + cols.begin * features, features, tile, kTileColumns, rows.size(), cols.size());
-    for (int64_t j = cols.begin; j < cols.end && !unpacked; j += kNR)
-      gemm_panel<Element>(row_major_a(x_rows, features), {packed + j / kNR * panel_words}, features,
-                          tile + (j - cols.begin), kTileColumns, rows.size(), std::min(kNR, cols.end - j), false);
-    epilogue(params, tile, kTileColumns, rows, cols, sums);
+    products.compute(task, tile, kTileColumns);
+    avx512::epilogue(params, tile, kTileColumns, products.rows_of(task), products.cols_of(task), sums);
+  });
+}
+
+template <class Element>
+void inner_products(float* out, int64_t out_stride, const void* x, const void* y, int64_t rows, int64_t cols,
+                    int64_t features, uint32_t* packed, ParallelFor pool) {
+  const InnerProducts<Element> products(rows, cols, x, y, features, packed);
+  products.pack(pool);
+  for_each_task(pool, products.tasks(), products.work(), [&](int64_t task) {
+    products.compute(task, out + products.rows_of(task).begin * out_stride + products.cols_of(task).begin, out_stride);
   });
 }
 
@@ -224,6 +273,13 @@ void siglip_block(const BlockParams* params, const void* x, const void* y, int64
     gemm({dx, params->dz, stride, y, packed, rows, features, cols, operand, false, params->dx_begun}, pool);
   if (params->dz && dy)
     gemm({dy, params->dz, stride, x, packed, cols, features, rows, operand, true, params->dy_begun}, pool);
+}
+
+void siglip_inner_products(float* out, int64_t out_stride, const void* x, const void* y, int64_t rows, int64_t cols,
+                           int64_t features, int32_t operand, uint32_t* packed, ParallelFor pool) {
+  const auto run = Dtype(operand) == Dtype::kBfloat16 ? inner_products<avx512::Bfloat16>
+                                                      : inner_products<avx512::Float32>;
+  run(out, out_stride, x, y, rows, cols, features, packed, pool);
 }
 
 void gemm(const GemmParams& params, ParallelFor pool) {

@@ -25,11 +25,21 @@ SIGLIP_EXPORT void siglip_epilogue(const BlockParams* params, const void* u, int
 SIGLIP_EXPORT void siglip_block_by_blas(const BlockParams* params, const void* x, const void* y, int64_t features,
                                         void* u, int64_t u_stride, BlasGemm gemm, int32_t level, ParallelFor pool);
 
+// out [rows, cols] = x·yᵀ alone; `operand`: Dtype.
+SIGLIP_EXPORT void siglip_inner_products_by_blas(void* out, int64_t out_stride, const void* x, const void* y,
+                                                 int64_t rows, int64_t cols, int64_t features, int32_t operand,
+                                                 BlasGemm gemm);
+
 #if defined(__x86_64__)
-// The same with the GEMMs of gemm.h, in bfloat16 (level avx512_bf16) or float32 (level avx512). The inner products stay
+// siglip_block_by_blas with the GEMMs of gemm.h, in bfloat16 (level avx512_bf16) or float32 (level avx512). The inner products stay
 // in the cache. packed: buffer for the panels of y, and later for those of the gradients' GEMMs.
 SIGLIP_EXPORT void siglip_block(const BlockParams* params, const void* x, const void* y, int64_t features,
                                 uint32_t* packed, ParallelFor pool);
+
+// siglip_inner_products_by_blas with them.
+SIGLIP_EXPORT void siglip_inner_products(float* out, int64_t out_stride, const void* x, const void* y, int64_t rows,
+                                         int64_t cols, int64_t features, int32_t operand, uint32_t* packed,
+                                         ParallelFor pool);
 
 // A gradient's GEMM on the same operands, declared for tests.
 void gemm(const GemmParams& params, ParallelFor pool);

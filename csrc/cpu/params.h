@@ -31,6 +31,11 @@ struct BlockParams {
   int32_t has_balance;          // only with weights; without it the next two are not read
   double positive_weight;       // factor of every part of a term that the target weighs
   double label_smoothing;       // ε: the target is ε + (1 - 2ε)·label
+  const void* teacher;          // [rows, cols] logits' dtype, or null: a teacher's inner products; only with weights
+  int64_t teacher_stride;       // row stride in elements
+  const void* teacher_scale;    // one element of the logits' dtype, like the bias
+  const void* teacher_bias;
+  double teacher_weight;        // λ: the target is (1 - λ)·what the labels say + λ·the teacher's sigmoid
   double* stats;                // [8], or null: Σ z, count, min z, max z, each for positives and then negatives
   void* dx;                     // [rows, features] logits' dtype: dz·y, or null; siglip_epilogue ignores dx and dy
   void* dy;                     // [cols, features] logits' dtype: dzᵀ·x, or null

@@ -126,6 +126,22 @@ class CpuBlockKernel(BlockKernel):
         block.dy, block.dy_begun = address(task.dy), task.accumulate_dy
         self._run(task, block, gemm)
 
+    def inner_products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+        if out.dtype is not torch.float32 or x.dtype is torch.float64:
+            super().inner_products(out, x, y)
+            return
+        if self._gemm(x.dtype) == "widened":
+            x, y = x.float(), y.float()
+        (r, k), c, gemm = x.shape, len(y), self._mkl_gemm(x.dtype)
+        products = out.data_ptr(), out.stride(0), x.data_ptr(), y.data_ptr(), r, c, k, DTYPES[x.dtype]
+        if self._gemm(x.dtype) == "ours":
+            packed = torch.empty(_packed_words(r, c, k, x.dtype), dtype=torch.int32, device=x.device)
+            self._native.inner_products(*products, packed.data_ptr(), self._native.pool)
+        elif gemm is not None:
+            self._native.inner_products_by_blas(*products, gemm)
+        else:
+            super().inner_products(out, x, y)
+
     def _mkl_gemm(self, dtype: torch.dtype) -> ctypes.c_void_p | None:
         """MKL's GEMM, called without torch's overhead. None: the GEMMs are ours, or torch chooses them."""
         if self._gemm(dtype) == "ours":
@@ -173,6 +189,11 @@ def _block_params(task: BlockTask) -> BlockParams:
         operand=DTYPES[task.x.dtype],
         loss_only=task.loss_only,
     )
+    teacher = task.teacher
+    if teacher is not None:
+        block.teacher, block.teacher_stride = teacher.products.data_ptr(), teacher.products.stride(0)
+        block.teacher_scale, block.teacher_bias = teacher.scale.data_ptr(), teacher.bias.data_ptr()
+        block.teacher_weight = teacher.weight
     if pairs.ignore_ids or pairs.multi_positive is not None or pairs.has_balance or task.stats is not None:
         block.ignore_ids, block.soft_targets = pairs.ignore_ids, pairs.multi_positive == "soft_targets"
         block.image_masses, block.text_masses = address(pairs.image_masses), address(pairs.text_masses)

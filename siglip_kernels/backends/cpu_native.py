@@ -46,6 +46,11 @@ class BlockParams(Structure):
         ("has_balance", c_int32),
         ("positive_weight", c_double),
         ("label_smoothing", c_double),
+        ("teacher", c_void_p),
+        ("teacher_stride", c_int64),
+        ("teacher_scale", c_void_p),
+        ("teacher_bias", c_void_p),
+        ("teacher_weight", c_double),
         ("stats", c_void_p),
         ("dx", c_void_p),
         ("dy", c_void_p),
@@ -94,8 +99,11 @@ class CpuLibrary:
         self.block_by_blas = _function(
             library, "siglip_block_by_blas", params, *features, c_void_p, c_int64, c_void_p, c_int32, c_void_p
         )
+        products = (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p)
+        self.inner_products_by_blas = _function(library, "siglip_inner_products_by_blas", *products)
         if hasattr(library, "siglip_block"):
             self.block = _function(library, "siglip_block", params, *features, c_void_p, c_void_p)
+            self.inner_products = _function(library, "siglip_inner_products", *products, c_void_p)
 
 
 def _this_machine(library: ctypes.CDLL, mkl: frozenset[torch.dtype]) -> Machine:

@@ -140,6 +140,7 @@ class Variant:
     masses: str = "none"  # one of MASSES
     stats: bool = False
     balance: bool = False  # positive_weight and label_smoothing
+    teacher: bool = False  # only with a balance, which may be 1 and 0
 
     def __str__(self) -> str:
         """A description that differs for any two shipped variants."""
@@ -148,6 +149,7 @@ class Variant:
             "masses": self.masses == "weights",
             "soft": self.masses == "soft_targets",
             "balance": self.balance,
+            "teacher": self.teacher,
             "stats": self.stats,
             "loss-only": self.loss_only,
             "no-dz": not self.write_dz,
@@ -179,6 +181,9 @@ USES: tuple[dict[str, Any], ...] = (
     {"labels": "ignore", "has_weights": True, "balance": True},
     {"labels": "ids", "has_weights": True, "masses": "soft_targets", "balance": True},
     {"labels": "ids", "has_weights": True, "masses": "soft_targets", "balance": True, "stats": True},
+    {"labels": "offset", "has_weights": True, "balance": True, "teacher": True},
+    {"labels": "ignore", "has_weights": True, "balance": True, "teacher": True},
+    {"labels": "ids", "has_weights": True, "masses": "soft_targets", "balance": True, "teacher": True, "stats": True},
 )
 ALL_USES: tuple[dict[str, Any], ...] = tuple(
     {
@@ -189,8 +194,9 @@ ALL_USES: tuple[dict[str, Any], ...] = tuple(
         "masses": masses,
         "stats": stats,
         "balance": balance,
+        "teacher": teacher,
     }
-    for balance in (False, True)
+    for balance, teacher in ((False, False), (True, False), (True, True))
     for stats in (False, True)
     for masses in MASSES
     for labels in LABELS

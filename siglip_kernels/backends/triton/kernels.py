@@ -33,15 +33,20 @@ def _sigmoid_block_kernel(
     image_masses_ptr,  # [M] float32 or None; given only with LABELS_IDS and HAS_WEIGHTS
     text_masses_ptr,  # [N] float32 or None
     stats_ptr,  # [8, programs] float32, out, or None; the rows are those of stats.py
+    teacher_ptr,  # [M, N] float32 or None: a teacher's inner products. Given only with a balance
+    teacher_scale_ptr,  # [] float32 or None
+    teacher_bias_ptr,  # the same
     M,
     N,
     D,
     stride_xm,
     stride_yn,
     stride_dzm,
+    stride_teacher,  # None without a teacher
     positive_offset,
     positive_weight,  # float32; None without a balance. Given only with HAS_WEIGHTS
     label_smoothing,  # the same
+    teacher_weight,  # float32; None without a teacher
     LABELS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     SOFT_TARGETS: tl.constexpr,
@@ -141,7 +146,17 @@ def _sigmoid_block_kernel(
                     text_masses = tl.load(text_masses_ptr + offs_n, mask=mask_n, other=0.0)
                     f = tl.where(sign < 0, image_masses[:, None] + text_masses[None, :], 1.0)
                 if positive_weight is not None:
-                    f, rest = _balanced(f, sign < 0, positive_weight, label_smoothing, SOFT_TARGETS)
+                    taught, untaught = None, None
+                    if teacher_ptr is not None:
+                        at = teacher_ptr + offs_m.to(tl.int64)[:, None] * stride_teacher + offs_n[None, :]
+                        taught_z = tl.load(at, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+                        taught_z = taught_z * tl.load(teacher_scale_ptr) + tl.load(teacher_bias_ptr)
+                        taught, untaught = _sigmoids(-taught_z * sign)
+                        factor = teacher_weight if SOFT_TARGETS else teacher_weight * f
+                        taught, untaught = factor * taught, factor * untaught
+                    f, rest = _balanced(
+                        f, sign < 0, positive_weight, label_smoothing, SOFT_TARGETS, taught, untaught, teacher_weight
+                    )
                     if LABELS == LABELS_IGNORE:
                         rest = tl.where(same & (sign > 0), 0.0, rest)
                     # Where a is -inf and has no rest, 0 · inf would be NaN.
@@ -280,14 +295,36 @@ def _log1p(p):
 
 
 @triton.jit
-def _balanced(mass, positive, positive_weight, label_smoothing, SOFT_TARGETS: tl.constexpr):
+def _sigmoids(z):
+    """(σ(z), σ(-z)), each to its own rounding."""
+    e = tl.exp2(-tl.abs(z) * LOG2E)
+    root = tl.rsqrt(1.0 + e)
+    large, small = root * root, e * (root * root)
+    return tl.where(z >= 0, large, small), tl.where(z >= 0, small, large)
+
+
+@triton.jit
+def _balanced(
+    mass,
+    positive,
+    positive_weight,
+    label_smoothing,
+    SOFT_TARGETS: tl.constexpr,
+    taught,  # weight · σ of the teacher's logit, its sign that of the pair; None without a teacher
+    untaught,  # the rest to the weight
+    teacher_weight,
+):
     """(f, rest) of pairs with a balance. No difference here cancels, however small label_smoothing is."""
     kept = 1.0 - label_smoothing
     f, rest = kept * mass, label_smoothing * mass
     if SOFT_TARGETS:
         f, rest = f + label_smoothing * (1.0 - mass), rest + kept * (1.0 - mass)
-    f = tl.where(positive, positive_weight * f, kept)
-    return f, tl.where(positive, rest, positive_weight * label_smoothing)
+    if taught is None:
+        f = tl.where(positive, positive_weight * f, kept)
+        return f, tl.where(positive, rest, positive_weight * label_smoothing)
+    else:  # negatives have the mass 1
+        f, rest = (1.0 - teacher_weight) * f + taught, (1.0 - teacher_weight) * rest + untaught
+        return tl.where(positive, positive_weight * f, f), tl.where(positive, rest, positive_weight * rest)
 
 
 @triton.jit

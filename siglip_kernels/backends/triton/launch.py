@@ -19,6 +19,7 @@ from siglip_kernels.backends.triton.kernels import _sigmoid_block_kernel
 from siglip_kernels.gemm import allows_tf32, pad_to_alignment
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.stats import SIZE
+from siglip_kernels.teachers import TeacherLogits
 
 # The vectors of a block's pairs, views of the whole batch's: they may start anywhere.
 PAIR_TENSORS = ("image_ids", "text_ids", "image_weights", "text_weights", "image_masses", "text_masses")
@@ -36,7 +37,11 @@ def launch_block(variant: Variant, task: BlockTask) -> None:
         programs,
         _arguments(variant, task, partials, stats_partials),
         _options(variant),
-        (task.scale, task.bias, task.dz_scale, *(getattr(task.pairs, name) for name in PAIR_TENSORS)),
+        (
+            *(task.scale, task.bias, task.dz_scale),
+            *(getattr(task.pairs, name) for name in PAIR_TENSORS),
+            *(() if task.teacher is None else task.teacher[:3]),
+        ),
     )
     reduce_partials(task, partials, stats_partials)
 
@@ -48,7 +53,8 @@ def variant_of(arch: str, task: BlockTask, config: Config | None = None) -> Vari
     allow_tf32 = dtype is torch.float32 and allows_tf32()
     labels, masses = _labels(pairs, M, N), pairs.multi_positive or "none"
     outputs = task.loss_only, task.dz is not None, task.stats is not None
-    uses = labels, pairs.has_weights, *outputs, masses, pairs.has_balance
+    has_teacher = task.teacher is not None
+    uses = labels, pairs.has_weights, *outputs, masses, pairs.has_balance or has_teacher, has_teacher
     return _variant(arch, config, M, N, D, dtype, allow_tf32, *uses)
 
 
@@ -68,6 +74,7 @@ def _variant(
     stats: bool,
     masses: str,
     balance: bool,
+    teacher: bool,
 ) -> Variant:
     if config is None:
         config = configs.choose(arch, M, N, D, dtype, labels, masses, stats, balance)
@@ -86,6 +93,7 @@ def _variant(
         masses=masses,
         stats=stats,
         balance=balance,
+        teacher=teacher,
     )
 
 
@@ -106,6 +114,7 @@ def compile_variant(variant: Variant) -> Any:
         dz=empty(M, N, dtype=variant.dtype) if variant.write_dz else None,
         dz_scale=empty(()) if variant.write_dz and variant.dtype is torch.float16 else None,
         workspace=None,
+        teacher=TeacherLogits(empty(M, N), empty(()), empty(()), 0.5) if variant.teacher else None,
     )
     stats_partials = empty(SIZE, 1) if variant.stats else None
     arguments = _arguments(variant, task, empty(3, 1), stats_partials)
@@ -122,6 +131,7 @@ def _arguments(
     config, use_tma, pairs, dz = variant.config, variant.use_tma, task.pairs, task.dz
     (M, D), N = task.x.shape, task.y.shape[0]
     dz_columns = config.block_n // config.dz_stores[variant.stats]
+    products, teacher_scale, teacher_bias, teacher_weight = task.teacher or (None,) * 4
     return {
         "x": _operand(task.x, use_tma, config.block_m, config.block_d),
         "y": _operand(task.y, use_tma, config.block_n, config.block_d),
@@ -137,15 +147,20 @@ def _arguments(
         "image_masses_ptr": pairs.image_masses,
         "text_masses_ptr": pairs.text_masses,
         "stats_ptr": stats_partials,
+        "teacher_ptr": products,
+        "teacher_scale_ptr": teacher_scale,
+        "teacher_bias_ptr": teacher_bias,
         "M": M,
         "N": N,
         "D": D,
         "stride_xm": task.x.stride(0),
         "stride_yn": task.y.stride(0),
         "stride_dzm": 0 if dz is None else dz.stride(0),
+        "stride_teacher": None if products is None else products.stride(0),
         "positive_offset": pairs.offset_within(M, N),
         "positive_weight": pairs.positive_weight if variant.balance else None,
         "label_smoothing": pairs.label_smoothing if variant.balance else None,
+        "teacher_weight": teacher_weight,
         **_constants(variant),
     }
 
