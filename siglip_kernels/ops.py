@@ -28,7 +28,7 @@ from siglip_kernels.pairs import PairSpec
 from siglip_kernels.request import NO_GRAD, ExchangeSpec, NeedsGrad, Request
 from siglip_kernels.schedule import Result
 from siglip_kernels.stats import SIZE
-from siglip_kernels.teachers import Teacher
+from siglip_kernels.teachers import from_tensors
 
 _library = torch.library.Library("siglip_kernels", "DEF")
 _ARGUMENTS = (
@@ -131,7 +131,7 @@ def _restore(
         anchors=anchors,
         positive_weight=positive_weight,
         label_smoothing=label_smoothing,
-        teachers=tuple(Teacher(*teacher_tensors[4 * k : 4 * k + 4], w) for k, w in enumerate(teacher_weights)),
+        teachers=from_tensors(teacher_tensors, teacher_weights),
     )
     exchange = ExchangeSpec(group_names, algorithm, text_gradient_dtype, same_upstream)
     request = Request(x, y, scale, bias, pairs, reduction, backend, return_stats, exchange)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.pairs import PairSpec
-from siglip_kernels.teachers import Teacher
+from siglip_kernels.teachers import from_tensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -87,12 +87,11 @@ class Request(NamedTuple):
     def with_tensors(self, tensors: Sequence[Any]) -> Request:
         """The same call with other tensors, in the order of :meth:`tensors`."""
         x, y, scale, bias, image_ids, text_ids, image_weights, text_weights, *of_teachers = tensors
-        teachers = self.pairs.teachers
         pairs = self.pairs._replace(
             image_ids=image_ids,
             text_ids=text_ids,
             image_weights=image_weights,
             text_weights=text_weights,
-            teachers=tuple(Teacher(*of_teachers[4 * k : 4 * k + 4], t.weight) for k, t in enumerate(teachers)),
+            teachers=from_tensors(of_teachers, (teacher.weight for teacher in self.pairs.teachers)),
         )
         return self._replace(x=x, y=y, scale=scale, bias=bias, pairs=pairs)

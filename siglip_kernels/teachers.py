@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +43,15 @@ class TeacherLogits(NamedTuple):
 
 
 def as_teachers(teacher: Any) -> tuple[Teacher, ...]:
-    """The argument ``teacher``, None, one or a sequence, without those that have no weight."""
+    """The public argument, None, one or a sequence, without those that have no weight."""
     every = () if teacher is None else (teacher,) if isinstance(teacher, Teacher) else tuple(teacher)
     return tuple(t for t in every if t.weight != 0)
+
+
+def from_tensors(tensors: Sequence[Any], weights: Iterable[float]) -> tuple[Teacher, ...]:
+    """Teachers from the first four fields of each, one after the other, and their weights."""
+    fields = zip(tensors[::4], tensors[1::4], tensors[2::4], tensors[3::4], weights, strict=True)
+    return tuple(map(Teacher._make, fields))
 
 
 def total_weight(teachers: Sequence[Teacher]) -> float:

@@ -37,7 +37,8 @@ def scalar_terms(
 
 def cancellation(inputs: tuple[Tensor, Tensor, Tensor, Tensor], **pairs: Any) -> float:
     """How much larger ‖dz‖ would be if the two parts of a pair did not cancel: 1 where every pair has only one."""
-    negative, positive, _ = _terms(*(t.double() for t in inputs), "sum", pair_spec(**pairs))
+    x, y, scale, bias = (t.double() for t in inputs)
+    negative, positive, _ = _terms(x, y, scale, bias, "sum", pair_spec(**pairs))
     dz = float((negative - positive).norm())
     return float((negative + positive).norm()) / dz if dz > 0 else 1.0
 

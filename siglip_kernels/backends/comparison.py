@@ -98,9 +98,12 @@ def _errors(task: BlockTask) -> dict[str, float]:
         nonlocal worst, total
         size = expected.abs()
         if pairs.has_two_parts:  # a difference of terms: up to the weight for positives, and for others their target
-            target = pairs.positive_weight * pairs.label_smoothing
+            target: float | Tensor = pairs.label_smoothing
+            if (teacher := task.teacher) is not None:
+                taught = torch.sigmoid(teacher.products[rows] * teacher.scale + teacher.bias)
+                target = (1 - teacher.weight) * target + teacher.weight * taught
             positive = part.positive_mask(size.shape[0], size.shape[1], size.device)
-            size += torch.where(positive, 1.0, target) * weight * dz_scale
+            size += torch.where(positive, 1.0, pairs.positive_weight * target) * weight * dz_scale
         total = total + (size.sum(dtype=total.dtype) / dz_scale)
         if dz is not None:
             allowed = torch.addcmul(negligible, size, rounding + z_error)

@@ -112,6 +112,7 @@ class _Parts:
             mass = pairs.image_masses[:, None] + pairs.text_masses
         smoothing, is_soft = pairs.label_smoothing, pairs.multi_positive == "soft_targets"
         # The target and the rest to 1 of positives, without a difference that cancels, however small the smoothing is.
+        kept: float | Tensor
         kept, label, factor = 1 - smoothing, mass if is_soft else 1.0, 1.0 if is_soft else mass
         target, rest = kept * label + smoothing * (1 - label), kept * (1 - label) + smoothing * label
         no_target: float | Tensor = smoothing  # of negatives, and the rest of theirs

@@ -50,6 +50,8 @@ class RankMetadata(NamedTuple):
     anchors: int = 0  # in ANCHORS
     positive_weight: int = 0  # bits of a double
     label_smoothing: int = 0  # the same
+    teachers: int = 0  # their number
+    teacher_kinds: int = 0  # a digest of their widths, dtypes and weights
 
 
 # What must be the same on every rank: its name in an error, and its value. Only the first difference is reported, so
@@ -67,6 +69,8 @@ MUST_MATCH: dict[str, tuple[str, Callable[[int], Any]]] = {
     "anchors": ("anchors", tuple(ANCHORS).__getitem__),
     "positive_weight": ("positive_weight", float_of_bits),
     "label_smoothing": ("label_smoothing", float_of_bits),
+    "teachers": ("teacher: their number", int),
+    "teacher_kinds": ("teacher: width, dtype and weight of each (here a digest of them)", hex),
 }
 
 

@@ -39,12 +39,14 @@ class TextShard(NamedTuple):
     ids: Tensor | None  # [n] int64
     weights: Tensor | None  # [n]
     masses: Tensor | None = None  # [n]
+    teachers: tuple[Tensor, ...] = ()  # [n, D'] each: the texts' features by the teachers
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in self if t is not None]
+        return [t for t in (*self[:-1], *self.teachers) if t is not None]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TextShard:
-        return TextShard._make(None if t is None else function(t) for t in self)
+        ids, weights, masses = (None if t is None else function(t) for t in self[1:4])
+        return TextShard(function(self.features), ids, weights, masses, tuple(map(function, self.teachers)))
 
     def rows(self, begin: int, end: int) -> TextShard:
         return self.map(lambda t: t[begin:end])
@@ -103,6 +105,10 @@ def pairs_with(pairs: PairSpec, texts: TextShard, is_own: bool) -> PairSpec:
         text_ids=texts.ids,
         text_weights=texts.weights,
         text_masses=texts.masses,
+        teachers=tuple(
+            teacher._replace(text_features=features)
+            for teacher, features in zip(pairs.teachers, texts.teachers, strict=True)
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,15 @@ def _metadata(request: Request, needs_grad: NeedsGrad, grad_dtype: torch.dtype, 
         anchors=tuple(ANCHORS).index(pairs.anchors),
         positive_weight=bits_of_float(pairs.positive_weight),
         label_smoothing=bits_of_float(pairs.label_smoothing),
+        teachers=len(pairs.teachers),
+        teacher_kinds=_digest(pairs),
     )
+
+
+def _digest(pairs: PairSpec) -> int:
+    """Of the teachers' widths, dtypes and weights."""
+    kinds = [(t.text_features.shape[1], str(t.text_features.dtype), t.weight) for t in pairs.teachers]
+    return zlib.crc32(repr(kinds).encode())
 
 
 def _own_texts(y: Tensor, pairs: PairSpec, dtype: torch.dtype, weighted: bool) -> tuple[PairSpec, TextShard]:
@@ -97,7 +106,9 @@ def _own_texts(y: Tensor, pairs: PairSpec, dtype: torch.dtype, weighted: bool) -
     )
     weights = y.new_ones(len(y), dtype=dtype) if weighted and pairs.text_weights is None else pairs.text_weights
     weights = None if weights is None else weights.to(dtype).contiguous()
-    return pairs._replace(image_ids=image_ids), TextShard(y.contiguous(), text_ids, weights, pairs.text_masses)
+    pairs = pairs._replace(image_ids=image_ids, teachers=tuple(teacher.contiguous() for teacher in pairs.teachers))
+    of_teachers = tuple(teacher.text_features for teacher in pairs.teachers)
+    return pairs, TextShard(y.contiguous(), text_ids, weights, pairs.text_masses, of_teachers)
 
 
 def _with_masses_of_all(

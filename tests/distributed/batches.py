@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from siglip_kernels import sigmoid_loss
+from siglip_kernels import Teacher, sigmoid_loss
 from siglip_kernels.distributed import Exchange
 from siglip_kernels.testing import make_inputs, relative_l2
 from tests.ranks import slices
@@ -31,7 +31,14 @@ KINDS: dict[str, dict[str, Any]] = {
     # With 3 and 0.1 a rank's dbias would be the small difference of large sums: 1.5e-5 of it is float32's own error.
     "balance": {"ignore_ids": True, "positive_weight": 2.0, "label_smoothing": 0.02},
     "soft targets, balance": {"multi_positive": "soft_targets", "positive_weight": 0.5, "label_smoothing": 0.02},
+    "teacher": {"ignore_ids": True},
+    "teachers, soft targets, balance": {
+        "multi_positive": "soft_targets",
+        "positive_weight": 2.0,
+        "label_smoothing": 0.02,
+    },
 }
+TEACHER_WEIGHTS = {"teacher": (0.6,), "teachers, soft targets, balance": (0.3, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,14 @@ class Batch:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the joined batch."""
         return make_inputs(sum(self.images), sum(self.texts), self.D, self.dtype, self.regime)
+
+    def teachers(self) -> list[Teacher]:
+        """Of the joined batch; each rank has scales and biases of its own."""
+        shape = sum(self.images), sum(self.texts)
+        return [
+            Teacher(*make_inputs(*shape, 8 * k + 13, torch.float32, "trained", seed=k + 1), weight)
+            for k, weight in enumerate(TEACHER_WEIGHTS.get(self.pairs, ()))
+        ]
 
     def labels(self) -> dict[str, Tensor]:
         """Ids and weights of the joined batch."""
@@ -92,7 +107,11 @@ def of_rank(batch: Batch, rank: int) -> tuple[list[Tensor], dict[str, Any]]:
     labels = {name: v[rows if name.startswith("image") else cols] for name, v in batch.labels().items()}
     if batch.pairs == "none":
         labels["positive_offset"] = None
-    return own, {**labels, **KINDS.get(batch.pairs, {})}
+    teachers = [
+        t.rows(rows, cols)._replace(logit_scale=t.logit_scale / (1 + rank), logit_bias=t.logit_bias + rank)
+        for t in batch.teachers()
+    ]
+    return own, {**labels, **KINDS.get(batch.pairs, {}), **({"teacher": teachers} if teachers else {})}
 
 
 def call(rank: int, group: Any, batch: Batch) -> list[Tensor | None]:
@@ -139,6 +158,12 @@ def gold(batch: Batch, dtype: torch.dtype = torch.float64) -> list[list[Tensor]]
             factor = torch.where(positive, m, 1.0)
     p, smoothing = kind.get("positive_weight", 1.0), kind.get("label_smoothing", 0.0)
     target = smoothing + (1 - 2 * smoothing) * target
+    target = (1 - sum(TEACHER_WEIGHTS.get(batch.pairs, ()))) * target
+    for teacher in batch.teachers():
+        products = teacher.image_features.to(dtype) @ teacher.text_features.to(dtype).T
+        for rank, r in enumerate(rows):
+            taught = products[r] * teacher.logit_scale.to(dtype) / (1 + rank) + teacher.logit_bias.to(dtype) + rank
+            target[r] += teacher.weight * taught.sigmoid()
     terms = -factor * (p * target * F.logsigmoid(z) + (1 - target) * F.logsigmoid(-z))
     if "ignore_ids" in kind:
         equal = labels["image_ids"][:, None] == labels["text_ids"]

@@ -50,6 +50,7 @@ def refused(rank: int, group: Any, batch: Batch, odd: dict[str, Any], mode: str 
         ({"pairs": "soft targets"}, r"multi_positive must be .* weights on ranks 0, 2; soft_targets on rank 1"),
         ({"pairs": "masses of images"}, r"anchors must be .* both on ranks 0, 2; images on rank 1"),
         ({"pairs": "balance"}, r"positive_weight must be .* 1.0 on ranks 0, 2; 2.0 on rank 1"),
+        ({"pairs": "teacher"}, r"teacher: their number must be .* 0 on ranks 0, 2; 1 on rank 1"),
         ({"exchange": {"algorithm": "gather"}}, r"algorithm .* ring on ranks 0, 2; gather on rank 1"),
         ({"exchange": {"same_upstream": False}}, r"same_upstream .* True on ranks 0, 2; False on rank 1"),
         ({"exchange": {"text_gradient_dtype": torch.float16}}, r"text_gradient_dtype .* torch.float16 on rank 1"),
@@ -57,7 +58,7 @@ def refused(rank: int, group: Any, batch: Batch, odd: dict[str, Any], mode: str 
 )
 def test_what_differs_is_refused_on_every_rank(ranks: Ranks, odd: dict[str, Any], says: str) -> None:
     others = {"ignore ids": "ids", "soft targets": "masses of both", "masses of images": "masses of both"}
-    others["balance"] = "ignore ids"
+    others["balance"] = others["teacher"] = "ignore ids"
     batch = uneven(3, pairs=others.get(odd.get("pairs", ""), "diagonal"))
     results = ranks.run(3, refused, batch, odd)
     messages = {message for message, _ in results}

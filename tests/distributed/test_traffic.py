@@ -47,7 +47,7 @@ class Traffic:
         return function
 
 
-AGREEMENT = 8 * 18  # bytes: what a rank says before an exchange
+AGREEMENT = 8 * 20  # bytes: what a rank says before an exchange
 
 
 def traffic(rank: int, group: Any, batch: Batch) -> tuple[dict[str, int], dict[str, int]]:
