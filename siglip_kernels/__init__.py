@@ -3,7 +3,7 @@
 from siglip_kernels import distributed, reference, testing
 from siglip_kernels.accumulation import accumulate
 from siglip_kernels.drop_in import SigLipLoss
-from siglip_kernels.loss import SigmoidLoss, SigmoidLossGrads, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels.loss import SigmoidLoss, SigmoidLossGrads, sigmoid_loss, sigmoid_loss_and_grads, sigmoid_losses
 from siglip_kernels.stats import LogitStats
 from siglip_kernels.teachers import Teacher
 
@@ -18,6 +18,7 @@ __all__ = [
     "reference",
     "sigmoid_loss",
     "sigmoid_loss_and_grads",
+    "sigmoid_losses",
     "testing",
 ]
 __version__ = "0.1.0"

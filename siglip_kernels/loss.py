@@ -299,6 +299,60 @@ def sigmoid_loss_and_grads(
     return grads if found.stats is None else (grads, logit_stats(found.stats, found.loss.dtype))
 
 
+def sigmoid_losses(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    positive_offset: int | None = 0,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    image_weights: Tensor | None = None,
+    text_weights: Tensor | None = None,
+    ignore_ids: bool = False,
+    multi_positive: MultiPositive | None = None,
+    anchors: Anchors = "both",
+    positive_weight: float = 1,
+    label_smoothing: float = 0,
+    teacher: Teacher | Sequence[Teacher] | None = None,
+    backend: Backend = "auto",
+    process_group: ProcessGroup | DeviceMesh | Exchange | None = None,
+) -> Tensor:
+    """The loss of each image against all texts, forward only and in one matrix product: for the choice of data.
+
+    Takes the arguments of :func:`sigmoid_loss` but ``reduction`` and ``return_stats``. The losses of texts are those of
+    the exchanged call: texts as images, ids, weights and teachers' features exchanged too, and a ``positive_offset`` of
+    the other sign. To train on a selection, pass it as ``image_weights`` of 0 and 1.
+
+    Returns:
+        [M] float32, or float64 for float64 features, detached: Σ_j of the terms of image i, weights included. They add
+        up to ``sigmoid_loss(..., reduction="sum")``. Over a group, those of this rank's images against all texts.
+    """
+    request = validate(
+        image_features=image_features,
+        text_features=text_features,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        positive_offset=positive_offset,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        image_weights=image_weights,
+        text_weights=text_weights,
+        ignore_ids=ignore_ids,
+        multi_positive=multi_positive,
+        anchors=anchors,
+        positive_weight=positive_weight,
+        label_smoothing=label_smoothing,
+        teacher=teacher,
+        return_stats=False,
+        reduction="sum",
+        backend=backend,
+        process_group=process_group,
+    )
+    return ops.image_losses(request)
+
+
 class SigmoidLoss(nn.Module):
     """:func:`sigmoid_loss` with its two learnable scalars: t = exp(``logit_scale``) and b = ``logit_bias``.
 

@@ -36,7 +36,7 @@ _ARGUMENTS = (
     " Tensor? image_ids, Tensor? text_ids, Tensor? image_weights, Tensor? text_weights,"
     " bool ignore_ids, str? multi_positive, str anchors, float positive_weight, float label_smoothing,"
     " Tensor[] teacher_tensors, float[] teacher_weights,"
-    " str reduction, str backend, bool return_stats,"
+    " str reduction, str backend, bool return_stats, bool by_image,"
     " str group_names, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
     " bool needs_dx, bool needs_dy, bool needs_dscale, bool needs_dbias, Tensor? upstream"
 )
@@ -77,6 +77,7 @@ def _flatten(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -
         "reduction": request.reduction,
         "backend": request.backend,
         "return_stats": request.return_stats,
+        "by_image": request.by_image,
         "group_names": exchange.group_names,
         "algorithm": exchange.algorithm,
         "text_gradient_dtype": exchange.text_gradient_dtype,
@@ -109,6 +110,7 @@ def _restore(
     reduction: str,
     backend: str,
     return_stats: bool,
+    by_image: bool,
     group_names: str,
     algorithm: str,
     text_gradient_dtype: torch.dtype | None,
@@ -134,7 +136,7 @@ def _restore(
         teachers=from_tensors(teacher_tensors, teacher_weights),
     )
     exchange = ExchangeSpec(group_names, algorithm, text_gradient_dtype, same_upstream)
-    request = Request(x, y, scale, bias, pairs, reduction, backend, return_stats, exchange)
+    request = Request(x, y, scale, bias, pairs, reduction, backend, return_stats, exchange, by_image)
     return request, NeedsGrad(needs_dx, needs_dy, needs_dscale, needs_dbias), upstream
 
 
@@ -189,7 +191,7 @@ def _fake(*arguments: Any) -> Result:
     forms_dy = needs_grad.y and (request.exchange.same_upstream or upstream is not None)
     dtype = schedule.accumulator_dtype(x.dtype)
     return Result(
-        loss=x.new_empty((), dtype=dtype),
+        loss=x.new_empty((x.shape[0],) if request.by_image else (), dtype=dtype),
         scalars=x.new_empty((4,), dtype=dtype),
         dx=x.new_empty((x.shape[0] if needs_grad.x else 0, x.shape[1]), dtype=dtype),
         dy=x.new_empty((y.shape[0] if forms_dy else 0, y.shape[1]), dtype=dtype),
@@ -276,6 +278,14 @@ def differentiable(request: Request) -> tuple[Tensor, Tensor | None]:
         return _apply(request, needs_grad, compute)
     result = compute(request, needs_grad, None)
     return result.loss, result.stats if request.return_stats else None
+
+
+def image_losses(request: Request) -> Tensor:
+    """[M] the loss of each image, outside autograd."""
+    dispatch.refuse_transforms(request.tensors())
+    request = request.with_tensors([None if t is None else t.detach() for t in request.tensors()])
+    compute: Compute = _compute if _is_direct(request) else _dispatched
+    return compute(request._replace(by_image=True), NO_GRAD, None).loss
 
 
 def loss_and_grads(request: Request, x_dtype: torch.dtype, y_dtype: torch.dtype) -> LossAndGrads:

@@ -61,7 +61,7 @@ NO_GRAD = NeedsGrad(x=False, y=False, scale=False, bias=False)
 
 
 class Request(NamedTuple):
-    """The arguments of :func:`siglip_kernels.sigmoid_loss`, validated."""
+    """The arguments of :func:`siglip_kernels.sigmoid_loss` or ``sigmoid_losses``, validated."""
 
     x: Tensor  # [M, D] image features, already in the autocast dtype
     y: Tensor  # [N, D] text features
@@ -72,6 +72,7 @@ class Request(NamedTuple):
     backend: str = "auto"
     return_stats: bool = False
     exchange: ExchangeSpec = ONE_PROCESS
+    by_image: bool = False  # the loss of each image, and no gradient
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors, in the order of :meth:`tensor_names`."""

@@ -37,7 +37,7 @@ DZ_ROW_MULTIPLE = 16
 class Result(NamedTuple):
     """The loss and the gradients, as the block loop leaves them. Gradients not needed are empty or meaningless."""
 
-    loss: Tensor  # [] float32 or float64
+    loss: Tensor  # [] float32 or float64; by_image: [M], and no denominator
     scalars: Tensor  # [4] the same dtype: loss, dscale, dbias, grad_scale
     dx: Tensor  # [M, D] the same dtype; the gradient is grad_scale · dx
     dy: Tensor  # [N, D] the same dtype; the gradient is grad_scale · dy
@@ -50,7 +50,7 @@ def problem_of(request: Request, needs_grad: NeedsGrad) -> Problem:
     M, D = x.shape
     pairs = request.pairs
     has = pairs.has_weighted_terms, bool(pairs.teachers)
-    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, *has)
+    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, *has, request.by_image)
 
 
 def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> Result:
@@ -61,7 +61,7 @@ def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: Nee
         weights = pairs.image_weights, pairs.text_weights
         loop.scale_dz(w.amax().to(loop.dtype) for w in weights if w is not None and w.numel())
     dy = loop.new_rows(problem.N if needs_grad.y else 0)
-    if kernel.writes_result and not pairs.has_weights:
+    if kernel.writes_result and not pairs.has_weights and not request.by_image:
         loop.counts = denominator_factors(request.reduction, problem.M, problem.N)
     loop.add(y, pairs, dy if needs_grad.y else None)
     if loop.written is not None:
@@ -96,6 +96,7 @@ class BlockLoop:
         self.positive_weight = request.pairs.positive_weight
         self.counts: tuple[int, int] | None = None  # the denominator's factors, if the kernel may write the result
         self.written: LossTask | None = None  # the result that the kernel has written, as the loss was one block
+        self.image_losses = x.new_zeros(problem.M, dtype=self.sum_dtype) if request.by_image else None
         self.accumulate_dx = False  # whether dx holds something to add to
         self.sums: list[Tensor] = []  # [4] for each call of ``add``; the last element is unused
         self.stats: list[Tensor] = []  # [blocks, 8] for each call of ``add``, with return_stats
@@ -128,6 +129,7 @@ class BlockLoop:
         sums_of_blocks = (sums,) if is_one else sums.unbind()
         pairs = pairs.prepared(self.x, y, self.dtype)
         stats = self._new_stats(len(blocks)) if self.return_stats else None
+        block_losses = None if self.image_losses is None else torch.empty_like(self.image_losses)
         needs_dx, loss_only = self.needs_grad.x, not (self.problem.needs_dz or self.needs_grad.any)
         if is_one and self.counts is not None:
             self.written = LossTask(torch.empty_like(self.scale), self._new(4), *self.counts)
@@ -156,8 +158,11 @@ class BlockLoop:
                 dy=None if dy is None else _rows(dy, c),
                 accumulate_dy=accumulate_dy or r.start > rows.start,
                 teacher=self._teacher(block_pairs) if pairs.teachers else None,
+                image_losses=None if block_losses is None else block_losses[r],
             )
             self.kernel.block_and_grads(task)
+            if self.image_losses is not None and task.image_losses is not None:
+                self.image_losses[r] += task.image_losses
             del task  # or it would hold this block's copies of the features while the next are made
         self.sums.append(sums if is_one else sums.sum(0))
 
@@ -170,7 +175,8 @@ class BlockLoop:
         totals = self._totals()
         totals[3] = self.dx_scale()
         scalars = torch.div(totals, denominator, out=self._new(4))
-        return Result(torch.select_copy(scalars, 0, 0), scalars, self.dx, dy, self.total_stats())
+        loss = torch.select_copy(scalars, 0, 0) if self.image_losses is None else self.image_losses.to(self.dtype)
+        return Result(loss, scalars, self.dx, dy, self.total_stats())
 
     def total_stats(self) -> Tensor | None:
         """[8] of all that was added, with return_stats."""

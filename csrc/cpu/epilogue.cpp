@@ -110,7 +110,8 @@ struct HalfDz {
 };
 
 // kGeneral: also ignored pairs, masses, a balance, a teacher and stats, and weights if there are any, all checked at run time.
-template <class T, class DzOutput, bool kWeights, bool kLossOnly, bool kGeneral = false>
+// kByImage: also the loss of every image, which kGeneral writes if it is asked for.
+template <class T, class DzOutput, bool kWeights, bool kLossOnly, bool kGeneral = false, bool kByImage = false>
 class TileEpilogue {
  public:
   explicit TileEpilogue(const BlockParams& params)
@@ -120,9 +121,11 @@ class TileEpilogue {
         dz_scale_(params.dz_scale ? *static_cast<const T*>(params.dz_scale) : T(1)) {}
 
   void run(const T* u, int64_t u_stride, Range rows, Range cols, double* sums) {
-    for (int64_t i = rows.begin; i < rows.end; ++i, u += u_stride)
+    for (int64_t i = rows.begin; i < rows.end; ++i, u += u_stride) {
       for (int64_t j = cols.begin; j < cols.end; j += kSegmentWidth)
         run_segment(u + (j - cols.begin), i, {j, j + kSegmentWidth < cols.end ? j + kSegmentWidth : cols.end});
+      if ((kByImage || (kGeneral && kLossOnly)) && params_.image_losses) write_image_loss(cols.begin / kTileColumns * params_.rows + i);
+    }
     flush();
     if constexpr (kGeneral)
       if (params_.stats) stats_.write(sums + kNumSums);
@@ -133,6 +136,14 @@ class TileEpilogue {
 
  private:
   static constexpr int kSegmentWidth = kSegmentVectors * kLanes<T>;
+
+  // The loss of what has run since the last call.
+  SIGLIP_INLINE void write_image_loss(int64_t index) {
+    flush();
+    const double total = reduce_add(sums_.total_loss);
+    params_.image_losses[index] = total - previous_loss_;
+    previous_loss_ = total;
+  }
 
   SIGLIP_INLINE void flush() {
     sums_.flush();
@@ -284,6 +295,7 @@ class TileEpilogue {
   const T scale_, bias_, dz_scale_;
   struct Empty {};
   Sums<T> sums_;
+  double previous_loss_ = 0;
   std::conditional_t<kGeneral, Stats<T>, Empty> stats_;
   T signs_[kSegmentWidth], masses_[kGeneral ? kSegmentWidth : 1];
 };
@@ -295,11 +307,22 @@ template <class T, class DzOutput, bool kLossOnly>
   TileEpilogue<T, DzOutput, false, kLossOnly, true>(params).run(u, u_stride, rows, cols, sums);
 }
 
+template <class T>
+[[gnu::noinline]] void run_by_image(const BlockParams& params, const T* u, int64_t u_stride, Range rows, Range cols,
+                                    double* sums) {
+  if (params.image_weights)
+    TileEpilogue<T, NoDz, true, true, false, true>(params).run(u, u_stride, rows, cols, sums);
+  else
+    TileEpilogue<T, NoDz, false, true, false, true>(params).run(u, u_stride, rows, cols, sums);
+}
+
 template <class T, class DzOutput, bool kLossOnly = false>
 void run_epilogue(const BlockParams& params, const void* u, int64_t u_stride, Range rows, Range cols, double* sums) {
   const T* first = static_cast<const T*>(u);
   if (params.image_masses || params.has_balance || params.teacher || params.ignore_ids || params.stats)
     run_general<T, DzOutput, kLossOnly>(params, first, u_stride, rows, cols, sums);
+  else if (kLossOnly && params.image_losses)
+    run_by_image<T>(params, first, u_stride, rows, cols, sums);
   else if (params.image_weights)
     TileEpilogue<T, DzOutput, true, kLossOnly>(params).run(first, u_stride, rows, cols, sums);
   else

@@ -137,7 +137,8 @@ void siglip_inner_products_by_blas(void* out, int64_t out_stride, const void* x,
 namespace {
 
 // The largest tile of a task, which fits L1; its part of y fits L2.
-constexpr int64_t kTileRows = 24, kTileColumns = 4 * avx512::kNR;
+constexpr int64_t kTileRows = 24;
+static_assert(kTileColumns == 4 * avx512::kNR);
 constexpr int64_t kPackChunkK = 256;  // features that one task packs
 constexpr int64_t kPanelsPerGemmTask = 3;
 // With few rows, packing costs more than it saves. Logits: no more rows than a row has words, nor than this limit, and

@@ -36,11 +36,15 @@ struct BlockParams {
   const void* teacher_scale;    // one element of the logits' dtype, like the bias
   const void* teacher_bias;
   double teacher_weight;        // λ: the target is (1 - λ)·what the labels say + λ·the teacher's sigmoid
+  double* image_losses;         // [ceil(cols / kTileColumns), rows], or null; only with loss_only. At first 0
   double* stats;                // [8], or null: Σ z, count, min z, max z, each for positives and then negatives
   void* dx;                     // [rows, features] logits' dtype: dz·y, or null; siglip_epilogue ignores dx and dy
   void* dy;                     // [cols, features] logits' dtype: dzᵀ·x, or null
   int32_t dx_begun, dy_begun;   // accumulate into dx, dy
 };
+
+// Columns of the largest tile.
+constexpr int64_t kTileColumns = 256;
 
 constexpr int kNumSums = 3, kNumStats = 8;
 

@@ -26,6 +26,7 @@ class Problem(NamedTuple):
     needs_dz: bool = True  # some feature gradient is needed
     has_weights: bool = False  # pairs have weights, masses, a balance or teachers
     has_teachers: bool = False
+    by_image: bool = False  # the loss of each image is wanted, and no gradient
 
     @property
     def rounds_out(self) -> bool:
@@ -78,6 +79,7 @@ class BlockTask(NamedTuple):
     dy: Tensor | None = None  # [c, D] the same: dzᵀ @ x, added with accumulate_dy
     accumulate_dy: bool = False
     teacher: TeacherLogits | None = None  # of the block, where the pairs have teachers
+    image_losses: Tensor | None = None  # [r] the dtype of sums, out, with loss_only: each image's part of sums[0]
 
     def dx_scale(self) -> Tensor:
         """[] t / dz_scale: the factor from dz @ y to dx, without the denominator."""

@@ -48,6 +48,7 @@ def run_eager(task: BlockTask, inspect: Callable[[slice, PairSpec, Tensor], None
                 dz=dz,
                 workspace=workspace,
                 stats=stats[-1][0] if stats else None,
+                image_losses=None if task.image_losses is None else task.image_losses[rows],
                 teacher=None if teacher is None else teacher._replace(products=teacher.products[rows]),
             )
         )
@@ -65,7 +66,13 @@ def errors_of_launch(launch: Callable[[BlockTask], None], task: BlockTask) -> di
 
     Empty if that cannot be told: the inputs overflow, all features or weights are 0, or memory is short.
     """
-    for output in (task.sums, task.dz, task.stats, *(task.result[:2] if task.result is not None else ())):
+    for output in (
+        task.sums,
+        task.dz,
+        task.stats,
+        task.image_losses,
+        *(task.result[:2] if task.result is not None else ()),
+    ):
         if output is not None:
             output.fill_(torch.nan)
     launch(task)
@@ -110,7 +117,10 @@ def _errors(task: BlockTask) -> dict[str, float]:
             worst = torch.maximum(worst, torch.sub(dz[rows], expected).abs_().div_(allowed).amax())
 
     stats = None if task.stats is None else torch.empty_like(task.stats)
-    reference = task._replace(sums=torch.empty_like(task.sums), stats=stats, loss_only=False, result=None)
+    of_images = None if task.image_losses is None else torch.empty_like(task.image_losses)
+    reference = task._replace(
+        sums=torch.empty_like(task.sums), stats=stats, loss_only=False, result=None, image_losses=of_images
+    )
     run_eager(reference, inspect)
     of_terms = total * z_error + NEGLIGIBLE * weight * count
     loss, dzu, dz_sum, *_ = (task.sums - reference.sums).abs()
@@ -122,6 +132,9 @@ def _errors(task: BlockTask) -> dict[str, float]:
     }
     if task.loss_only:
         errors = {"loss": errors["loss"]}
+    if task.image_losses is not None and of_images is not None:
+        allowed = limit.loss * of_images + of_terms
+        errors["losses of images"] = ((task.image_losses - of_images).abs() / allowed).amax()
     if task.result is not None:
         errors["result"] = _result_error(task, task.result)
     if task.stats is not None and stats is not None:

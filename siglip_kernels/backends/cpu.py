@@ -20,6 +20,7 @@ from siglip_kernels.gemm import gemm_
 
 AVX512, AVX512_BF16, AMX = (LEVELS.index(name) for name in ("avx512", "avx512_bf16", "amx"))
 PANEL = 64  # kNR of csrc/cpu/gemm.h
+TILE_COLUMNS = 256  # kTileColumns of csrc/cpu/params.h
 
 
 def choose_gemm(machine: Machine, dtype: torch.dtype) -> str:
@@ -114,11 +115,17 @@ class CpuBlockKernel(BlockKernel):
         return Workspace(None if in_dz else torch.empty(R * C, dtype=logits, device=problem.device), None)
 
     def block(self, task: BlockTask) -> None:
-        self._run(task, _block_params(task), self._mkl_gemm(task.x.dtype))
+        block, losses = _block_params(task), None
+        if task.image_losses is not None:
+            losses = task.sums.new_zeros(-(-len(task.y) // TILE_COLUMNS), len(task.x))
+            block.image_losses = losses.data_ptr()
+        self._run(task, block, self._mkl_gemm(task.x.dtype))
+        if losses is not None:
+            torch.sum(losses, dim=0, out=task.image_losses)
 
     def block_and_grads(self, task: BlockTask) -> None:
         gemm = self._mkl_gemm(task.x.dtype)
-        if gemm is None and task.workspace.packed is None:
+        if task.image_losses is not None or (gemm is None and task.workspace.packed is None):
             super().block_and_grads(task)
             return
         block = _block_params(task)

@@ -51,6 +51,7 @@ class BlockParams(Structure):
         ("teacher_scale", c_void_p),
         ("teacher_bias", c_void_p),
         ("teacher_weight", c_double),
+        ("image_losses", c_void_p),
         ("stats", c_void_p),
         ("dx", c_void_p),
         ("dy", c_void_p),

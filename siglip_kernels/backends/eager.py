@@ -64,6 +64,8 @@ class EagerBlockKernel(BlockKernel):
         if parts is not None:
             parts.weigh_terms_(terms)
         sums[0] = _weight_(terms, pairs).sum()
+        if task.image_losses is not None:
+            torch.sum(terms, dim=1, dtype=sums.dtype, out=task.image_losses)
         if task.loss_only:
             return
 

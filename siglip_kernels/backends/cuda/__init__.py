@@ -36,6 +36,8 @@ class CudaBlockKernel(GpuBlockKernel):
             reasons.append(f"D = {problem.D}, expected at least 1")
         if problem.has_teachers:
             reasons.append("a teacher is given")
+        if problem.by_image:
+            reasons.append("the loss of each image is asked for")
         reasons += _why_not_device(problem.device)
         missing = nvrtc.why_not()
         return reasons if missing is None else [*reasons, missing]

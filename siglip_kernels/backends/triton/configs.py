@@ -141,6 +141,7 @@ class Variant:
     stats: bool = False
     balance: bool = False  # positive_weight and label_smoothing
     teacher: bool = False  # only with a balance, which may be 1 and 0
+    by_image: bool = False  # the loss of each image; only with loss_only
 
     def __str__(self) -> str:
         """A description that differs for any two shipped variants."""
@@ -152,6 +153,7 @@ class Variant:
             "teacher": self.teacher,
             "stats": self.stats,
             "loss-only": self.loss_only,
+            "by-image": self.by_image,
             "no-dz": not self.write_dz,
         }
         words = [
@@ -170,6 +172,7 @@ USES: tuple[dict[str, Any], ...] = (
     {"labels": "offset"},
     {"labels": "ids", "has_weights": True},
     {"labels": "offset", "loss_only": True, "write_dz": False},
+    {"labels": "offset", "loss_only": True, "write_dz": False, "by_image": True},
     {"labels": "offset", "write_dz": False},
     {"labels": "ignore"},
     {"labels": "ids", "has_weights": True, "masses": "weights"},
@@ -195,13 +198,16 @@ ALL_USES: tuple[dict[str, Any], ...] = tuple(
         "stats": stats,
         "balance": balance,
         "teacher": teacher,
+        "by_image": by_image,
     }
     for balance, teacher in ((False, False), (True, False), (True, True))
     for stats in (False, True)
     for masses in MASSES
     for labels in LABELS
     for has_weights in (False, True)
-    for loss_only, write_dz in ((False, True), (False, False), (True, False))
+    for loss_only, write_dz, by_image in (
+        *((False, True, False), (False, False, False), (True, False, False), (True, False, True)),
+    )
     if (masses == "none" or (labels == "ids" and has_weights)) and (has_weights or not balance)
 )
 

@@ -33,6 +33,7 @@ def _sigmoid_block_kernel(
     image_masses_ptr,  # [M] float32 or None; given only with LABELS_IDS and HAS_WEIGHTS
     text_masses_ptr,  # [N] float32 or None
     stats_ptr,  # [8, programs] float32, out, or None; the rows are those of stats.py
+    image_losses_ptr,  # [tiles of N, M] float32, out, or None: each image's loss in a tile. Given only with LOSS_ONLY
     teacher_ptr,  # [M, N] float32 or None: a teacher's inner products. Given only with a balance
     teacher_scale_ptr,  # [] float32 or None
     teacher_bias_ptr,  # the same
@@ -226,6 +227,9 @@ def _sigmoid_block_kernel(
     else:
         sum_loss += _lane_sums(_log1p(product), BLOCK_M, PRODUCT_COLUMNS, LANES)
     programs = tl.num_programs(0)
+    if image_losses_ptr is not None:
+        at = image_losses_ptr + pid_n.to(tl.int64) * M + offs_m
+        tl.store(at, tl.sum(sum_loss, axis=1), mask=mask_m)
     tl.store(partials_ptr + pid, tl.sum(sum_loss))
     if not LOSS_ONLY:
         tl.store(partials_ptr + programs + pid, tl.sum(sum_dzu))

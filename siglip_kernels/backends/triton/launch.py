@@ -32,10 +32,13 @@ def launch_block(variant: Variant, task: BlockTask) -> None:
     programs = -(-len(task.x) // variant.config.block_m) * -(-len(task.y) // variant.config.block_n)
     partials = task.workspace.as_strided((3, programs), (programs, 1))
     stats_partials = None if task.stats is None else partials.new_empty(SIZE, programs)
+    image_losses = None
+    if task.image_losses is not None:
+        image_losses = partials.new_empty(-(-len(task.y) // variant.config.block_n), len(task.x))
     _kernels.launch(
         (variant, task.x.device),
         programs,
-        _arguments(variant, task, partials, stats_partials),
+        _arguments(variant, task, partials, stats_partials, image_losses),
         _options(variant),
         (
             *(task.scale, task.bias, task.dz_scale),
@@ -44,6 +47,8 @@ def launch_block(variant: Variant, task: BlockTask) -> None:
         ),
     )
     reduce_partials(task, partials, stats_partials)
+    if task.image_losses is not None and image_losses is not None:
+        torch.sum(image_losses, dim=0, dtype=task.image_losses.dtype, out=task.image_losses)
 
 
 def variant_of(arch: str, task: BlockTask, config: Config | None = None) -> Variant:
@@ -54,7 +59,8 @@ def variant_of(arch: str, task: BlockTask, config: Config | None = None) -> Vari
     labels, masses = _labels(pairs, M, N), pairs.multi_positive or "none"
     outputs = task.loss_only, task.dz is not None, task.stats is not None
     has_teacher = task.teacher is not None
-    uses = labels, pairs.has_weights, *outputs, masses, pairs.has_balance or has_teacher, has_teacher
+    balanced = pairs.has_balance or has_teacher
+    uses = labels, pairs.has_weights, *outputs, masses, balanced, has_teacher, task.image_losses is not None
     return _variant(arch, config, M, N, D, dtype, allow_tf32, *uses)
 
 
@@ -75,6 +81,7 @@ def _variant(
     masses: str,
     balance: bool,
     teacher: bool,
+    by_image: bool,
 ) -> Variant:
     if config is None:
         config = configs.choose(arch, M, N, D, dtype, labels, masses, stats, balance)
@@ -94,6 +101,7 @@ def _variant(
         stats=stats,
         balance=balance,
         teacher=teacher,
+        by_image=by_image,
     )
 
 
@@ -117,7 +125,8 @@ def compile_variant(variant: Variant) -> Any:
         teacher=TeacherLogits(empty(M, N), empty(()), empty(()), 0.5) if variant.teacher else None,
     )
     stats_partials = empty(SIZE, 1) if variant.stats else None
-    arguments = _arguments(variant, task, empty(3, 1), stats_partials)
+    image_losses = empty(1, M) if variant.by_image else None
+    arguments = _arguments(variant, task, empty(3, 1), stats_partials, image_losses)
     return _sigmoid_block_kernel.warmup(grid=(1,), **arguments, **_options(variant))
 
 
@@ -126,6 +135,7 @@ def _arguments(
     task: BlockTask,
     partials: Tensor,  # [3, programs]
     stats_partials: Tensor | None,  # [8, programs]
+    image_losses: Tensor | None,  # [tiles of N, M]
 ) -> dict[str, Any]:
     """All arguments of the kernel, in its order."""
     config, use_tma, pairs, dz = variant.config, variant.use_tma, task.pairs, task.dz
@@ -147,6 +157,7 @@ def _arguments(
         "image_masses_ptr": pairs.image_masses,
         "text_masses_ptr": pairs.text_masses,
         "stats_ptr": stats_partials,
+        "image_losses_ptr": image_losses,
         "teacher_ptr": products,
         "teacher_scale_ptr": teacher_scale,
         "teacher_bias_ptr": teacher_bias,
