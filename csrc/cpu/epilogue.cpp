@@ -28,10 +28,15 @@ SIGLIP_INLINE void add_as_double(Vector<double>& total, Vector<T> part) {
   }
 }
 
-double reduce_add(Vector<double> total) {
-  double sum = 0;
-  for (int lane = 0; lane < kLanes<double>; ++lane) sum += total[lane];
-  return sum;
+template <int kBytes = SIGLIP_VECTOR_BYTES>
+SIGLIP_INLINE double reduce_add(Vector<double, kBytes> total) {
+  if constexpr (kBytes == 2 * sizeof(double)) {
+    return total[0] + total[1];
+  } else {
+    Vector<double, kBytes / 2> halves[2];
+    std::memcpy(halves, &total, sizeof total);
+    return reduce_add<kBytes / 2>(halves[0] + halves[1]);
+  }
 }
 
 template <class T>
@@ -40,12 +45,15 @@ struct Sums {
   Vector<double> total_loss{}, total_dz_u{}, total_dz{};
   int num_vectors = 0;  // since the last flush
 
+  template <bool kLossOnly>
   SIGLIP_INLINE void flush() {
     add_as_double<T>(total_loss, relu + log1p_nonnegative<T>(product));
+    relu = product = Vector<T>{};
+    num_vectors = 0;
+    if constexpr (kLossOnly) return;
     add_as_double<T>(total_dz_u, dz_u);
     add_as_double<T>(total_dz, dz);
-    relu = product = dz_u = dz = Vector<T>{};
-    num_vectors = 0;
+    dz_u = dz = Vector<T>{};
   }
 };
 
@@ -146,7 +154,7 @@ class TileEpilogue {
   }
 
   SIGLIP_INLINE void flush() {
-    sums_.flush();
+    sums_.template flush<kLossOnly>();
     if constexpr (kGeneral) stats_.flush();
   }
 
