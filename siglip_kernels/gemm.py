@@ -44,8 +44,8 @@ def allows_tf32() -> bool:
 
 
 def gemm_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
-    """``out = a @ b``, or ``out += a @ b``: a [m, k] and b [k, n] of one dtype; out [m, n] of that dtype or float32."""
-    if a.dtype is not out.dtype and accumulates_in_float32(a.dtype, out.device):
+    """``out = a @ b``, or ``out += a @ b``: a [m, k] and b [k, n] of one dtype; out [m, n] of any."""
+    if a.dtype is not out.dtype is torch.float32 and accumulates_in_float32(a.dtype, out.device):
         if accumulate:
             torch.addmm(out, a, b, out.dtype, out=out)
         else:

@@ -40,6 +40,12 @@ _ARGUMENTS = (
     " str group_names, str algorithm, ScalarType? text_gradient_dtype, bool same_upstream,"
     " bool needs_dx, bool needs_dy, bool needs_dscale, bool needs_dbias, Tensor? upstream"
 )
+_ARGUMENT_NAMES = tuple(argument.split()[-1] for argument in _ARGUMENTS.split(","))
+# Those of the same name in PairSpec.
+_PAIR_ARGUMENTS = (
+    *("positive_offset", "image_ids", "text_ids", "image_weights", "text_weights", "ignore_ids", "multi_positive"),
+    *("anchors", "positive_weight", "label_smoothing"),
+)
 _RETURNS = "(Tensor loss, Tensor scalars, Tensor dx, Tensor dy, Tensor stats)"
 _library.define(f"sigmoid_loss({_ARGUMENTS}) -> {_RETURNS}", tags=(torch.Tag.pt2_compliant_tag,))
 # The same operator over a process group, for compiled graphs. It declares a write to ``order``, so that no compiler
@@ -62,16 +68,7 @@ def _flatten(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -
         "y": request.y,
         "scale": request.scale,
         "bias": request.bias,
-        "positive_offset": pairs.positive_offset,
-        "image_ids": pairs.image_ids,
-        "text_ids": pairs.text_ids,
-        "image_weights": pairs.image_weights,
-        "text_weights": pairs.text_weights,
-        "ignore_ids": pairs.ignore_ids,
-        "multi_positive": pairs.multi_positive,
-        "anchors": pairs.anchors,
-        "positive_weight": pairs.positive_weight,
-        "label_smoothing": pairs.label_smoothing,
+        **{name: getattr(pairs, name) for name in _PAIR_ARGUMENTS},
         "teacher_tensors": [t for teacher in pairs.teachers for t in teacher[:4]],
         "teacher_weights": [teacher.weight for teacher in pairs.teachers],
         "reduction": request.reduction,
@@ -90,54 +87,21 @@ def _flatten(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None) -
     }
 
 
-def _restore(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    positive_offset: int | None,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    image_weights: Tensor | None,
-    text_weights: Tensor | None,
-    ignore_ids: bool,
-    multi_positive: str | None,
-    anchors: str,
-    positive_weight: float,
-    label_smoothing: float,
-    teacher_tensors: list[Tensor],
-    teacher_weights: list[float],
-    reduction: str,
-    backend: str,
-    return_stats: bool,
-    by_image: bool,
-    group_names: str,
-    algorithm: str,
-    text_gradient_dtype: torch.dtype | None,
-    same_upstream: bool,
-    needs_dx: bool,
-    needs_dy: bool,
-    needs_dscale: bool,
-    needs_dbias: bool,
-    upstream: Tensor | None,
-) -> tuple[Request, NeedsGrad, Tensor | None]:
+def _restore(*arguments: Any) -> tuple[Request, NeedsGrad, Tensor | None]:
     """The arguments of :func:`_flatten`, from the operator's."""
-    pairs = PairSpec(
-        positive_offset=positive_offset,
-        image_ids=image_ids,
-        text_ids=text_ids,
-        image_weights=image_weights,
-        text_weights=text_weights,
-        ignore_ids=ignore_ids,
-        multi_positive=multi_positive,
-        anchors=anchors,
-        positive_weight=positive_weight,
-        label_smoothing=label_smoothing,
-        teachers=from_tensors(teacher_tensors, teacher_weights),
+    given = dict(zip(_ARGUMENT_NAMES, arguments, strict=True))
+    teachers = from_tensors(given["teacher_tensors"], given["teacher_weights"])
+    of_exchange = ("group_names", "algorithm", "text_gradient_dtype", "same_upstream")
+    request = Request(
+        **{
+            name: given[name]
+            for name in ("x", "y", "scale", "bias", "reduction", "backend", "return_stats", "by_image")
+        },
+        pairs=PairSpec(**{name: given[name] for name in _PAIR_ARGUMENTS}, teachers=teachers),
+        exchange=ExchangeSpec(**{name: given[name] for name in of_exchange}),
     )
-    exchange = ExchangeSpec(group_names, algorithm, text_gradient_dtype, same_upstream)
-    request = Request(x, y, scale, bias, pairs, reduction, backend, return_stats, exchange, by_image)
-    return request, NeedsGrad(needs_dx, needs_dy, needs_dscale, needs_dbias), upstream
+    needs_grad = NeedsGrad(*(given[name] for name in ("needs_dx", "needs_dy", "needs_dscale", "needs_dbias")))
+    return request, needs_grad, given["upstream"]
 
 
 def _compute(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None = None) -> Result:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,8 +50,9 @@ def problem_of(request: Request, needs_grad: NeedsGrad) -> Problem:
     x = request.x
     M, D = x.shape
     pairs = request.pairs
-    has = pairs.has_weighted_terms, bool(pairs.teachers)
-    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, *has, request.by_image)
+    teacher_width = max((teacher.image_features.shape[1] for teacher in pairs.teachers), default=0)
+    others = pairs.has_weighted_terms, teacher_width, request.by_image
+    return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, *others)
 
 
 def run(kernel: BlockKernel, problem: Problem, request: Request, needs_grad: NeedsGrad) -> Result:
@@ -87,7 +89,7 @@ class BlockLoop:
         row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
         self.dz = self._new(R if problem.needs_dz else 0, row, dtype=self.operand)
         self.workspace = kernel.workspace(problem, R, C)
-        self.teacher_products = self._new(R if problem.has_teachers else 0, row)
+        self.teacher_products = self._new(R if problem.teacher_width else 0, row)
         self.scale = _scalar(request.scale, self.dtype)
         self.bias = x.new_zeros((), dtype=self.dtype) if request.bias is None else _scalar(request.bias, self.dtype)
         self.dz_scale: Tensor | None = None
@@ -196,7 +198,8 @@ class BlockLoop:
         """The logits of a block's teachers."""
         first, buffer = pairs.teachers[0], self.teacher_products
         r, c = len(first.image_features), len(first.text_features)
-        return teacher_logits(pairs.teachers, buffer[:r, :c], self.kernel.inner_products)
+        inner_products = partial(self.kernel.inner_products, workspace=self.workspace)
+        return teacher_logits(pairs.teachers, buffer[:r, :c], inner_products)
 
     def _new_stats(self, blocks: int) -> Tensor:
         """[blocks, 8], uninitialised; ``result`` combines them."""

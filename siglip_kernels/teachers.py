@@ -62,7 +62,7 @@ def total_weight(teachers: Sequence[Teacher]) -> float:
 def teacher_logits(
     teachers: Sequence[Teacher],
     products: Tensor,  # [r, c] buffer of the logits' dtype
-    inner_products: Callable[[Tensor, Tensor, Tensor], None],  # writes x @ y.T into its first argument
+    inner_products: Callable[..., None],  # writes x @ y.T into its first argument
 ) -> TeacherLogits:
     """The logits of one block's teachers, whose scales and biases are tensors.
 

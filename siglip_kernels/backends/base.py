@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     device: torch.device
     needs_dz: bool = True  # some feature gradient is needed
     has_weights: bool = False  # pairs have weights, masses, a balance or teachers
-    has_teachers: bool = False
+    teacher_width: int = 0  # features of the widest teacher; 0: none
     by_image: bool = False  # the loss of each image is wanted, and no gradient
 
     @property
@@ -121,8 +121,8 @@ class BlockKernel(abc.ABC):
     def block(self, task: BlockTask) -> None:
         """Write ``sums``, ``dz`` and ``stats`` of the block; read nothing back to the host."""
 
-    def inner_products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
-        """``out = x @ y.T``: contiguous x [r, k] and y [c, k] of one dtype; out [r, c] of the logits' dtype."""
+    def inner_products(self, out: Tensor, x: Tensor, y: Tensor, workspace: Any) -> None:
+        """``out = x @ y.T``: contiguous x [r, k] and y [c, k] of a teacher, of one dtype; out [r, c] of the logits'."""
         gemm.gemm_(out, x, y.T)
 
     def block_and_grads(self, task: BlockTask) -> None:

@@ -109,6 +109,8 @@ class CpuBlockKernel(BlockKernel):
         dtype = self.operand_dtype(problem)
         if self._gemm(dtype) == "ours":
             words = _packed_words(R, C, problem.D, dtype)
+            if problem.teacher_width:
+                words = max(words, _packed_words(R, C, problem.teacher_width, dtype, logits_alone=True))
             return Workspace(None, torch.empty(words, dtype=torch.int32, device=problem.device))
         logits = _logits_dtype(dtype)
         in_dz = problem.needs_dz and dtype is logits
@@ -133,21 +135,23 @@ class CpuBlockKernel(BlockKernel):
         block.dy, block.dy_begun = address(task.dy), task.accumulate_dy
         self._run(task, block, gemm)
 
-    def inner_products(self, out: Tensor, x: Tensor, y: Tensor) -> None:
+    def inner_products(self, out: Tensor, x: Tensor, y: Tensor, workspace: Workspace) -> None:
         if out.dtype is not torch.float32 or x.dtype is torch.float64:
-            super().inner_products(out, x, y)
+            super().inner_products(out, x, y, workspace)
             return
         if self._gemm(x.dtype) == "widened":
             x, y = x.float(), y.float()
         (r, k), c, gemm = x.shape, len(y), self._mkl_gemm(x.dtype)
         products = out.data_ptr(), out.stride(0), x.data_ptr(), y.data_ptr(), r, c, k, DTYPES[x.dtype]
         if self._gemm(x.dtype) == "ours":
-            packed = torch.empty(_packed_words(r, c, k, x.dtype), dtype=torch.int32, device=x.device)
+            words, packed = _packed_words(r, c, k, x.dtype, logits_alone=True), workspace.packed
+            if packed is None or packed.numel() < words:  # for another dtype than the student's
+                packed = torch.empty(words, dtype=torch.int32, device=x.device)
             self._native.inner_products(*products, packed.data_ptr(), self._native.pool)
         elif gemm is not None:
             self._native.inner_products_by_blas(*products, gemm)
         else:
-            super().inner_products(out, x, y)
+            super().inner_products(out, x, y, workspace)
 
     def _mkl_gemm(self, dtype: torch.dtype) -> ctypes.c_void_p | None:
         """MKL's GEMM, called without torch's overhead. None: the GEMMs are ours, or torch chooses them."""
@@ -219,9 +223,9 @@ def _logits_dtype(operand: torch.dtype) -> torch.dtype:
     return torch.float64 if operand is torch.float64 else torch.float32
 
 
-def _packed_words(R: int, C: int, D: int, dtype: torch.dtype) -> int:
-    """int32 words of the largest pack: y transposed, y alone, or x together with dzᵀ."""
+def _packed_words(R: int, C: int, D: int, dtype: torch.dtype, logits_alone: bool = False) -> int:
+    """int32 words of the largest pack: y transposed, and if not ``logits_alone`` y alone, or x together with dzᵀ."""
     in_word = 4 // dtype.itemsize
     r, c, d = -(-R // in_word), -(-C // in_word), -(-D // in_word)
     C, D = -(-C // PANEL) * PANEL, -(-D // PANEL) * PANEL
-    return max(d * C, c * D, r * (D + C))
+    return d * C if logits_alone else max(d * C, c * D, r * (D + C))

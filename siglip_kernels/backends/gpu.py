@@ -53,7 +53,7 @@ class GpuBlockKernel(BlockKernel):
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
         # With teachers the products of theirs take float32 beside dz, and both together no more than twice dz alone.
-        pairs = self.dz_bytes // self.operand_dtype(problem).itemsize // (2 if problem.has_teachers else 1)
+        pairs = self.dz_bytes // self.operand_dtype(problem).itemsize // (2 if problem.teacher_width else 1)
         return self.blocks or even_block_shape(problem.M, problem.N, pairs)
 
 

@@ -34,7 +34,7 @@ class CudaBlockKernel(GpuBlockKernel):
             reasons.append(f"features are {problem.dtype}, expected float16 or bfloat16")
         if problem.D < 1:
             reasons.append(f"D = {problem.D}, expected at least 1")
-        if problem.has_teachers:
+        if problem.teacher_width:
             reasons.append("a teacher is given")
         if problem.by_image:
             reasons.append("the loss of each image is asked for")
