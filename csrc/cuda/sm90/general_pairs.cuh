@@ -4,6 +4,7 @@
 #include "layout.h"
 #include "params.h"
 #include "ptx.cuh"
+#include "sigmoid_loss.h"
 
 namespace siglip::sm90 {
 
@@ -102,14 +103,26 @@ class GeneralPairs {
     const float label = !is_positive ? 0.0f : params_.soft_targets ? mass : 1.0f;
     // Without a difference that cancels, however small the smoothing is.
     const float smoothing = params_.label_smoothing, kept = 1 - smoothing;
-    const float toward = params_.positive_weight * (kept * label + smoothing * (1 - label));
-    const float away = kept * (1 - label) + smoothing * label;
+    float toward = kept * label + smoothing * (1 - label), away = kept * (1 - label) + smoothing * label;
+    if (params_.teacher) add_teacher(i, toward, away);
+    toward *= params_.positive_weight;
     const float factor = params_.soft_targets ? 1.0f : mass;
     const float counts = counted >> i & 1 ? factor : 0.0f;
     return {counts * (is_positive ? toward : away), counts * (is_positive ? away : toward)};
   }
 
  private:
+  // Mixes the teacher's sigmoid into the target of a pair, and what it leaves to 1 into the rest.
+  __device__ void add_teacher(int i, float& toward, float& away) const {
+    const int row = rows_.index[thread_row(i)], column = columns_.index[thread_column(i)];
+    const bool in_bounds = row < params_.rows && column < params_.cols;
+    const float u = in_bounds ? params_.teacher[row * params_.teacher_stride + column] : 0.0f;
+    const float z = fmaf(u, *params_.teacher_scale, *params_.teacher_bias), e = exp2_approx(-fabsf(z) * kLog2E);
+    const float weight = params_.teacher_weight, kept = 1 - weight, large = weight * rcp_approx(1 + e);
+    toward = fmaf(kept, toward, large * (z < 0 ? e : 1));
+    away = fmaf(kept, away, large * (z < 0 ? 1 : e));
+  }
+
   const BlockParams& params_;
   const int lane_;
   SideValues<kThreadRows> rows_;

@@ -24,6 +24,10 @@ struct BlockParams {
   const float* text_weights;    // [cols]
   const float* image_masses;    // [rows], or null; with ids and weights
   const float* text_masses;     // [cols]
+  const float* teacher;         // [rows, cols] a teacher's inner products, or null; with weights
+  const float* teacher_scale;   // one element, like teacher_bias
+  const float* teacher_bias;
+  int64_t teacher_stride;       // in elements
   int64_t dz_stride;            // of float32_dz, in elements
   int32_t rows, cols, features;
   int32_t offset;               // (i, i + offset) is positive, unless ids say it
@@ -31,6 +35,7 @@ struct BlockParams {
   int32_t soft_targets;         // masses are targets, not factors of the weight
   float positive_weight;        // other than 1 only with weights; so
   float label_smoothing;        // other than 0
+  float teacher_weight;         // λ: the target is (1 - λ)·what the labels say + λ·the teacher's sigmoid
 };
 
 }  // namespace siglip::sm90

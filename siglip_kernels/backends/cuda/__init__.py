@@ -34,8 +34,6 @@ class CudaBlockKernel(GpuBlockKernel):
             reasons.append(f"features are {problem.dtype}, expected float16 or bfloat16")
         if problem.D < 1:
             reasons.append(f"D = {problem.D}, expected at least 1")
-        if problem.teacher_width:
-            reasons.append("a teacher is given")
         if problem.by_image:
             reasons.append("the loss of each image is asked for")
         reasons += _why_not_device(problem.device)
@@ -61,6 +59,7 @@ class CudaBlockKernel(GpuBlockKernel):
             ids="ignored" if pairs.ignore_ids else "given" if pairs.has_ids else "none",
             weights=pairs.multi_positive or ("given" if pairs.has_weights else "none"),
             balance=pairs.has_balance,
+            teacher=task.teacher is not None,
         )
 
     def launch(self, variant: Any, task: BlockTask) -> None:
@@ -82,6 +81,7 @@ class Variant(NamedTuple):
     ids: str
     weights: str
     balance: bool
+    teacher: bool
 
 
 class Workspace(NamedTuple):

@@ -62,6 +62,10 @@ class BlockParams(Structure):
         ("text_weights", c_void_p),
         ("image_masses", c_void_p),
         ("text_masses", c_void_p),
+        ("teacher", c_void_p),
+        ("teacher_scale", c_void_p),
+        ("teacher_bias", c_void_p),
+        ("teacher_stride", c_int64),
         ("dz_stride", c_int64),
         ("rows", c_int32),
         ("cols", c_int32),
@@ -71,6 +75,7 @@ class BlockParams(Structure):
         ("soft_targets", c_int32),
         ("positive_weight", c_float),
         ("label_smoothing", c_float),
+        ("teacher_weight", c_float),
     )
 
 
@@ -144,6 +149,10 @@ def launch(
         params.image_masses, params.text_masses = address(pairs.image_masses), address(pairs.text_masses)
         params.ignore_ids, params.soft_targets = pairs.ignore_ids, pairs.multi_positive == "soft_targets"
         params.positive_weight, params.label_smoothing = pairs.positive_weight, pairs.label_smoothing
+        if (teacher := task.teacher) is not None:
+            params.teacher, params.teacher_stride = teacher.products.data_ptr(), teacher.products.stride(0)
+            params.teacher_scale, params.teacher_bias = teacher.scale.data_ptr(), teacher.bias.data_ptr()
+            params.teacher_weight = teacher.weight
     box = TILE, BOX_COLUMNS
     x_map = driver.tensor_map(dtype, x.data_ptr(), R, D, x.stride(0), box)
     y_map = driver.tensor_map(dtype, y.data_ptr(), C, D, y.stride(0), box)
