@@ -102,6 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nodes", type=ranks, default=1, help="of a DeviceMesh nodes × GPUs, for a ring of two levels (default: 1)"
     )
+    parser.add_argument(
+        "--teacher", type=features, default=0, metavar="D'", help="width of a teacher's features (default: no teacher)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda, here or not)")
     parser.add_argument(
         "--memory", type=parse_size, help="of a rank, as 80GiB or 85GB (default: what the device here has)"
@@ -122,7 +125,8 @@ def doctor(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> int:
     if chosen.reserved >= memory:
         parser.error(f"--reserved {format_size(chosen.reserved)} leaves nothing of {format_size(memory)}")
     dtype = DTYPES[chosen.dtype]
-    job = Job(chosen.batch, chosen.dim or chosen.shape, dtype, device, chosen.world_size, chosen.nodes)
+    shape = chosen.batch, chosen.dim or chosen.shape, dtype, device
+    job = Job(*shape, chosen.world_size, chosen.nodes, chosen.teacher)
     print(report(job, block_kernel(job), memory, chosen.reserved))
     return 0
 
@@ -133,10 +137,11 @@ def report(job: Job, kernel: BlockKernel, memory: int, reserved: int = 0) -> str
     ranks = f" a rank × {job.ranks:,} ranks = {job.batch * job.ranks:,}" if job.ranks > 1 else ""
     free = memory - reserved
     left = f"{format_size(memory)}" + f" - {format_size(reserved)} reserved = {format_size(free)}" * (reserved > 0)
+    teacher = f", a teacher's {job.teacher:,}" if job.teacher else ""
     return "\n".join(
         [
-            f"Batch {job.batch:,}{ranks}; D = {job.D:,}, {name}, {job.device.type}; memory {left}",
-            f"Inputs and their gradients take {format_size(2 * job.features)} a rank; the loss comes on top.",
+            f"Batch {job.batch:,}{ranks}; D = {job.D:,}{teacher}, {name}, {job.device.type}; memory {left}",
+            f"Inputs and gradients take {format_size(job.inputs + job.features)} a rank; the loss comes on top.",
             "",
             *_table(footprints(job, kernel, free), free),
             "",
@@ -167,9 +172,15 @@ def _table(found: dict[str, Footprint], free: int) -> list[str]:
 
 def _sources(job: Job) -> list[str]:
     how = "as measured on a CPU" if job.device.type == "cpu" else "as measured on an H200, in one process"
+    others = (
+        f"eager (open_clip's SigLipLoss), torch.compile: by the copies of the logits that are alive at once, {how}."
+    )
+    ours = f"ours: computed from what is allocated, {how}."
+    if job.teacher:
+        ours = "ours: computed from what is allocated, with a teacher as measured on a CPU."
     return [
-        f"eager (open_clip's SigLipLoss), torch.compile: by the copies of the logits that are alive at once, {how}.",
-        f"ours: computed from what is allocated, {how}.",
+        *([] if job.teacher else [others]),
+        ours,
         "The largest batch: if the loss is all there is, in multiples of 64. Left out: libraries, CUDA context.",
     ]
 
@@ -183,7 +194,8 @@ def _times(job: Job, kernel: BlockKernel) -> list[str]:
             for (dtype, B, D), ratios in times.rows.items()
             if dtype == name
         )
-        if near and times.device == here and times.kernel == kernel.name and job.ranks == 1:
+        is_like = times.kernel == kernel.name and job.ranks == 1 and not job.teacher
+        if near and times.device == here and is_like:
             *_, B, D, (eager, compiled) = near[0]
             return [
                 f"Time, measured on {times.device}, {times.threads} threads, torch {times.torch}, B = {B:,}, D = {D}: "

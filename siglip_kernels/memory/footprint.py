@@ -67,15 +67,24 @@ class Job:
     device: torch.device
     ranks: int = 1
     nodes: int = 1  # of the ring; 1: it has one level
+    teacher: int = 0  # features of a teacher; 0: none
 
     @property
     def features(self) -> int:
         """Bytes of the images and texts of a rank; their gradients are as large."""
         return 2 * self.batch * self.D * self.dtype.itemsize
 
+    @property
+    def inputs(self) -> int:
+        """Bytes of a rank's images and texts, and of their teacher's."""
+        return self.features + 2 * self.batch * self.teacher * self.dtype.itemsize
+
     def problem(self, texts: int) -> Problem:
         """The rank's images against ``texts`` texts."""
-        return Problem(self.batch, texts, self.D, self.dtype, self.device)
+        has_weights = self.teacher > 0
+        return Problem(
+            self.batch, texts, self.D, self.dtype, self.device, has_weights=has_weights, teacher_width=self.teacher
+        )
 
 
 class Footprint(NamedTuple):
@@ -91,7 +100,8 @@ Peak = Callable[[Job], int]  # bytes above the inputs, gradients included
 
 def footprints(job: Job, kernel: BlockKernel, memory: int) -> dict[str, Footprint]:
     """The footprint of every form of the loss, by name. ``memory``: bytes for inputs, gradients and all between."""
-    peaks: dict[str, Peak] = {form: partial(peak_materialised, form=form) for form in COPIES}
+    # Nobody has counted the copies of an eager loss with a teacher.
+    peaks: dict[str, Peak] = {form: partial(peak_materialised, form=form) for form in COPIES if not job.teacher}
     name = f"ours ({kernel.name})"
     if job.ranks == 1:
         peaks[name] = partial(peak_ours, kernel=kernel)
@@ -101,7 +111,7 @@ def footprints(job: Job, kernel: BlockKernel, memory: int) -> dict[str, Footprin
     found = {}
     for form, peak in peaks.items():
         taken = peak(job)
-        found[form] = Footprint(taken - job.features, taken + job.features, largest_batch(peak, job, memory))
+        found[form] = Footprint(taken - job.features, taken + job.inputs, largest_batch(peak, job, memory))
     return found
 
 
@@ -117,7 +127,7 @@ def largest_batch(peak: Peak, job: Job, memory: int) -> int:
 
     def fits(multiple: int) -> bool:
         tried = replace(job, batch=multiple * BATCH_MULTIPLE)
-        return tried.features + peak(tried) <= memory
+        return tried.inputs + peak(tried) <= memory
 
     low, high = 0, 1
     while fits(high):
@@ -137,18 +147,22 @@ def peak_materialised(job: Job, form: str) -> int:
 
 
 def peak_ours(job: Job, kernel: BlockKernel, gather: bool = False) -> int:
-    """The peak of sigmoid_loss with every gradient, equal batches, no ids or weights; ``gather``: over one group."""
+    """The peak of sigmoid_loss with every gradient, equal batches, no ids or weights; ``gather``: over one group.
+
+    A teacher's features have the dtype of the student's.
+    """
     b, D, W = job.batch, job.D, job.ranks
     x = torch.empty(b, D, dtype=job.dtype, device="meta")
     scale = torch.empty((), dtype=torch.float32, device="meta")
+    of_teacher = (x.new_empty(b, job.teacher),) if job.teacher else ()
     held: list[Any] = []
     exchanged = 0  # after the last block's operands are freed
-    with _AllocationCounter(x, scale) as made:
+    with _AllocationCounter(x, scale, *of_teacher) as made:
         problem = job.problem(b * W if gather else b)
         loop = BlockLoop(kernel, problem, Request(x, x, scale, scale), NeedsGrad())
         held.append(loop.new_rows(b))
         if gather:
-            held += [x.new_empty(b * W, D), loop.new_rows(b * W)]
+            held += [x.new_empty(b * W, D), x.new_empty(b * W, job.teacher), loop.new_rows(b * W)]
             if job.device.type == "cpu":  # gloo's reduce_scatter works on a copy
                 exchanged = b * W * D * loop.dtype.itemsize + GLOO_SEGMENTS
         elif W > 1:
@@ -160,7 +174,7 @@ def peak_ours(job: Job, kernel: BlockKernel, gather: bool = False) -> int:
                 grad_dtype=loop.dtype,
                 grad_scale=scale,
             )
-            held += [TextRing(topology, TextShard(x, None, None)), GradRing(topology, loop)]
+            held += [TextRing(topology, TextShard(x, None, None, teachers=of_teacher)), GradRing(topology, loop)]
     accumulators = 2 * b * D * loop.dtype.itemsize
     backward = accumulators
     if loop.dtype is not job.dtype:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from bench import load_module
 from bench.harness.timing import MIB, peak_bytes
 from bench.microbenchmark import contenders
-from siglip_kernels import backends, sigmoid_loss
+from siglip_kernels import Teacher, backends, sigmoid_loss
 from siglip_kernels.__main__ import main
 from siglip_kernels.backends.eager import EagerBlockKernel, Workspace
 from siglip_kernels.backends.triton import TritonBlockKernel
@@ -60,6 +60,9 @@ def peak(rank: int, group: Any, form: str, job: Job) -> float:
     x, y = (torch.full((job.batch, job.D), job.D**-0.5, dtype=job.dtype, requires_grad=True) for _ in range(2))
     leaves = x, y, *(torch.tensor(value, requires_grad=True) for value in (10.0, -10.0))
     loss_fn = loss_of(form, rank, group, job.ranks)
+    if job.teacher:
+        taught = (torch.full((job.batch, job.teacher), job.teacher**-0.5, dtype=job.dtype) for _ in range(2))
+        loss_fn = partial(loss_fn, teacher=Teacher(*taught, 10.0, -10.0, 0.5))
     peaks = []
     for _ in range(3):
         for leaf in leaves:
@@ -105,6 +108,16 @@ def test_one_process(two: Ranks, form: str, b: int, D: int, dtype: torch.dtype) 
     job = Job(b, D, dtype, CPU)
     backend = form.removeprefix("ours ")
     if backend != form and (reasons := backends.why_not_prepared(backend, job.problem(b))):
+        pytest.skip("; ".join(reasons))
+    assert_as_measured(two, form, job)
+
+
+@needs_proc
+@pytest.mark.parametrize(("form", "ranks"), [("ours cpu", 1), ("ring", 2), ("gather", 2)])
+@pytest.mark.parametrize(("b", "teacher", "dtype"), [(2048, 1152, f32), (2048, 512, bf16)])
+def test_a_teacher(two: Ranks, form: str, ranks: int, b: int, teacher: int, dtype: torch.dtype) -> None:
+    job = Job(b, 768, dtype, CPU, ranks, teacher=teacher)
+    if reasons := backends.why_not_prepared("cpu", job.problem(b)):
         pytest.skip("; ".join(reasons))
     assert_as_measured(two, form, job)
 
@@ -299,6 +312,15 @@ def test_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "computed from what is allocated, as measured on an H200" in out
     if not torch.cuda.is_available():
         assert "Time: no measurement on this device: memory only." in out
+
+
+def test_a_teacher_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "base", "--batch", "65536", "--memory", "80GiB"
+    plain, taught = (printed(capsys, *arguments, *more) for more in ((), ("--teacher", "1152")))
+    assert "D = 768, a teacher's 1,152, bfloat16" in taught
+    assert "eager" not in taught
+    ours = [next(line for line in out.splitlines() if line.startswith("ours (")).split() for out in (plain, taught)]
+    assert int(ours[1][-1].replace(",", "")) < int(ours[0][-1].replace(",", ""))
 
 
 def test_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
