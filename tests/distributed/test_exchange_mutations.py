@@ -11,6 +11,7 @@ import torch
 from siglip_kernels import schedule
 from siglip_kernels.distributed import ring
 from siglip_kernels.distributed import schedule as distributed_schedule
+from siglip_kernels.pairs import PairSpec
 from tests.distributed.batches import Batch, assert_right, call, even, uneven
 from tests.ranks import Ranks
 
@@ -56,6 +57,27 @@ def masses_stay_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed_schedule, "TextShard", lambda *parts: shard(*parts[:3], torch.zeros_like(parts[3])))
 
 
+def teacher_of_other_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that come from another rank, but with a teacher's features of the own ones."""
+    pairs_with = ring.pairs_with
+
+    def mutated(pairs: PairSpec, texts: ring.TextShard, is_own: bool) -> PairSpec:
+        kept = tuple(t.text_features.roll(1, 0)[: len(texts.features)] for t in pairs.teachers)
+        return pairs_with(pairs, texts if is_own else texts._replace(teachers=kept), is_own)
+
+    monkeypatch.setattr(ring, "pairs_with", mutated)
+
+
+def teachers_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs_with = ring.pairs_with
+
+    def mutated(pairs: PairSpec, texts: ring.TextShard, is_own: bool) -> PairSpec:
+        teachers = tuple(t._replace(weight=t.weight * is_own) for t in pairs_with(pairs, texts, is_own).teachers)
+        return pairs_with(pairs, texts, is_own)._replace(teachers=teachers)
+
+    monkeypatch.setattr(ring, "pairs_with", mutated)
+
+
 def call_mutated(rank: int, group: Any, batch: Batch, mutate: Callable[[pytest.MonkeyPatch], None]) -> Any:
     with pytest.MonkeyPatch.context() as monkeypatch:
         mutate(monkeypatch)
@@ -74,5 +96,12 @@ def test_a_mutated_exchange_fails(ranks: Ranks, mutate: Callable[[pytest.MonkeyP
 @pytest.mark.parametrize("mutate", [counts_of_the_own_rank, masses_stay_at_home])
 def test_mutated_masses_fail(ranks: Ranks, mutate: Callable[[pytest.MonkeyPatch], None]) -> None:
     batch = uneven(3, pairs="masses of both")
+    with pytest.raises(AssertionError):
+        assert_right(ranks.run(3, call_mutated, batch, mutate), batch, 5e-6)
+
+
+@pytest.mark.parametrize("mutate", [teacher_of_other_texts, teachers_ignored])
+def test_mutated_teachers_fail(ranks: Ranks, mutate: Callable[[pytest.MonkeyPatch], None]) -> None:
+    batch = even(3, pairs="teacher")
     with pytest.raises(AssertionError):
         assert_right(ranks.run(3, call_mutated, batch, mutate), batch, 5e-6)
