@@ -50,8 +50,8 @@ def problem_of(request: Request, needs_grad: NeedsGrad) -> Problem:
     x = request.x
     M, D = x.shape
     pairs = request.pairs
-    teacher_width = max((teacher.image_features.shape[1] for teacher in pairs.teachers), default=0)
-    others = pairs.has_weighted_terms, teacher_width, request.by_image
+    widths = [teacher.image_features.shape[1] for teacher in pairs.teachers]
+    others = pairs.has_weighted_terms, max(widths) if widths else 0, request.by_image
     return Problem(M, request.y.shape[0], D, x.dtype, x.device, needs_grad.dz, *others)
 
 
@@ -89,7 +89,7 @@ class BlockLoop:
         row = -(-C // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE
         self.dz = self._new(R if problem.needs_dz else 0, row, dtype=self.operand)
         self.workspace = kernel.workspace(problem, R, C)
-        self.teacher_products = self._new(R if problem.teacher_width else 0, row)
+        self.teacher_products = self._new(R, row) if problem.teacher_width else None
         self.scale = _scalar(request.scale, self.dtype)
         self.bias = x.new_zeros((), dtype=self.dtype) if request.bias is None else _scalar(request.bias, self.dtype)
         self.dz_scale: Tensor | None = None
@@ -196,10 +196,10 @@ class BlockLoop:
 
     def _teacher(self, pairs: PairSpec) -> TeacherLogits:
         """The logits of a block's teachers."""
-        first, buffer = pairs.teachers[0], self.teacher_products
-        r, c = len(first.image_features), len(first.text_features)
-        inner_products = partial(self.kernel.inner_products, workspace=self.workspace)
-        return teacher_logits(pairs.teachers, buffer[:r, :c], inner_products)
+        assert self.teacher_products is not None
+        images, texts, *_ = pairs.teachers[0]
+        products = self.teacher_products[: len(images), : len(texts)]
+        return teacher_logits(pairs.teachers, products, partial(self.kernel.inner_products, workspace=self.workspace))
 
     def _new_stats(self, blocks: int) -> Tensor:
         """[blocks, 8], uninitialised; ``result`` combines them."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -68,21 +69,17 @@ def teacher_logits(
 
     Several teachers are one whose sigmoid is the mean of theirs: z' = log Σ λ σ(z'_k) − log Σ λ σ(−z'_k).
     """
-    first, *others = teachers
-    weight = total_weight(teachers)
-    inner_products(products, first.image_features, first.text_features)
-    if not others:
-        scale, bias = (t.reshape(()).to(products.dtype) for t in (first.logit_scale, first.logit_bias))
-        return TeacherLogits(products, scale, bias, weight)
-    positive = negative = torch.full((), -math.inf, dtype=products.dtype, device=products.device)
+    weight, dtype = total_weight(teachers), products.dtype
+    positive = negative = torch.full((), -math.inf, dtype=dtype, device=products.device)
     for teacher in teachers:
-        if teacher is not first:
-            inner_products(products, teacher.image_features, teacher.text_features)
-        z = products.mul_(teacher.logit_scale.reshape(()).to(products.dtype))
-        z += teacher.logit_bias.reshape(()).to(products.dtype)
+        inner_products(products, teacher.image_features, teacher.text_features)
+        scale, bias = (t.reshape(()).to(dtype) for t in (teacher.logit_scale, teacher.logit_bias))
+        if len(teachers) == 1:
+            return TeacherLogits(products, scale, bias, weight)
+        z = products.mul_(scale).add_(bias)
         log_weight = math.log(teacher.weight)
-        positive = torch.logaddexp(positive, torch.nn.functional.logsigmoid(z) + log_weight)
-        negative = torch.logaddexp(negative, torch.nn.functional.logsigmoid(-z) + log_weight)
+        positive = torch.logaddexp(positive, F.logsigmoid(z) + log_weight)
+        negative = torch.logaddexp(negative, F.logsigmoid(-z) + log_weight)
     torch.sub(positive, negative, out=products)
-    one, zero = (torch.full((), value, dtype=products.dtype, device=products.device) for value in (1.0, 0.0))
+    one, zero = (torch.full((), value, dtype=dtype, device=products.device) for value in (1.0, 0.0))
     return TeacherLogits(products, one, zero, weight)

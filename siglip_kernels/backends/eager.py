@@ -117,7 +117,7 @@ class _Parts:
         kept: float | Tensor
         kept, label, factor = 1 - smoothing, mass if is_soft else 1.0, 1.0 if is_soft else mass
         target, rest = kept * label + smoothing * (1 - label), kept * (1 - label) + smoothing * label
-        no_target: float | Tensor = smoothing  # of negatives, and the rest of theirs
+        no_target: float | Tensor = smoothing  # the target of negatives, whose rest to 1 is `kept`
         if teacher is not None:
             z = teacher.products * teacher.scale + teacher.bias
             taught, untaught, own = teacher.weight * z.sigmoid(), teacher.weight * (-z).sigmoid(), 1 - teacher.weight
