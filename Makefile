@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: install bench check test lint example clean
+.PHONY: install bench check test lint docs example clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# As a site, in build/site; a broken link is an error.
+docs: install
+	$(RUN) -m mkdocs build
 
 example: install
 	$(RUN) examples/train_digits.py

@@ -28,11 +28,12 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert (tmp_path / "candidates.csv").read_text().splitlines()[0].endswith("note,device,torch")
 
 
-def test_the_readme_s_tables_are_those_of_the_results() -> None:
-    text = (readme.ROOT / "README.md").read_text()
-    assert readme.fill_tables(text) == text
-    named = [folder for folder in (readme.ROOT / "bench" / "results").iterdir() if f"results/{folder.name}:" in text]
-    assert named
+def test_the_documents_tables_are_those_of_the_results() -> None:
+    for path in readme.DOCUMENTS:
+        text = path.read_text()
+        assert readme.fill_tables(text) == text
+        folders = (readme.ROOT / "bench" / "results").iterdir()
+        assert any(f"<!-- {kind}/{folder.name}:" in text for folder in folders for kind in ("results", "headline"))
 
 
 def test_a_table_is_filled_in(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_a_table_is_filled_in(tmp_path: Path) -> None:
         "driver": "5",
     }
     report.write(Results(about, rows=rows), tmp_path / "a-gpu")
-    before = "text\n" + readme.BEGIN.format("a-gpu") + "old\n" + readme.END + "\nmore\n"
+    before = "text\n" + readme.BEGIN.format("results", "a-gpu") + "old\n" + readme.END + "\nmore\n"
     after = readme.fill_tables(before, tmp_path)
     assert "a GPU, driver 5, torch 2" in after
     (line,) = [line for line in after.splitlines() if "4,096" in line]

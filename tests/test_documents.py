@@ -1,0 +1,135 @@
+"""The documents: every block of Python in them runs, the site builds without a warning, and the README stays short."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siglip_kernels import Teacher, backends
+from siglip_kernels.testing import make_inputs
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    page.relative_to(ROOT) for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/guides/*.md")]
+)
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+B = 24
+
+
+class Model(nn.Module):
+    """Two linear towers on one batch; called on a micro-batch it returns what an encoder returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.texts = nn.Linear(10, 16), nn.Linear(12, 16)
+        self.batch = torch.randn(B, 10), torch.randn(B, 12)
+
+    def image_and_text_features(self) -> tuple[Tensor, Tensor]:
+        return F.normalize(self.images(self.batch[0])), F.normalize(self.texts(self.batch[1]))
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        return self.images(images), self.texts(texts), torch.tensor(10.0), torch.tensor(-10.0)
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What the pages take as given."""
+    torch.manual_seed(0)
+    x, y, t, b = (value.requires_grad_() for value in make_inputs(B, B, 16, torch.float32))
+    monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
+    monkeypatch.setattr(backends, "NAMES", backends.NAMES)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    model = Model()
+    yield {
+        "image_features": x,
+        "text_features": y,
+        "logit_scale": t,
+        "logit_bias": b,
+        "x": x,
+        "y": y,
+        "t": t,
+        "b": b,
+        "labels": torch.arange(B) % 5,
+        "caption_hash": torch.arange(B) % 20,
+        "rank": 0,
+        "world_size": 1,
+        "group": dist.group.WORLD,
+        "model": model,
+        "teacher": Model(),
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+        "micro_batches": list(zip(*(part.split(8) for part in model.batch), strict=True)),
+    }
+    dist.destroy_process_group()
+
+
+def blocks(page: Path) -> list[str]:
+    return BLOCK.findall((ROOT / page).read_text())
+
+
+def with_a_siglip_model(names: dict[str, Any]) -> None:
+    """For the page on transformers, a tiny one."""
+    transformers = pytest.importorskip("transformers")
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = {**tower, "vocab_size": 20, "bos_token_id": None, "eos_token_id": None}
+    vision = {**tower, "image_size": 8, "patch_size": 4}
+    names["model"] = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+    names["batch"] = {"pixel_values": torch.randn(4, 3, 8, 8), "input_ids": torch.randint(20, (4, 6))}
+
+
+def run(page: Path, names: dict[str, Any]) -> None:
+    """The blocks of a page, one after the other, in one namespace."""
+    if page.stem == "transformers":
+        with_a_siglip_model(names)
+    for number, code in enumerate(blocks(page), start=1):
+        exec(compile(code, f"{page}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=str)
+def test_every_block_runs(page: Path, names: dict[str, Any]) -> None:
+    run(page, names)
+
+
+def test_a_block_that_fails_is_seen(names: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\n```\n\ntext\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError):
+        run(page, names)
+
+
+def test_what_distillation_says_of_teachers(names: dict[str, Any]) -> None:
+    run(Path("docs/guides/distillation.md"), names)
+    assert isinstance(names["taught"], Teacher)
+    assert names["loss"].requires_grad
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_every_page_is_in_the_site() -> None:
+    listed = (ROOT / "mkdocs.yml").read_text()
+    assert [page for page in PAGES if page.name != "README.md" and str(page.relative_to("docs")) not in listed] == []
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text()):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "guides" / "distillation" / "index.html").exists()
