@@ -82,8 +82,9 @@ def accumulate(
         gradient: of the loss, as in ``Tensor.backward``: ``scaler.scale(torch.ones(()))`` under a GradScaler. None: 1.
         no_sync: the method of the DistributedDataParallel that ``encode`` runs; every backward except the last runs
             inside it. With static_graph=True torch refuses it. FSDP2 needs none.
-        return_stats, loss_arguments: as for :func:`sigmoid_loss`: ids and weights of the joined batch, reduction,
-            backend, process_group.
+        return_stats: as for :func:`sigmoid_loss`.
+        loss_arguments: its other arguments: ids, weights and teachers of the joined batch, reduction, backend,
+            process_group.
 
     Returns:
         The loss, a detached scalar; with ``return_stats``, (loss, :class:`~siglip_kernels.LogitStats`).

@@ -116,11 +116,13 @@ class DistillSigLipLoss(SigLipLoss):
     Σ softplus(−(2q − 1) z) / B in that place, which is least at infinite logits: unless q is 0 or 1, values differ.
 
     Args:
-        positional, others: of :class:`SigLipLoss`.
+        positional: of :class:`SigLipLoss`.
+        others: of :class:`SigLipLoss`.
         teacher_dimension: with average_after_sigmoid, the widths of the teachers whose features are side by side.
         distill_loss_weights: (w_0, w_1).
         average_after_sigmoid: average the teachers' sigmoids. Otherwise all features belong to one teacher.
-        dist_logit_scale, dist_logit_bias: of the teacher, or one of each; instead of those of the call.
+        dist_logit_scale: of the teacher, or one of each; instead of those of the call.
+        dist_logit_bias: the same.
     """
 
     def __init__(

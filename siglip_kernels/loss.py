@@ -360,7 +360,8 @@ class SigmoidLoss(nn.Module):
         init_logit_scale: initial t, above 0. The parameter ``logit_scale`` [] float32 holds its logarithm.
         init_logit_bias: initial b, the value of the parameter ``logit_bias`` [] float32. None: no bias.
         parameter_shape: shape of both parameters: (), or (1,) for FSDP2, which takes no parameter of shape ().
-        reduction, backend: as for :func:`sigmoid_loss`.
+        reduction: as for :func:`sigmoid_loss`.
+        backend: as for :func:`sigmoid_loss`.
         device: of both parameters; None: torch's default device, which is "meta" in a deferred initialisation.
 
     The parameters are float32 whatever the default dtype is. After ``.half()`` or ``.bfloat16()`` exp is still computed
