@@ -34,12 +34,12 @@ def test_every_shipped_variant_is_sound(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_accumulators_stay_where_the_tensor_cores_leave_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for dz before pointers store it."""
+    """But for dz before pointers store it, and for a teacher's products, which pointers load."""
     variants = [v for v in configs.shipped() if v.dtype is torch.bfloat16 and not v.stats and v.write_dz]
     moves = [(row.variant, row.resources.conversions) for row in compiled(variants, monkeypatch) if row.resources]
     assert len(moves) == len(variants)
     most = {"sm_80": 4, "sm_90": 0, "sm_100": 0, "gfx942": 5}
-    assert [moved for moved in moves if moved[1] > most[moved[0].arch]] == []
+    assert [(v, moved) for v, moved in moves if moved > most[v.arch] + (16 if v.teacher else 0)] == []
 
 
 def test_bad_configurations_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
