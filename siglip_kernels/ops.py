@@ -227,6 +227,10 @@ class _SigmoidLoss(torch.autograd.Function):
         )
 
 
+# Without the part of torch.autograd.Function.apply that is for torch.func's transforms, which are refused before.
+_apply_function = super(torch.autograd.Function, _SigmoidLoss).apply
+
+
 def differentiable(request: Request) -> tuple[Tensor, Tensor | None]:
     """(loss, stats [8]). Also forms the gradients that autograd will ask for. stats is None without return_stats."""
     if not _is_direct(request):
@@ -277,7 +281,7 @@ def loss_and_grads(request: Request, x_dtype: torch.dtype, y_dtype: torch.dtype)
 def _apply(request: Request, needs_grad: NeedsGrad, compute: Compute) -> tuple[Tensor, Tensor | None]:
     # autograd sees only tensors that a Function takes as arguments of its own, or returns.
     tensors = request.x, request.y, request.scale, request.bias
-    outputs = _SigmoidLoss.apply(*tensors, request, needs_grad, compute)
+    outputs = _apply_function(*tensors, request, needs_grad, compute)
     return outputs if request.return_stats else (outputs, None)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -118,7 +118,7 @@ class BlockLoop:
     ) -> None:
         """Pair the images ``rows`` (None: all) with the texts y [n, D]; dy [n, D] is written or accumulated into."""
         rows = slice(0, self.problem.M) if rows is None else rows
-        blocks = list(_blocks(rows, y.shape[0], *self.block_shape))
+        blocks = _blocks(rows, y.shape[0], *self.block_shape)
         if not blocks:
             if not self.accumulate_dx:
                 self.dx.zero_()
@@ -186,7 +186,7 @@ class BlockLoop:
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised. The default dtype is that of the accumulators."""
-        return torch.empty(*shape, dtype=dtype or self.dtype, device=self.problem.device)
+        return self.x.new_empty(*shape, dtype=dtype or self.dtype)
 
     def _block_dz(self, r: int, c: int) -> Tensor | None:
         """The dz buffer [r, c] of a block; None if dz itself is not needed."""
@@ -238,11 +238,15 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
-def _blocks(rows: slice, N: int, R: int, C: int) -> Iterator[tuple[slice, slice]]:
+def _blocks(rows: slice, N: int, R: int, C: int) -> list[tuple[slice, slice]]:
     """(images, texts) of every block, row-major: a block of images meets every text before the next one begins."""
-    for row in range(rows.start, rows.stop, max(R, 1)):
-        for col in range(0, N, max(C, 1)):
-            yield slice(row, min(row + R, rows.stop)), slice(col, min(col + C, N))
+    if 0 < rows.stop - rows.start <= R and 0 < N <= C:
+        return [(rows, slice(0, N))]
+    return [
+        (slice(row, min(row + R, rows.stop)), slice(col, min(col + C, N)))
+        for row in range(rows.start, rows.stop, max(R, 1))
+        for col in range(0, N, max(C, 1))
+    ]
 
 
 def _dz_scale(largest: int, largest_weights: Iterable[Tensor], device: torch.device) -> Tensor:

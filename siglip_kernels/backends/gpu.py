@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Hashable
@@ -20,7 +19,6 @@ from siglip_kernels.stats import reduce_stats
 DZ_BYTES = 256 * 2**20
 # Block sizes are multiples of the largest tile.
 TILE = 128
-_NOTHING = contextlib.nullcontext()
 
 
 class GpuBlockKernel(BlockKernel):
@@ -41,12 +39,16 @@ class GpuBlockKernel(BlockKernel):
         """``block``, with the variant that the block needs, on the current device: the task's."""
 
     def block(self, task: BlockTask) -> None:
+        device = task.x.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.block(task)
+            return
         variant = self.variant(task)
-        with _selected(task.x):
-            if (variant, task.x.device) in verification.proven:
-                self.launch(variant, task)
-            else:
-                verification.launch_unproven(self.name, variant, task, self.launch)
+        if (variant, device) in verification.proven:
+            self.launch(variant, task)
+        else:
+            verification.launch_unproven(self.name, variant, task, self.launch)
 
     def operand_dtype(self, problem: Problem) -> torch.dtype:
         return problem.dtype if problem.rounds_out else torch.float32
@@ -55,13 +57,6 @@ class GpuBlockKernel(BlockKernel):
         # With teachers the products of theirs take float32 beside dz, and both together no more than twice dz alone.
         pairs = self.dz_bytes // self.operand_dtype(problem).itemsize // (2 if problem.teacher_width else 1)
         return self.blocks or even_block_shape(problem.M, problem.N, pairs)
-
-
-def _selected(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Makes the device of ``x`` the current one, if it is a GPU and is not that already."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(x.device)
 
 
 def reduce_partials(task: BlockTask, partials: Tensor, stats_partials: Tensor | None) -> None:

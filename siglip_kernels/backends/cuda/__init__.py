@@ -45,27 +45,21 @@ class CudaBlockKernel(GpuBlockKernel):
         return [] if reason is None else [reason]
 
     def workspace(self, problem: Problem, R: int, C: int) -> Workspace:
-        partials = torch.empty(3 * kernels.num_partials(R, C), dtype=torch.float32, device=problem.device)
+        partials = torch.empty(3, kernels.num_partials(R, C), dtype=torch.float32, device=problem.device)
         return Workspace(partials, problem.dtype)
 
     def variant(self, task: BlockTask) -> Variant:
-        pairs, dz, stats = task.pairs, task.dz, task.stats is not None
-        in_float32 = dz is not None and dz.dtype is torch.float32
-        output = "kLoss" if task.loss_only else "kSums" if dz is None else "kFloat32Dz" if in_float32 else "kDz"
-        is_general = pairs.has_ids or pairs.has_weights or in_float32
-        kind = "kStats" if stats else "kGeneral" if is_general else "kOffset"
-        return Variant(
-            Compilation(task.workspace.dtype, kind, output),
-            ids="ignored" if pairs.ignore_ids else "given" if pairs.has_ids else "none",
-            weights=pairs.multi_positive or ("given" if pairs.has_weights else "none"),
-            balance=pairs.has_balance,
-            teacher=task.teacher is not None,
-        )
+        pairs, dz, dtype = task.pairs, task.dz, task.workspace.dtype
+        outputs = task.loss_only, None if dz is None else dz.dtype, task.stats is not None
+        labels = pairs.has_ids, pairs.ignore_ids, pairs.has_weights, pairs.multi_positive
+        return _variant(dtype, *outputs, *labels, pairs.has_balance, task.teacher is not None)
 
     def launch(self, variant: Any, task: BlockTask) -> None:
         workspace: Workspace = task.workspace
         width = kernels.num_partials(task.x.shape[0], task.y.shape[0])
-        partials = workspace.partials.as_strided((3, width), (width, 1))
+        partials = workspace.partials
+        if partials.shape[1] != width:  # a smaller block than the largest
+            partials = partials.as_strided((3, width), (width, 1))
         stats = None if task.stats is None else partials.new_empty(SIZE, width)
         # Features that the schedule has widened become what they were. They live until the launch, for the parameters
         # hold only addresses; after it the stream keeps their memory.
@@ -84,10 +78,35 @@ class Variant(NamedTuple):
     teacher: bool
 
 
+@functools.cache
+def _variant(
+    dtype: torch.dtype,
+    loss_only: bool,
+    dz_dtype: torch.dtype | None,
+    stats: bool,
+    has_ids: bool,
+    ignore_ids: bool,
+    has_weights: bool,
+    multi_positive: str | None,
+    balance: bool,
+    teacher: bool,
+) -> Variant:
+    in_float32 = dz_dtype is torch.float32
+    output = "kLoss" if loss_only else "kSums" if dz_dtype is None else "kFloat32Dz" if in_float32 else "kDz"
+    kind = "kStats" if stats else "kGeneral" if has_ids or has_weights or in_float32 else "kOffset"
+    return Variant(
+        Compilation(dtype, kind, output),
+        ids="ignored" if ignore_ids else "given" if has_ids else "none",
+        weights=multi_positive or ("given" if has_weights else "none"),
+        balance=balance,
+        teacher=teacher,
+    )
+
+
 class Workspace(NamedTuple):
     """What the kernel needs besides the task."""
 
-    partials: Tensor  # [3 · partials] float32: the sums of every warp in every tile
+    partials: Tensor  # [3, partials] float32: the sums of every warp in every tile
     dtype: torch.dtype  # of the features, as the kernel takes them
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_char_p, c_int, c_uint32, c_uint64, c_void_p
 from typing import Any
@@ -73,7 +74,7 @@ def launch(
     function: c_void_p, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[Any], device: int, stream: int
 ) -> None:
     """Launch on a stream of ``device``. ``arguments``: ctypes objects, the kernel's parameters."""
-    pointers = (c_void_p * len(arguments))(*map(addressof, arguments))
+    pointers = struct.pack(f"{len(arguments)}P", *map(addressof, arguments))
     launch_kernel, shape = load().cuLaunchKernel, (blocks, 1, 1, threads, 1, 1, shared_bytes)
     error = launch_kernel(function, *shape, c_void_p(stream), pointers, None)
     if error == _INVALID_CONTEXT:
