@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hub import layout
 from hub.__main__ import main
@@ -142,6 +143,10 @@ print(module.sigmoid_loss.__module__)
     assert run(program, variant / layout.PACKAGE / "__init__.py").strip() == f"{namespace}.loss"
 
 
+@pytest.mark.skipif(
+    torch.backends.cuda.is_built() and not torch.cuda.is_available(),
+    reason="`kernels benchmark` takes the GPU that torch is built for",
+)
 def test_the_benchmark_runs(repository: Path) -> None:
     program = """
 import sys
