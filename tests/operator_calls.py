@@ -9,6 +9,8 @@ import torch
 
 from siglip_kernels.backends.base import BlockTask
 from siglip_kernels.backends.eager import EagerBlockKernel
+from siglip_kernels.teachers import Teacher
+from siglip_kernels.testing import make_inputs
 
 SUBSETS = list(itertools.product([False, True], repeat=4))
 # M < N, so that the two feature gradients tell themselves apart by their rows; odd D.
@@ -39,10 +41,11 @@ def pairs_of(kind: str, M: int, N: int) -> dict[str, Any]:
             "multi_positive": "soft_targets",
         },
         "balance": {"positive_offset": 1, "positive_weight": 3.0, "label_smoothing": 0.125},
+        "teachers": {"teacher": [Teacher(*make_inputs(M, N, D, torch.float32, seed=D), 0.25) for D in (3, 4)]},
     }[kind]
 
 
-PAIRS = ("offset", "none", "ids", "weights", "ignore ids", "multi-positive", "soft targets", "balance")
+PAIRS = ("offset", "none", "ids", "weights", "ignore ids", "multi-positive", "soft targets", "balance", "teachers")
 
 
 class RecordingKernel(EagerBlockKernel):

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from siglip_kernels import backends, gemm, pairs, schedule, sigmoid_loss
+from siglip_kernels import Teacher, backends, gemm, pairs, schedule, sigmoid_loss
 from siglip_kernels.backends import eager
 from siglip_kernels.backends.base import BlockTask
 from siglip_kernels.backends.eager import EagerBlockKernel
+from siglip_kernels.backends.eager import _Parts as Parts
 from siglip_kernels.pairs import ANCHORS, PairSpec
-from siglip_kernels.testing import Report, check
+from siglip_kernels.teachers import TeacherLogits, total_weight
+from siglip_kernels.testing import REGIMES, Report, check
 
 # (M, N, D): several of the small blocks below a side, ragged in M, N and D.
 SHAPE = (300, 420, 40)
@@ -48,11 +50,13 @@ class LastRaggedTileSkipped(Kernel):
     def block(self, task: BlockTask) -> None:
         whole = task.x.shape[0] // 16 * 16
         rows, cols = slice(0, whole), slice(0, task.y.shape[0])
-        dz = task.dz
+        dz, teacher = task.dz, task.teacher
         if dz is not None:
             dz.zero_()
             dz = dz[:whole]
-        super().block(task._replace(x=task.x[:whole], pairs=task.pairs.block(rows, cols), dz=dz))
+        if teacher is not None:
+            teacher = teacher._replace(products=teacher.products[:whole])
+        super().block(task._replace(x=task.x[:whole], pairs=task.pairs.block(rows, cols), dz=dz, teacher=teacher))
 
 
 class WeightIgnored(Kernel):
@@ -138,24 +142,48 @@ class SmoothingIgnored(Kernel):
         super().block(task._replace(pairs=task.pairs._replace(label_smoothing=0.0)))
 
 
-class _WeighsNegatives(eager._Parts):
+class _WeighsNegatives(Parts):
     """positive_weight weighs the wrong part of every term."""
 
-    def __init__(self, pairs: PairSpec, a: Tensor, positives: eager._Positives) -> None:
-        super().__init__(pairs._replace(positive_weight=1.0), a, positives)
+    def __init__(self, pairs: PairSpec, a: Tensor, positives: eager._Positives, teacher: TeacherLogits | None) -> None:
+        super().__init__(pairs._replace(positive_weight=1.0), a, positives, teacher)
         positive = pairs.positive_mask(a.shape[0], a.shape[1], a.device)
         self.f = torch.where(positive, self.f, pairs.positive_weight * self.f)
         if self.g is not None:
             self.g = torch.where(positive, pairs.positive_weight * self.g, self.g)
 
 
-class _SmoothsPositivesOnly(eager._Parts):
-    def __init__(self, pairs: PairSpec, a: Tensor, positives: eager._Positives) -> None:
-        super().__init__(pairs, a, positives)
+class _SmoothsPositivesOnly(Parts):
+    def __init__(self, pairs: PairSpec, a: Tensor, positives: eager._Positives, teacher: TeacherLogits | None) -> None:
+        super().__init__(pairs, a, positives, teacher)
         positive = pairs.positive_mask(a.shape[0], a.shape[1], a.device)
         self.f = torch.where(positive, self.f, 1.0)
         if self.g is not None:
             self.g = torch.where(positive, self.g, 0.0)
+
+
+class _TeachesPositivesOnly(Parts):
+    def __init__(self, pairs: PairSpec, a: Tensor, positives: eager._Positives, teacher: TeacherLogits | None) -> None:
+        super().__init__(pairs, a, positives, teacher)
+        untaught = Parts(pairs._replace(teachers=()), a, positives, None)
+        positive = pairs.positive_mask(a.shape[0], a.shape[1], a.device)
+        self.f = torch.where(positive, self.f, untaught.f)
+        if self.g is not None:
+            self.g = torch.where(positive, self.g, 0.0 if untaught.g is None else untaught.g)
+
+
+class ChangedTeacher(Kernel):
+    """The kernel sees other logits of the teachers, or another weight; or, with None, no teacher."""
+
+    def __init__(self, change: Callable[[TeacherLogits], TeacherLogits] | None) -> None:
+        self.change = change
+
+    def block(self, task: BlockTask) -> None:
+        if self.change is None:
+            task = task._replace(pairs=task.pairs._replace(teachers=()), teacher=None)
+        elif task.teacher is not None:
+            task = task._replace(teacher=self.change(task.teacher))
+        super().block(task)
 
 
 class IgnoredPairsAreNegative(Kernel):
@@ -219,14 +247,65 @@ def test_a_mutated_kernel_fails(
     assert report.failures, f"{mutant.__name__} goes unnoticed in {dtype}"
 
 
-@pytest.mark.parametrize("mutant", [_WeighsNegatives, _SmoothsPositivesOnly])
-def test_a_mutated_balance_fails(monkeypatch: pytest.MonkeyPatch, mutant: type[eager._Parts]) -> None:
+def failed_pairs(report: Report) -> set[str]:
+    return {verdict.case.pairs for verdict in report.verdicts if verdict.failures}
+
+
+BALANCED, TAUGHT, BOTH = {"balance", "soft targets, balance"}, {"teacher"}, {"teachers, soft targets, balance"}
+PARTS = [
+    (_WeighsNegatives, BALANCED | BOTH),
+    (_SmoothsPositivesOnly, BALANCED | TAUGHT | BOTH),
+    (_TeachesPositivesOnly, TAUGHT | BOTH),
+]
+
+
+@pytest.mark.parametrize(("mutant", "fails"), PARTS)
+def test_mutated_parts_fail(monkeypatch: pytest.MonkeyPatch, mutant: type[Parts], fails: set[str]) -> None:
     monkeypatch.setattr(eager, "_Parts", mutant)
-    report = run_check(monkeypatch, Kernel())
-    assert {verdict.case.pairs for verdict in report.verdicts if verdict.failures} == {
-        "balance",
-        "soft targets, balance",
-    }
+    assert failed_pairs(run_check(monkeypatch, Kernel())) == fails
+
+
+TEACHERS: dict[str, tuple[Callable[[TeacherLogits], TeacherLogits] | None, set[str]]] = {
+    "ignored": (None, TAUGHT | BOTH),
+    "its weight and the labels' change places": (lambda t: t._replace(weight=1 - t.weight), TAUGHT | BOTH),
+    "of the wrong sign": (lambda t: t._replace(scale=-t.scale, bias=-t.bias), TAUGHT | BOTH),
+    "of other texts": (lambda t: t._replace(products=t.products.roll(1, 1)), TAUGHT | BOTH),
+    # Of several teachers the kernel gets the logits whole.
+    "without its scale": (lambda t: t._replace(scale=torch.ones_like(t.scale)), TAUGHT),
+    "without its bias": (lambda t: t._replace(bias=torch.zeros_like(t.bias)), TAUGHT),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mutation", TEACHERS)
+def test_a_mutated_teacher_fails_in_every_regime(
+    monkeypatch: pytest.MonkeyPatch, mutation: str, dtype: torch.dtype
+) -> None:
+    change, fails = TEACHERS[mutation]
+    for regime in REGIMES:
+        report = run_check(monkeypatch, ChangedTeacher(change), regimes=[regime], shapes=[SHAPE], dtypes=[dtype])
+        assert failed_pairs(report) == fails, regime
+
+
+def test_several_teachers_are_not_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first with the weight of all; and the mean of their logits in place of that of their sigmoids."""
+    original = schedule.teacher_logits
+
+    def first_alone(teachers: Any, *arguments: Any) -> TeacherLogits:
+        return original(teachers[:1], *arguments)._replace(weight=total_weight(teachers))
+
+    def mean_of_logits(teachers: Any, products: Tensor, inner_products: Any) -> TeacherLogits:
+        logits = 0.0
+        for teacher in teachers:
+            found = original([teacher], products, inner_products)
+            logits = logits + teacher.weight * (found.products * found.scale + found.bias)
+        total = total_weight(teachers)
+        return TeacherLogits(logits / total, torch.ones_like(found.scale), torch.zeros_like(found.bias), total)
+
+    for mutated in (first_alone, mean_of_logits):
+        with monkeypatch.context() as patch:
+            patch.setattr(schedule, "teacher_logits", mutated)
+            assert failed_pairs(run_check(patch, Kernel(), shapes=[SHAPE])) == BOTH, mutated.__name__
 
 
 def test_dropped_negatives_fail_at_the_start_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +379,15 @@ def test_a_mutated_block_corner_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError):  # the weights of all images do not fit one block
         run_check(monkeypatch, Kernel(), pairs=["weights"])
     assert run_check(monkeypatch, Kernel(), pairs=["diagonal", "offset"]).failures
+
+
+def test_a_teacher_of_the_first_block_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its features must be the block's own."""
+    original = Teacher.rows
+    monkeypatch.setattr(
+        Teacher, "rows", lambda self, images, texts: original(self, slice(0, images.stop - images.start), texts)
+    )
+    assert failed_pairs(run_check(monkeypatch, Kernel(), shapes=[SHAPE])) == TAUGHT | BOTH
 
 
 def test_an_empty_report_is_not_ok() -> None:

@@ -17,6 +17,7 @@ from siglip_kernels import backends, gemm, ops, sigmoid_loss, sigmoid_loss_and_g
 from siglip_kernels.backends.base import BlockTask, Problem
 from siglip_kernels.backends.eager import EagerBlockKernel
 from siglip_kernels.request import ONE_PROCESS
+from siglip_kernels.teachers import as_teachers
 from siglip_kernels.testing import check, differentiate, make_inputs
 from tests.comparison import loss_fn
 from tests.operator_calls import PAIRS, SHAPE, SUBSETS, RecordingKernel, pairs_of
@@ -34,8 +35,11 @@ def operands(
     weights = [arguments.get(name) for name in ("image_weights", "text_weights")]
     kinds = [arguments.get("ignore_ids", False), arguments.get("multi_positive"), arguments.get("anchors", "both")]
     balance = arguments.get("positive_weight", 1.0), arguments.get("label_smoothing", 0.0)
-    pairs = (*labels, *weights, *kinds, *balance)
-    return (x, y, t, b if bias else None, *pairs, arguments["reduction"], "eager", stats, *ONE_PROCESS, *wanted, None)
+    teachers = as_teachers(arguments.get("teacher"))
+    taught = [value for teacher in teachers for value in teacher[:4]], [teacher.weight for teacher in teachers]
+    pairs = (*labels, *weights, *kinds, *balance, *taught)
+    call = arguments["reduction"], "eager", stats, False
+    return (x, y, t, b if bias else None, *pairs, *call, *ONE_PROCESS, *wanted, None)
 
 
 def test_uninitialised_memory_is_nan() -> None:

@@ -139,8 +139,17 @@ KERNEL = [
         ("rows_.masses[thread_row(i)] + ", ""),
         ("label = !is_positive ? 0.0f : ", "label = "),
         ("kept * (1 - label) + smoothing * label;", "kept * (1 - label);"),
-        ("params_.positive_weight * (kept * label", "(kept * label"),
-        ("float away = kept", "float away = params_.positive_weight * kept"),
+        ("    toward *= params_.positive_weight;\n", ""),
+        (
+            "    toward *= params_.positive_weight;\n",
+            "    toward *= params_.positive_weight, away *= params_.positive_weight;\n",
+        ),
+        ("if (params_.teacher) add_teacher(i, toward, away);", ""),
+        ("if (params_.teacher) add_teacher(i, toward, away);", "if (params_.teacher) add_teacher(i, away, toward);"),
+        ("toward = fmaf(kept, toward, ", "toward = fmaf(weight, toward, "),
+        ("row * params_.teacher_stride + column", "row * params_.cols + column"),
+        ("*params_.teacher_scale, *params_.teacher_bias)", "*params_.teacher_scale, 0.0f)"),
+        ("row < params_.rows && column < params_.cols;", "true;"),
         ("counts = counted >> i & 1 ? factor : 0.0f", "counts = factor"),
         ("return mask & counted;", "return mask;"),
         ("return i / 4 * 2 + i % 2;", "return i / 4 * 2;"),
@@ -212,6 +221,12 @@ TRITON = [
     PtxMutation(r"0f3FB8AA3B", "0f3FB8AA00"),
     PtxMutation(r"4611686293305294850", "4611686293305294852"),
     PtxMutation(r"rsqrt\.approx\.ftz\.f32", "rcp.approx.ftz.f32", 0),
+]
+# Of its kernel with a teacher, whose products move through shared memory: a sigmoid, and two barriers.
+TAUGHT = [
+    PtxMutation(r"rsqrt\.approx\.ftz\.f32", "rcp.approx.ftz.f32", 0),
+    PtxMutation(r"bar\.sync\s+0;", "", -1),
+    PtxMutation(r"bar\.sync\s+0;", "", -4),
 ]
 # The barriers that can go, one by one, because others order the same: around the first loads, at the beginning of an
 # iteration, where the mbarrier orders already, and between the loads of x and y.

@@ -14,6 +14,7 @@ from siglip_kernels import stats
 from siglip_kernels.backends.base import BlockTask
 from siglip_kernels.pairs import PairSpec
 from siglip_kernels.schedule import DZ_ROW_MULTIPLE
+from siglip_kernels.teachers import TeacherLogits
 
 SUM_TOLERANCE = 1e-6  # of Σ|terms|
 # Relative and absolute rounding of dz, at most.
@@ -35,6 +36,8 @@ class Kind:
     output: str = "dz"  # "dz" | "float32 dz" | "sums" | "loss"
     stats: bool = False
     balance: bool = False  # positive_weight and label_smoothing
+    teacher: bool = False
+    by_image: bool = False  # the loss of each image; only with the output "loss"
 
 
 def random_task(choose: random.Random, kind: Kind, M: int, N: int, D: int) -> BlockTask:
@@ -45,6 +48,7 @@ def random_task(choose: random.Random, kind: Kind, M: int, N: int, D: int) -> Bl
     # For few pairs the schedule widens the features and wants dz in float32.
     operand = torch.float32 if kind.output == "float32 dz" else kind.dtype
     dz = torch.full((M, row), torch.nan, dtype=operand)[:, :N] if "dz" in kind.output else None
+    image_losses = torch.full((M,), torch.nan, dtype=torch.float64) if kind.by_image else None
     return BlockTask(
         x=x.to(operand),
         y=y.to(operand),
@@ -57,6 +61,8 @@ def random_task(choose: random.Random, kind: Kind, M: int, N: int, D: int) -> Bl
         workspace=None,
         loss_only=kind.output == "loss",
         stats=torch.full((stats.SIZE,), torch.nan, dtype=torch.float64) if kind.stats else None,
+        teacher=_teacher(choose, generator, M, N) if kind.teacher else None,
+        image_losses=image_losses,
     )
 
 
@@ -67,7 +73,7 @@ def first_failure(outcomes: Iterable[Outcome]) -> str | None:
 
 def tensors_of(task: BlockTask) -> list[Tensor]:
     """Every tensor that a kernel may access for the block, but for its workspace."""
-    return [value for value in (*task, *task.pairs) if isinstance(value, Tensor)]
+    return [value for value in (*task, *task.pairs, *(task.teacher or ())) if isinstance(value, Tensor)]
 
 
 def random_shape(choose: random.Random, largest: int = 400) -> tuple[int, int, int]:
@@ -89,6 +95,11 @@ def mismatch(task: BlockTask) -> str | None:
             return f"Σ {name}: {found!r}, expected {right!r} ± {bound:.1e}"
         if task.loss_only:
             break
+    if (found := task.image_losses) is not None:
+        of_images = terms["loss"][0].sum(1)
+        wrong = ~((found - of_images).abs() <= PAIR_TOLERANCE * of_images + 1e-30)
+        if wrong.any():
+            return f"losses of images {wrong.nonzero().flatten().tolist()[:5]}: {int(wrong.sum())} of {len(found)}"
     return _dz_mismatch(task, *terms["dz"]) or _stats_mismatch(task, z)
 
 
@@ -109,7 +120,13 @@ def exact_terms(task: BlockTask) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor
     if ignored is not None:
         weight = weight.masked_fill(ignored, 0.0)
     target = pairs.label_smoothing + (1 - 2 * pairs.label_smoothing) * target
-    as_negative, as_positive = weight * (1 - target), weight * target * pairs.positive_weight
+    rest = 1 - target
+    if (teacher := task.teacher) is not None:
+        taught = teacher.products.double() * teacher.scale.double() + teacher.bias.double()
+        kept = 1 - teacher.weight  # the rest to 1 by a sigmoid of its own: even in float64 1 - target would cancel
+        target = kept * target + teacher.weight * torch.sigmoid(taught)
+        rest = kept * rest + teacher.weight * torch.sigmoid(-taught)
+    as_negative, as_positive = weight * rest, weight * target * pairs.positive_weight
     loss = as_negative * F.softplus(z, threshold=1e9) + as_positive * F.softplus(-z, threshold=1e9)
     negative_part, positive_part = as_negative * torch.sigmoid(z), as_positive * torch.sigmoid(-z)
     dz, size = negative_part - positive_part, negative_part + positive_part
@@ -150,6 +167,14 @@ def _features(generator: torch.Generator, rows: int, D: int, dtype: torch.dtype)
     """Multiples of 1/8 up to 1/2, about 24 in a row that are not 0: inner products near 1, exact in float32."""
     values = torch.randint(-4, 5, (rows, D), generator=generator) / 8
     return (values * (torch.rand(rows, D, generator=generator) < 24 / D)).to(dtype)
+
+
+def _teacher(choose: random.Random, generator: torch.Generator, M: int, N: int) -> TeacherLogits:
+    """Products near 1 in a matrix whose rows are padded, with NaN, and logits up to 40."""
+    products = torch.full((M, -(-N // DZ_ROW_MULTIPLE) * DZ_ROW_MULTIPLE), torch.nan)[:, :N]
+    products.copy_(torch.randint(-8, 9, (M, N), generator=generator) / 8)
+    scale, bias = choose.choice([0.5, 10.0, 40.0]), choose.choice([-10.0, -2.0, 0.0, 3.0])
+    return TeacherLogits(products, torch.tensor(scale), torch.tensor(bias), choose.choice([0.25, 0.9, 1.0]))
 
 
 def _pairs(choose: random.Random, generator: torch.Generator, kind: Kind, M: int, N: int) -> PairSpec:

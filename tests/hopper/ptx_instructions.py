@@ -89,6 +89,7 @@ ARITHMETIC: list[Row] = [
     ("<add|sub|mul><|.rn><ftz>.f32", "=T, T, T", "{1} {O} {2}"),
     ("add.rz<ftz>.f32", "=T, T, T", "add_rz({1}, {2})"),
     ("fma.rn<ftz>.f32", "=T, T, T, T", "__builtin_fmaf({1}, {2}, {3})"),
+    ("neg.s32", "=T, T", "0u - {1}"),
     ("neg<ftz>.f32", "=T, T", "-{1}"),
     ("abs<ftz>.f32", "=T, T", "__builtin_fabsf({1})"),
     ("min<ftz>.f32", "=T, T, T", "-maximum(-{1}, -{2})"),

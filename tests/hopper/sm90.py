@@ -35,18 +35,19 @@ LABELS = [  # labels, weights, masses
     *itertools.product(("ids",), (True,), ("weights", "soft_targets")),
 ]
 KINDS = [
-    Kind(dtype, *labels, output, with_stats, balance)
-    for dtype, labels, output, with_stats, balance in itertools.product(
+    Kind(dtype, *labels, output, with_stats, *more)
+    for dtype, labels, output, with_stats, more in itertools.product(
         (torch.bfloat16, torch.float16),
         LABELS,
         ("dz", "dz", "float32 dz", "sums", "loss"),
         (False, False, True),
-        (False, True),
+        ((False, False), (True, False), (True, True)),  # a balance, a teacher
     )
-    if labels[1] or not balance  # which comes with weights only
+    if labels[1] or not any(more)  # which come with weights only
 ]
-# What a mutation is tried on: one dtype, and for PTX one kernel.
-MUTATED_KINDS = [kind for kind in KINDS if kind.dtype is torch.bfloat16 and kind.output != "float32 dz"]
+# What a mutation is tried on: one dtype, and for PTX one kernel. Half of them have no weights.
+_IN_BFLOAT16 = [kind for kind in KINDS if kind.dtype is torch.bfloat16 and kind.output != "float32 dz"]
+MUTATED_KINDS = _IN_BFLOAT16 + [kind for kind in _IN_BFLOAT16 if not kind.weights]
 PLAIN_KINDS = [Kind(labels=labels) for labels in ("none", "offset")]
 
 Texts = dict[str, str]  # by file name

@@ -221,6 +221,7 @@ TRUTHS = [
     Truth("mul<|.rn><ftz>.f32", "T T T", exact(operator.mul)),
     Truth("add.rz<ftz>.f32", "T T T", exact(operator.add, toward_zero=True)),
     Truth("fma.rn<ftz>.f32", "T T T T", exact(lambda a, b, c: a * b + c)),
+    Truth("neg.s32", "T T", lambda _, a: -a),
     Truth("neg<ftz>.f32", "T T", lambda _, a: -a),
     Truth("abs<ftz>.f32", "T T", lambda _, a: abs(a)),
     Truth("min<ftz>.f32", "T T T", least),

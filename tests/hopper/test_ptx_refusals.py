@@ -103,7 +103,7 @@ def test_accumulators() -> None:
 UNKNOWN = {
     "unknown instruction": [
         "barrier.sync %r1, 128;",
-        "neg.s32 %r1, %r2;",
+        "cnot.b32 %r1, %r2;",
         "div.s64 %rd1, %rd2, %rd3;",
         "frobnicate.b32 %r1, %r2;",
         "add.sat.s32 %r1, %r2, %r3;",

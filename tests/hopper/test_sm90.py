@@ -18,7 +18,7 @@ from tests.hopper.problems import first_failure
 
 pytestmark = pytest.mark.skipif(HOST_CXX is None, reason="no C++ compiler")
 
-PROBLEMS, PROBLEMS_FROM_PTX, PROBLEMS_OF_A_MUTATION = range(200), range(30), range(120)
+PROBLEMS, PROBLEMS_FROM_PTX, PROBLEMS_OF_A_MUTATION = range(200), range(30), range(240)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,13 @@ MUTATED = next(
 )
 
 
+MUTATED_TAUGHT = next(
+    variant
+    for variant in triton_kernel.shipped()
+    if variant.teacher and (variant.dtype, variant.labels, variant.config.block_m) == (torch.bfloat16, "offset", 64)
+)
+
+
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Executor]:
     """A process of its own: in this one Triton interprets."""
@@ -49,6 +56,12 @@ def test_shipped_kernels(variant: Variant, worker: Executor) -> None:
 @pytest.mark.parametrize("mutation", mutations.TRITON, ids=str)
 def test_mutations(mutation: PtxMutation, worker: Executor) -> None:
     assert worker.submit(triton_kernel.first_failure_of, MUTATED, PROBLEMS_OF_A_MUTATION, mutation).result() is not None
+
+
+@pytest.mark.parametrize("mutation", mutations.TAUGHT, ids=str)
+def test_mutations_with_a_teacher(mutation: PtxMutation, worker: Executor) -> None:
+    failure = worker.submit(triton_kernel.first_failure_of, MUTATED_TAUGHT, PROBLEMS_OF_A_MUTATION, mutation)
+    assert failure.result() is not None
 
 
 def test_every_barrier_but_the_redundant_is_needed(worker: Executor) -> None:

@@ -39,7 +39,7 @@ def random_blocks(variant: Variant, seeds: range, mutate: Mutate = unchanged) ->
             task = random_task(choose, kind_of(variant), *shape)
             tiles = configs.max_tiles(*shape[:2], variant.config)
             task = task._replace(workspace=torch.full((3 * tiles,), torch.nan))
-            if shape[2] % 16 == 0 and not variant.stats:  # else the launcher allocates by itself
+            if shape[2] % 16 == 0 and not (variant.stats or variant.by_image):  # else the launcher allocates by itself
                 emulator.allow(*tensors_of(task))
             settings = Settings.of_seed(seed, strict_mbarriers=False)  # Triton publishes them by bar.sync alone
             emulator.configure(settings)
@@ -74,4 +74,6 @@ def kind_of(variant: Variant) -> Kind:
         "dz" if variant.write_dz else "loss" if variant.loss_only else "sums",
         variant.stats,
         variant.balance,
+        variant.teacher,
+        variant.by_image,
     )
