@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from siglip_kernels.loss import LossArguments, sigmoid_loss
 from siglip_kernels.stats import LogitStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
 
 T = TypeVar("T")
 
@@ -110,6 +113,7 @@ def accumulate(
             needs_grad = [grad_mode and isinstance(t, Tensor) and t.requires_grad for t in encoded]
         encoded = Encoded._make(map(_leaf, encoded, needs_grad))
         cached.append(encoded)
+    torch.clear_autocast_cache()  # torch 2.9 would take a weight's cast without a graph again, and lose its gradient
 
     result = _backward(_loss(cached, return_stats, loss_arguments), gradient)
     for i, batch in enumerate(batches if grad_mode else []):

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from siglip_kernels.validation import REDUCTIONS, one_of
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Unpack  # in typing from Python 3.11
 
 Reduction = Literal["batchmean", "mean", "sum"]
 Backend = Literal["auto", "eager", "cpu", "triton", "cuda"]

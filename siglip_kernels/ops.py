@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels import backends, dispatch, gradients, schedule
+from siglip_kernels._ops import add_op_namespace_prefix, ops
 from siglip_kernels.distributed import schedule as distributed_schedule
 from siglip_kernels.distributed.handshake import propagate_errors
 from siglip_kernels.gradients import LossAndGrads
@@ -30,7 +31,7 @@ from siglip_kernels.schedule import Result
 from siglip_kernels.stats import SIZE
 from siglip_kernels.teachers import from_tensors
 
-_library = torch.library.Library("siglip_kernels", "DEF")
+_library = torch.library.Library(ops.name, "DEF")
 _ARGUMENTS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? bias, SymInt? positive_offset,"
     " Tensor? image_ids, Tensor? text_ids, Tensor? image_weights, Tensor? text_weights,"
@@ -148,7 +149,7 @@ def _new_stats(x: Tensor, size: int) -> Tensor:
     return x.new_empty((size,), dtype=schedule.sum_dtype(x.device))
 
 
-@torch.library.register_fake("siglip_kernels::sigmoid_loss", lib=_library)
+@torch.library.register_fake(add_op_namespace_prefix("sigmoid_loss"), lib=_library)
 def _fake(*arguments: Any) -> Result:
     request, needs_grad, upstream = _restore(*arguments)
     x, y = request.x, request.y
@@ -163,7 +164,7 @@ def _fake(*arguments: Any) -> Result:
     )
 
 
-@torch.library.register_fake("siglip_kernels::exchange", lib=_library)
+@torch.library.register_fake(add_op_namespace_prefix("exchange"), lib=_library)
 def _exchange_fake(_order: Tensor, *arguments: Any) -> Result:
     return _fake(*arguments)
 
@@ -207,7 +208,7 @@ class _SigmoidLoss(torch.autograd.Function):
             )
         scalars, dx, dy, argument, *tensors = ctx.saved_tensors
         if argument is not None:
-            grad = torch.ops.siglip_kernels.first_derivative(grad, argument)
+            grad = ops.first_derivative(grad, argument)
         in_place = ctx.compute is _compute and dispatch.has_no_mode() and dispatch.are_ordinary((grad,))
         dscale, dbias, dx_scale = gradients.scaled_scalars(scalars, grad, in_place)
         dy_scale = dx_scale
@@ -289,8 +290,8 @@ def _dispatched(request: Request, needs_grad: NeedsGrad, upstream: Tensor | None
     """Call the operator, so that a compiler, a mode or a tensor's own class sees it."""
     arguments = _flatten(request, needs_grad, upstream)
     if torch.compiler.is_compiling() and request.exchange.group_names:
-        return Result(*torch.ops.siglip_kernels.exchange(ORDER, **arguments))
-    return Result(*torch.ops.siglip_kernels.sigmoid_loss(**arguments))
+        return Result(*ops.exchange(ORDER, **arguments))
+    return Result(*ops.sigmoid_loss(**arguments))
 
 
 def _needed_by_autograd(request: Request) -> NeedsGrad:
@@ -336,12 +337,12 @@ def _derivative(run: Callable[..., Any], run_below_autograd: Callable[..., Any],
 
 
 def _sigmoid_loss_derivative(keys: Any, *arguments: Any) -> Result:
-    operator = torch.ops.siglip_kernels.sigmoid_loss.default
+    operator = ops.sigmoid_loss.default
     return _derivative(operator, partial(operator.redispatch, keys & torch._C._after_autograd_keyset), *arguments)
 
 
 def _exchange_derivative(keys: Any, order: Tensor, *arguments: Any) -> Result:
-    operator = torch.ops.siglip_kernels.exchange.default
+    operator = ops.exchange.default
     below_autograd = partial(operator.redispatch, keys & torch._C._after_autograd_keyset, order)
     return _derivative(partial(operator, order), below_autograd, *arguments)
 
@@ -363,10 +364,10 @@ def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 _library.impl("sigmoid_loss", _untraced(_operator), "CompositeExplicitAutograd")
 _library.impl("exchange", _untraced(lambda _order, *arguments: _operator(*arguments)), "CompositeExplicitAutograd")
 _library.impl("first_derivative", _first_derivative, "CompositeExplicitAutograd")
-torch.library.register_fake("siglip_kernels::first_derivative", _first_derivative, lib=_library)
+torch.library.register_fake(add_op_namespace_prefix("first_derivative"), _first_derivative, lib=_library)
 for _name, _kernel in (("sigmoid_loss", _sigmoid_loss_derivative), ("exchange", _exchange_derivative)):
     _library.impl(_name, _untraced(_kernel), "Autograd", with_keyset=True)
-    torch.library.register_vmap(f"siglip_kernels::{_name}", _no_batching_rule, lib=_library)
+    torch.library.register_vmap(add_op_namespace_prefix(_name), _no_batching_rule, lib=_library)
 
 
 def _is_last_backward(saved: Tensor) -> bool:

@@ -108,8 +108,9 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return None
     device_type = x.device.type
-    available = torch.amp.is_autocast_available(device_type)  # False for "meta"
-    return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
+    # "meta" has no autocast. torch.amp.is_autocast_available says so too, but Dynamo knows it only from torch 2.10.
+    enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None
 
 
 def _scalar(name: str, value: Any, x: Tensor) -> Tensor:

@@ -162,7 +162,8 @@ def run_traced(trace: Callable[[Any, tuple[Tensor, ...]], Any]) -> Callable[[Cal
             return loss
 
         other = tuple(t.detach().roll(1, 0).neg() if t.dim() == 2 else t.detach() / 2 for t in inputs.values())
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             traced = trace(function, other)
         loss = traced(*inputs.values())
         return loss, torch.autograd.grad(loss, leaves) if leaves else (), None

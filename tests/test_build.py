@@ -9,12 +9,9 @@ import multiprocessing
 import os
 import re
 import select
-import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -325,45 +322,3 @@ shutil.which = subprocess.run = subprocess.Popen.__init__ = refuse
     subprocess.run([sys.executable, "-c", watch + program], cwd=ROOT, check=True, timeout=120)
     assert place.log == []
     assert not place.cache.exists()
-
-
-def test_sdist_and_wheel_carry_csrc(tmp_path: Path) -> None:
-    """The wheel is built from the sdist, as installers do; and a module forgotten in pyproject.toml shows."""
-    pytest.importorskip("setuptools", minversion="77")
-    tree, out = tmp_path / "tree", tmp_path / "out"
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("siglip_kernels", "csrc"):
-        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    (tree / "csrc" / "cpu" / "deep").mkdir(parents=True, exist_ok=True)
-    added = ("cpu/deep/new.cpp", "new.h", "cpu/new.cu", "cpu/new.cuh")
-    for name in added:
-        (tree / "csrc" / name).write_text("// nothing\n")
-    (tree / "csrc" / "cpu" / "left_over.o").touch()
-
-    def run(what: str, folder: Path) -> None:
-        program = f"import setuptools.build_meta as b; b.build_{what}({str(out)!r})"
-        done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-
-    expected = {f"csrc/{path.relative_to(ROOT / 'csrc')}" for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    expected |= {f"csrc/{name}" for name in added}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "siglip_kernels").rglob("*.py")}
-    out.mkdir()
-    run("sdist", tree)
-    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-        archive.extractall(tmp_path, filter="data")
-    assert expected | modules <= names
-    run("wheel", next(tmp_path.glob("siglip_kernels-*")))
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
-        names = set(archive.namelist())
-        archive.extractall(tmp_path / "installed")
-    assert {f"siglip_kernels/{name}" for name in expected} | modules | {"siglip_kernels/py.typed"} <= names
-    assert not any(name.endswith(".o") for name in names)
-    program = "import siglip_kernels.build as b; print(b.CSRC)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path / "installed", capture_output=True, text=True, timeout=120
-    )
-    assert Path(done.stdout.strip()) == tmp_path / "installed" / "siglip_kernels" / "csrc", done.stderr

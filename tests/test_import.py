@@ -37,8 +37,8 @@ def test_import_brings_little() -> None:
     """By count, which no busy machine changes; `python -m bench` says what it takes."""
     program = "import sys, torch; before = set(sys.modules); import siglip_kernels; print(*(set(sys.modules) - before))"
     modules = run(program).split()
-    # 43 today, shlex and sysconfig among them: at most 2 ms each, torch itself takes 1000 ms and more.
-    assert len(modules) <= 44, modules
+    # 45 today, shlex and sysconfig among them: at most 2 ms each, torch itself takes 1000 ms and more.
+    assert len(modules) <= 46, modules
     assert sum(not name.startswith("siglip_kernels") for name in modules) <= 8, modules
     added = {name.partition(".")[0] for name in modules}
     assert "siglip_kernels" in added

@@ -42,7 +42,8 @@ def with_grad(inputs: Inputs) -> list[Tensor]:
 
 
 def traced_by_jit(module: Module, inputs: Inputs) -> Any:
-    with warnings.catch_warnings(action="ignore"):  # it is deprecated
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
         return torch.jit.trace(module, tuple(inputs))
 
 

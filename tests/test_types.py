@@ -11,7 +11,7 @@ api = pytest.importorskip("mypy.api")
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """
-from typing import assert_type
+from typing_extensions import assert_type
 import torch
 from torch import Tensor
 from siglip_kernels import LogitStats, SigLipLoss, SigmoidLoss, SigmoidLossGrads

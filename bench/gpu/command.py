@@ -82,7 +82,8 @@ def _checks(
     loss_fn: Any = partial(sigmoid_loss, backend=cast(Backend, backend))
 
     def gradients() -> list[str]:
-        with checks.poisoned_memory(), warnings.catch_warnings(action="ignore"):
+        with checks.poisoned_memory(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             found = testing.check(loss_fn, device=device, dtypes=[dtype], shapes=plan.check_shapes)
         print(found)
         return found.failures

@@ -128,8 +128,9 @@ class Design:
                 start = loss, labels, batch, self.examples
                 runs += [Run(*start, b, rates[loss, labels, batch], seed) for b in initial_biases(labels, batch)]
         batch, like = self.stretched
-        for setting in settings((batch,)):
-            runs.append(Run(*setting, self.stretched_examples, initial_bias(*setting), rates[*setting[:2], like], seed))
+        for loss, labels, _ in settings((batch,)):
+            start = loss, labels, batch, self.stretched_examples
+            runs.append(Run(*start, initial_bias(loss, labels, batch), rates[loss, labels, like], seed))
         return list(dict.fromkeys(runs))
 
     @property

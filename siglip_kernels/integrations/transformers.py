@@ -115,7 +115,7 @@ class _Fused:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the model's own class: a class made at run time cannot be found by its name."""
-        return _restored, (self._host,), self.__getstate__()
+        return _restored, (self._host,), super().__reduce_ex__(2)[2]  # __getstate__ is there from Python 3.11
 
 
 class _FusedSiglip(_Fused):

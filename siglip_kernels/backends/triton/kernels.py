@@ -71,7 +71,8 @@ def _sigmoid_block_kernel(
     DZ_STORES: tl.constexpr,
 ):
     # A row's running product Π(1 + e) is kept in this many columns. Each multiplies up to 64 factors up to 2.
-    PRODUCT_COLUMNS: tl.constexpr = min(2 * LANES, BLOCK_N // 4)
+    # Not min: in Triton 3.5 that is no constexpr.
+    PRODUCT_COLUMNS: tl.constexpr = 2 * LANES if 2 * LANES < BLOCK_N // 4 else BLOCK_N // 4
     # Every pair has a sign, -1 if it is positive. Without, only tiles that contain positives look for them.
     HAS_SIGN: tl.constexpr = LABELS >= LABELS_IDS or positive_weight is not None
     # A term is f · softplus(a) + rest · softplus(-a), times the weights.

@@ -97,6 +97,7 @@ def no_nvrtc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder for the only NVRTC that can be found."""
     monkeypatch.setattr(nvrtc, "_wheels", lambda: [tmp_path])
     monkeypatch.setattr(nvrtc, "TOOLKITS", ())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
 
     def loaded(path: str) -> ctypes.CDLL:
         raise OSError(f"{path}: cannot open shared object file")

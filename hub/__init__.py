@@ -1,0 +1,1 @@
+"""The package as a kernel of the Hugging Face hub."""
