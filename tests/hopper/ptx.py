@@ -20,17 +20,14 @@ COMMENT = re.compile(r'"[^"\n]*"|//[^\n]*|/\*.*?\*/', re.DOTALL)  # or a string,
 TOKEN = re.compile(
     r"""(?P<ignored> \s+ | \.(?:version|target|address_size|file|loc)\b[^\n]* | \.section\s+\.debug\w+\s*\{[^{}]*\}
         | \.global\s[^;]*; | \.pragma\s+"[^"\n]*"; )
-      | (?P<entry> (?:\.visible\s+)?\.entry\b[^{]*\{ )
-      | (?P<open> \{ )
-      | (?P<close> \} )
+      | (?:\.visible\s+)?(?P<entry> \.entry\b[^{]*\{ )
+      | (?P<brace> [{}] )
       | (?P<label> [\w$]+ )\s*:(?!:)
       | (?P<directive> \.[^;]*; )
       | (?P<instruction> [^;{}][^;]*; )""",
     re.VERBOSE,
 )
-ENTRY = re.compile(
-    r"(?:\.visible )?\.entry ([\w$]+) ?(?:\(([^)]*)\))? ?(?:\.(?:maxntid|reqntid|minnctapersm)\b[ \d,]*)*\{"
-)
+ENTRY = re.compile(r"\.entry ([\w$]+) ?(?:\(([^)]*)\))? ?(?:\.(?:maxntid|reqntid|minnctapersm)\b[ \d,]*)*\{")
 PARAMETER = re.compile(r"\.param(?: \.(?:align \d+|[bsuf](?:8|16|32|64)|ptr|global))+ ([\w$]+)(?:\[\d+\])?")
 DYNAMIC_SHARED = re.compile(r"\.extern \.shared(?: \.align \d+)? \.b8 ([\w$]+)\[\];")
 REGISTERS = re.compile(r"\.reg \.(?:pred|[bsuf](16|32|64)) (.*);")
@@ -90,9 +87,9 @@ def _parse(opened: Token, tokens: Iterator[Token]) -> Block:
     """What follows a brace, up to the one that closes it."""
     block: Block = []
     for token in tokens:
-        if token.kind == "close":
+        if token.text == "}":
             return block
-        block.append(_parse(token, tokens) if token.kind == "open" else token)
+        block.append(_parse(token, tokens) if token.text == "{" else token)
     raise opened.error("is not closed")
 
 
@@ -179,30 +176,28 @@ class _Kernel:
             return self._address(operand, 32 if kind == "shared" else 64)
         if kind == "constant":
             return self._integer(operand, 32)
+        cpp, bits, read, _ = TYPES[kind.lstrip("=&")]
         if kind[0] in "=&":
-            register = self._named(operand, TYPES[kind[1:]].bits)
+            register = self._named(operand, bits)
             if not register.endswith("]") or register.startswith("args"):
                 raise self.token.error(f"{operand} is no register")
             return register
-        return TYPES[kind].read.format(self._bits(kind, operand))
+        name = operand.removeprefix("!") if kind == "pred" else operand
+        if name in self.names:
+            value = operand.removesuffix(name) + self._named(name, bits)
+        elif (match := FLOAT.fullmatch(operand)) and kind in ("f32", "f32.ftz", "b32"):
+            value = f"0x{match[1]}u"
+        elif cpp == "float":
+            raise self.token.error(f"unknown operand {operand}")
+        else:
+            value = self._integer(operand, bits)
+        return read.format(value)
 
     def _named(self, name: str, bits: int) -> str:
         value, width = self.names.get(name, ("", -1))
         if width != bits and not (self.may_be_wider and width > bits > 1):
             raise self.token.error(f"unknown operand {name}")
         return value
-
-    def _bits(self, kind: str, operand: str) -> str:
-        """What the operand is before it is read as one of its kind."""
-        cpp, bits, *_ = TYPES[kind]
-        name = operand.removeprefix("!") if kind == "pred" else operand
-        if name in self.names:
-            return operand.removesuffix(name) + self._named(name, bits)
-        if (match := FLOAT.fullmatch(operand)) and (cpp == "float" or kind == "b32") and bits == 32:
-            return f"0x{match[1]}u"
-        if cpp == "float":
-            raise self.token.error(f"unknown operand {operand}")
-        return self._integer(operand, bits)
 
     def _integer(self, text: str, bits: int) -> str:
         if INTEGER.fullmatch(text) is None or not -(1 << bits - 1) <= int(text, 0) < 1 << bits:
