@@ -4,6 +4,7 @@
 // and arithmetic on it ends the launch.
 #pragma once
 
+#include <algorithm>
 #include <cfenv>
 #include <cstddef>
 #include <cstdint>
@@ -89,19 +90,15 @@ inline uint32_t bits_of(float value) {
   return kCanonicalNan;
 }
 
-inline uint16_t bits_of_bf16(float value) {
+// Rounded to nearest even. A double of this scale has the half's exponent, and is denormal where the half is.
+inline uint16_t half_bits(float value, double scale, uint32_t dropped, uint64_t infinity) {
   if (value != value) return kCanonicalHalfNan;
-  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const uint64_t bits = __builtin_bit_cast(uint64_t, __builtin_fabs(value) * scale);
+  const uint64_t rounded = (bits + (uint64_t(1) << (dropped - 1)) - 1 + (bits >> dropped & 1)) >> dropped;
+  return uint16_t(std::min(rounded, infinity) | (__builtin_signbit(value) ? 0x8000 : 0));
 }
-inline uint16_t bits_of_f16(float value) {
-  if (value != value) return kCanonicalHalfNan;
-  const float magnitude = __builtin_fabsf(value);
-  const uint32_t bits = __builtin_bit_cast(uint32_t, magnitude), sign = __builtin_signbit(value) ? 0x8000 : 0;
-  if (magnitude >= 65520.0f) return uint16_t(sign | 0x7c00);
-  if (magnitude < 0x1p-14f) return uint16_t(sign | uint32_t(__builtin_rintf(magnitude * 0x1p24f)));
-  return uint16_t(sign | (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13);
-}
+inline uint16_t bits_of_bf16(float value) { return half_bits(value, 0x1p-896, 45, 0x7f80); }
+inline uint16_t bits_of_f16(float value) { return half_bits(value, 0x1p-1008, 42, 0x7c00); }
 
 // .ftz
 inline float flush(float value) {
