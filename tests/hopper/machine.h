@@ -53,7 +53,7 @@ struct alignas(64) TensorMap {
 
   uint32_t box_row_bytes() const { return box_columns * 2; }
   uint32_t box_bytes() const { return box_rows * box_row_bytes(); }
-  uint32_t box_alignment() const { return swizzle == 16 ? 128 : 8 * swizzle; }  // of its swizzle's eight rows
+  uint32_t box_alignment() const { return 8 * swizzle; }  // of its swizzle's eight rows
 };
 static_assert(sizeof(TensorMap) <= 128);
 
