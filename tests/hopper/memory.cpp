@@ -82,16 +82,14 @@ void st_shared(uint32_t address, const void* value, uint32_t bytes) {
 void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]) {
   const Operands own = {address, values[0], values[1], values[2], values[3]};
   converge("stmatrix", kEveryLane, true, own, [](const Lanes& lanes) {
-    for (uint32_t matrix = 0; matrix < 4; ++matrix) {
-      uint32_t banks = 0;
-      for (uint32_t row = 0; row < 8; ++row) {
-        const uint32_t at = uint32_t(lanes[8 * matrix + row][0]);
-        uint32_t words[4];
-        for (uint32_t i = 0; i < 4; ++i) words[i] = uint32_t(lanes[4 * row + i][1 + matrix]);
-        store_shared(at, words, sizeof words, kEveryLane);
-        machine.stmatrix_conflicts += banks >> (at / 16 % 8) & 1;
-        banks |= 1u << (at / 16 % 8);
-      }
+    uint32_t banks[4]{};  // that a matrix has stored to
+    for (uint32_t lane = 0; lane < kWarpLanes; ++lane) {
+      const uint32_t matrix = lane / 8, at = uint32_t(lanes[lane][0]), bank = 1u << (at / 16 % 8);
+      uint32_t words[4];
+      for (uint32_t i = 0; i < 4; ++i) words[i] = uint32_t(lanes[lane % 8 * 4 + i][1 + matrix]);
+      store_shared(at, words, sizeof words, kEveryLane);
+      machine.stmatrix_conflicts += (banks[matrix] & bank) != 0;
+      banks[matrix] |= bank;
     }
   });
 }
@@ -123,7 +121,8 @@ void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int3
   cta->in_flight.push_back({phase, [=, &map, &mbarrier] {
     if (!cta->live_threads) fail("a bulk copy into a CTA that has exited");
     copy_box(map, column, row, destination, true);
-    complete_bytes(mbarrier, phase.tick, map.box_bytes());
+    if (mbarrier.completed + 1 != phase.tick) fail("the mbarrier's phase ended before the bytes of a bulk copy came");
+    advance(mbarrier, 0, map.box_bytes());
   }});
 }
 

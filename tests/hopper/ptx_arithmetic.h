@@ -51,21 +51,18 @@ inline void ld_param(uint64_t address, void* value, uint32_t bytes) {
 // ---- integers ----
 
 template <class T>
-constexpr uint32_t kBits = 8 * sizeof(T);
-
-template <class T>
 T shift_left(T value, uint32_t count) {
-  return count < kBits<T> ? T(uint64_t(value) << count) : T(0);
+  return count < 8 * sizeof(T) ? T(uint64_t(value) << count) : T(0);
 }
 template <class T>
 T shift_right(T value, uint32_t count) {
-  return count < kBits<T> ? T(value >> count) : T(value < 0 ? -1 : 0);
+  return count < 8 * sizeof(T) ? T(value >> count) : T(value < 0 ? -1 : 0);
 }
 
 // bfe: the field of `length` bits from `position` on, and its sign or zeros.
 template <class T>
 T extract(T value, uint32_t position, uint32_t length) {
-  const uint32_t above = (length & 255) < kBits<T> ? kBits<T> - (length & 255) : 0;
+  const uint32_t above = 8 * sizeof(T) - std::min<uint32_t>(length & 255, 8 * sizeof(T));
   return shift_right(shift_left(shift_right(value, position & 255), above), above);
 }
 template <class T>

@@ -46,8 +46,7 @@ void resume(Thread& thread) {
     thread.started = true;
     ucontext_t context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stacks + kStackBytes * tid_x();
-    context.uc_stack.ss_size = kStackBytes;
+    context.uc_stack = {stacks + kStackBytes * tid_x(), 0, kStackBytes};
     makecontext(&context, run_thread, 0);
     setcontext(&context);
   }

@@ -160,7 +160,8 @@ inline uint32_t swizzle(uint32_t address, uint32_t span) { return address ^ (((a
 // ---- sync.cpp ----
 // The mbarrier there, which the running warp must know to be initialised.
 Barrier& find_mbarrier(uint32_t address);
-void complete_bytes(Barrier& mbarrier, uint32_t phase, uint32_t bytes);
+// Counts arrivals and bytes that have come. The last completes the phase.
+void advance(Barrier& barrier, uint32_t arrivals, int64_t bytes);
 // An instruction for which the lanes of `mask` wait. Returns what they brought; the last runs `action` for all.
 // `aligned`: all are at the same place.
 Lanes converge(const char* name, uint32_t mask, bool aligned, const Operands& own = {},

@@ -7,17 +7,6 @@ namespace {
 
 constexpr uint32_t kMbarrierBytes = 8, kNamedBarriers = 16;
 
-// Counts arrivals and bytes that have come. The last completes the phase.
-void advance(Barrier& barrier, uint32_t arrivals, int64_t bytes) {
-  barrier.pending -= arrivals;
-  barrier.bytes -= bytes;
-  if (barrier.pending || barrier.bytes) return;
-  barrier.pending = barrier.count;
-  barrier.gathered.ticks[barrier.actor] = ++barrier.completed;
-  barrier.released = barrier.gathered;
-  wake(barrier.waiting);
-}
-
 void arrive(Barrier& barrier, int64_t expected_bytes) {
   if (!barrier.pending) fail("more arrivals than the mbarrier's count of %u", barrier.count);
   warp().release(barrier.gathered);
@@ -35,10 +24,10 @@ void set_registers(const char* name, uint32_t registers, bool wrong_way) {
   wake(cta->waiting_for_registers);
 }
 
-// In how many lanes of `mask` the predicate is true.
-int count_votes(const char* name, bool predicate, uint32_t mask) {
+// Whether the predicate is true in a lane of `mask`.
+bool is_any(const char* name, bool predicate, uint32_t mask) {
   const Lanes lanes = converge(name, mask, false, {predicate});
-  return std::count_if(lanes.begin(), lanes.end(), [](const Operands& lane) { return lane[0] != 0; });
+  return std::any_of(lanes.begin(), lanes.end(), [](const Operands& lane) { return lane[0] != 0; });
 }
 
 }  // namespace
@@ -50,9 +39,14 @@ Barrier& find_mbarrier(uint32_t address) {
   return mbarrier;
 }
 
-void complete_bytes(Barrier& mbarrier, uint32_t phase, uint32_t bytes) {
-  if (mbarrier.completed + 1 != phase) fail("the mbarrier's phase ended before the bytes of a bulk copy came");
-  advance(mbarrier, 0, bytes);
+void advance(Barrier& barrier, uint32_t arrivals, int64_t bytes) {
+  barrier.pending -= arrivals;
+  barrier.bytes -= bytes;
+  if (barrier.pending || barrier.bytes) return;
+  barrier.pending = barrier.count;
+  barrier.gathered.ticks[barrier.actor] = ++barrier.completed;
+  barrier.released = barrier.gathered;
+  wake(barrier.waiting);
 }
 
 void mbarrier_init(uint32_t address, uint32_t count) {
@@ -79,7 +73,6 @@ void fence_mbarrier_init() {
   for (auto& [address, mbarrier] : cta->barriers) mbarrier.published |= mbarrier.init.actor == warp().index;
 }
 
-void mbarrier_arrive(uint32_t address) { mbarrier_arrive_expect_tx(address, 0); }
 void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes) {
   const Instruction now("mbarrier.arrive");
   arrive(find_mbarrier(address), bytes);
@@ -135,10 +128,8 @@ Lanes converge(const char* name, uint32_t mask, bool aligned, const Operands& ow
   return now->lanes;
 }
 
-bool vote_any(bool predicate, uint32_t mask) { return count_votes("vote.any", predicate, mask) != 0; }
-bool vote_all(bool predicate, uint32_t mask) {
-  return count_votes("vote.all", predicate, mask) == __builtin_popcount(mask);
-}
+bool vote_any(bool predicate, uint32_t mask) { return is_any("vote.any", predicate, mask); }
+bool vote_all(bool predicate, uint32_t mask) { return !is_any("vote.all", !predicate, mask); }
 
 bool elect_sync(uint32_t mask, uint32_t& leader) {
   converge("elect.sync", mask, false);
@@ -149,9 +140,6 @@ bool elect_sync(uint32_t mask, uint32_t& leader) {
 uint32_t shfl_idx(uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask) {
   if (clamp != kWarpLanes - 1 || mask != kEveryLane) fail("shfl.sync: only whole warps are emulated");
   return uint32_t(converge("shfl.sync", mask, false, {value})[lane % kWarpLanes][0]);
-}
-uint32_t shfl_bfly(uint32_t value, uint32_t lane_mask, uint32_t clamp, uint32_t mask) {
-  return shfl_idx(value, self->lane ^ lane_mask, clamp, mask);
 }
 
 }  // namespace hopper
