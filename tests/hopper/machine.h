@@ -37,8 +37,8 @@ void fence_proxy_async();
 void mbarrier_init(uint32_t address, uint32_t count);
 void mbarrier_inval(uint32_t address);
 void fence_mbarrier_init();
-void mbarrier_arrive(uint32_t address);
 void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes);
+inline void mbarrier_arrive(uint32_t address) { mbarrier_arrive_expect_tx(address, 0); }
 bool mbarrier_try_wait_parity(uint32_t address, uint32_t parity);  // suspends the thread; may fail now and then
 void bar_sync(uint32_t id, uint32_t threads);  // 0 threads: all of the CTA
 
@@ -53,7 +53,7 @@ struct alignas(64) TensorMap {
 
   uint32_t box_row_bytes() const { return box_columns * 2; }
   uint32_t box_bytes() const { return box_rows * box_row_bytes(); }
-  uint32_t box_alignment() const { return swizzle == 16 ? 128 : 8 * swizzle; }  // of its swizzle's eight rows
+  uint32_t box_alignment() const { return 8 * swizzle; }  // of its swizzle's eight rows
 };
 static_assert(sizeof(TensorMap) <= 128);
 
@@ -70,7 +70,9 @@ bool vote_any(bool predicate, uint32_t mask);
 bool vote_all(bool predicate, uint32_t mask);
 bool elect_sync(uint32_t mask, uint32_t& leader);
 uint32_t shfl_idx(uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask);
-uint32_t shfl_bfly(uint32_t value, uint32_t lane_mask, uint32_t clamp, uint32_t mask);
+inline uint32_t shfl_bfly(uint32_t value, uint32_t lane_mask, uint32_t clamp, uint32_t mask) {
+  return shfl_idx(value, tid_x() % 32 ^ lane_mask, clamp, mask);
+}
 void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]);  // .m8n8.x4.shared.b16
 
 // ---- wgmma.mma_async m64nNk16: float32 accumulators, both operands K-major in shared memory ----

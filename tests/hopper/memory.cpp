@@ -20,13 +20,12 @@ void* global_bytes(uint64_t address, uint32_t bytes, uint32_t alignment, const c
 
 // An ordinary store of these lanes of the running warp.
 void store_shared(uint32_t address, const void* value, uint32_t bytes, uint32_t lanes) {
-  Warp& warp = *self->warp;
   uint8_t* const memory = shared_bytes(address, bytes, bytes);
   // Warps may store the same value to the same place; Triton does.
-  const bool repeats = cta->shadow.written_by_other_warp(address, warp.index) && std::memcmp(memory, value, bytes) == 0;
-  cta->shadow.write(address, bytes, warp.event(), warp.known, !repeats);
+  const bool repeats = cta->shadow.written_by_other_warp(address, warp().index) && !std::memcmp(memory, value, bytes);
+  cta->shadow.write(address, bytes, warp().event(), warp().known, !repeats);
   std::memcpy(memory, value, bytes);
-  warp.proxy_fenced &= ~lanes;
+  warp().proxy_fenced &= ~lanes;
 }
 
 const TensorMap& tensor_map_at(uint64_t address) {
@@ -71,7 +70,7 @@ uint32_t cvta_to_shared(uint64_t address) {
 void ld_shared(uint32_t address, void* value, uint32_t bytes) {
   const Instruction now("ld.shared");
   std::memcpy(value, shared_bytes(address, bytes, bytes), bytes);
-  cta->shadow.read(address, bytes, self->warp->event(), self->warp->known);
+  cta->shadow.read(address, bytes, warp().event(), warp().known);
 }
 
 void st_shared(uint32_t address, const void* value, uint32_t bytes) {
@@ -83,16 +82,14 @@ void st_shared(uint32_t address, const void* value, uint32_t bytes) {
 void stmatrix_x4(uint32_t address, const uint32_t (&values)[4]) {
   const Operands own = {address, values[0], values[1], values[2], values[3]};
   converge("stmatrix", kEveryLane, true, own, [](const Lanes& lanes) {
-    for (uint32_t matrix = 0; matrix < 4; ++matrix) {
-      uint32_t banks = 0;
-      for (uint32_t row = 0; row < 8; ++row) {
-        const uint32_t at = uint32_t(lanes[8 * matrix + row][0]);
-        uint32_t words[4];
-        for (uint32_t i = 0; i < 4; ++i) words[i] = uint32_t(lanes[4 * row + i][1 + matrix]);
-        store_shared(at, words, sizeof words, kEveryLane);
-        machine.stmatrix_conflicts += banks >> (at / 16 % 8) & 1;
-        banks |= 1u << (at / 16 % 8);
-      }
+    uint32_t banks[4]{};  // that a matrix has stored to
+    for (uint32_t lane = 0; lane < kWarpLanes; ++lane) {
+      const uint32_t matrix = lane / 8, at = uint32_t(lanes[lane][0]), bank = 1u << (at / 16 % 8);
+      uint32_t words[4];
+      for (uint32_t i = 0; i < 4; ++i) words[i] = uint32_t(lanes[lane % 8 * 4 + i][1 + matrix]);
+      store_shared(at, words, sizeof words, kEveryLane);
+      machine.stmatrix_conflicts += (banks[matrix] & bank) != 0;
+      banks[matrix] |= bank;
     }
   });
 }
@@ -107,11 +104,10 @@ void st_global(uint64_t address, const void* value, uint32_t bytes) {
 // Shows the async proxy what the warp knows of other warps' stores; its own too, once every lane has been here.
 void fence_proxy_async() {
   const Instruction now("fence.proxy.async");
-  Warp& warp = *self->warp;
-  warp.proxy_fenced |= 1u << self->lane;
-  const bool all_lanes = (warp.proxy_fenced | warp.exited) == kEveryLane;
+  warp().proxy_fenced |= 1u << self->lane;
+  const bool all_lanes = (warp().proxy_fenced | warp().exited) == kEveryLane;
   for (uint32_t other = 0; other < kMaxWarps; ++other)
-    if (all_lanes || other != warp.index) warp.known.ticks[actor(kShown, other)] = warp.known.ticks[other];
+    if (all_lanes || other != warp().index) warp().known.ticks[actor(kShown, other)] = warp().known.ticks[other];
 }
 
 void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int32_t row, uint32_t address) {
@@ -121,38 +117,35 @@ void tma_load_2d(uint32_t destination, uint64_t tensor_map, int32_t column, int3
   Barrier& mbarrier = find_mbarrier(address);
   if (machine.strict_mbarriers && !mbarrier.published) fail("no fence.mbarrier_init after mbarrier.init");
   const Event phase{mbarrier.actor, mbarrier.completed + 1};
-  cta->shadow.write(destination, map.box_bytes(), phase, self->warp->known);
+  cta->shadow.write(destination, map.box_bytes(), phase, warp().known);
   cta->in_flight.push_back({phase, [=, &map, &mbarrier] {
     if (!cta->live_threads) fail("a bulk copy into a CTA that has exited");
     copy_box(map, column, row, destination, true);
-    complete_bytes(mbarrier, phase.tick, map.box_bytes());
+    if (mbarrier.completed + 1 != phase.tick) fail("the mbarrier's phase ended before the bytes of a bulk copy came");
+    advance(mbarrier, 0, map.box_bytes());
   }});
 }
 
 void tma_store_2d(uint64_t tensor_map, int32_t column, int32_t row, uint32_t source) {
   const Instruction now("TMA store");
-  Warp& warp = *self->warp;
   const TensorMap& map = tensor_map_at(tensor_map);
   shared_bytes(source, map.box_bytes(), map.box_alignment());
-  if (warp.bulk_lane != kWarpLanes && warp.bulk_lane != self->lane) fail("two lanes of a warp store");
-  warp.bulk_lane = self->lane;
-  warp.bulk_issued = warp.bulk_committed + 1;
-  const Event group = warp.event(kBulkGroups, warp.bulk_issued);
-  cta->shadow.read(source, map.box_bytes(), group, warp.known);
+  if (warp().bulk_lane != kWarpLanes && warp().bulk_lane != self->lane) fail("two lanes of a warp store");
+  warp().bulk_lane = self->lane;
+  const Event group = warp().group(kBulkGroups);
+  warp().bulk_issued = group.tick;
+  cta->shadow.read(source, map.box_bytes(), group, warp().known);
   cta->in_flight.push_back({group, [=, &map] { copy_box(map, column, row, source, false); }});
 }
 
 // Bulk groups belong to a thread: a lane that stores nothing has none.
 void bulk_commit_group() {
-  const Instruction now("cp.async.bulk.commit_group");
-  if (self->warp->bulk_lane == self->lane) self->warp->bulk_committed = self->warp->bulk_issued;
+  if (warp().bulk_lane == self->lane) warp().committed[kBulkGroups] = warp().bulk_issued;
 }
 
 void bulk_wait_group(uint32_t pending) {
   const Instruction now("cp.async.bulk.wait_group");
-  Warp& warp = *self->warp;
-  if (warp.bulk_lane == self->lane && warp.bulk_committed > pending)
-    finish_groups(kBulkGroups, warp.bulk_committed - pending);
+  if (warp().bulk_lane == self->lane) wait_groups(kBulkGroups, pending);
 }
 
 void prefetch_tensormap(uint64_t tensor_map) { tensor_map_at(tensor_map); }

@@ -20,23 +20,20 @@ COMMENT = re.compile(r'"[^"\n]*"|//[^\n]*|/\*.*?\*/', re.DOTALL)  # or a string,
 TOKEN = re.compile(
     r"""(?P<ignored> \s+ | \.(?:version|target|address_size|file|loc)\b[^\n]* | \.section\s+\.debug\w+\s*\{[^{}]*\}
         | \.global\s[^;]*; | \.pragma\s+"[^"\n]*"; )
-      | (?P<entry> (?:\.visible\s+)?\.entry\b[^{]*\{ )
-      | (?P<open> \{ )
-      | (?P<close> \} )
+      | (?:\.visible\s+)?(?P<entry> \.entry\b[^{]*\{ )
+      | (?P<brace> [{}] )
       | (?P<label> [\w$]+ )\s*:(?!:)
       | (?P<directive> \.[^;]*; )
       | (?P<instruction> [^;{}][^;]*; )""",
     re.VERBOSE,
 )
-ENTRY = re.compile(
-    r"(?:\.visible )?\.entry ([\w$]+) ?(?:\(([^)]*)\))? ?(?:\.(?:maxntid|reqntid|minnctapersm)\b[ \d,]*)*\{"
-)
+ENTRY = re.compile(r"\.entry ([\w$]+) ?(?:\(([^)]*)\))? ?(?:\.(?:maxntid|reqntid|minnctapersm)\b[ \d,]*)*\{")
 PARAMETER = re.compile(r"\.param(?: \.(?:align \d+|[bsuf](?:8|16|32|64)|ptr|global))+ ([\w$]+)(?:\[\d+\])?")
 DYNAMIC_SHARED = re.compile(r"\.extern \.shared(?: \.align \d+)? \.b8 ([\w$]+)\[\];")
 REGISTERS = re.compile(r"\.reg \.(?:pred|[bsuf](16|32|64)) (.*);")
 REGISTER = re.compile(r"([\w$%]+)(?:<(\d+)>)?")
 INSTRUCTION = re.compile(r"(?:@(!?)([\w$%]+) )?([a-z][\w.:]*) ?(.*);")
-ADDRESS = re.compile(r"([\w$%]+)(?:\+(-?\w+))?")
+WIDENING = re.compile(r"(?:@\S+ )?(?:cvt|ld|st)\.")  # instructions whose registers may be wider than their types
 INTEGER, FLOAT = re.compile(r"-?(?:0x[0-9a-fA-F]+|0|[1-9]\d*)"), re.compile(r"0[fF]([0-9a-fA-F]{8})")
 
 
@@ -65,9 +62,7 @@ def translate(ptx: str) -> str:
     names: Names = ChainMap({f"%{name}.x": (f"{name}_x()", 32) for name in ("tid", "ntid", "ctaid", "nctaid")})
     for token in tokens:
         if token.kind == "entry":
-            kernel = _Kernel(token, names)
-            kernel.translate(_parse(token, tokens))
-            cpp.append(kernel.function())
+            cpp.append(_Kernel(token, names).translate(_parse(token, tokens)))
         elif match := DYNAMIC_SHARED.fullmatch(token.text):
             names[match[1]] = ("dynamic_shared()", 32)
         else:
@@ -90,9 +85,9 @@ def _parse(opened: Token, tokens: Iterator[Token]) -> Block:
     """What follows a brace, up to the one that closes it."""
     block: Block = []
     for token in tokens:
-        if token.kind == "close":
+        if token.text == "}":
             return block
-        block.append(_parse(token, tokens) if token.kind == "open" else token)
+        block.append(_parse(token, tokens) if token.text == "{" else token)
     raise opened.error("is not closed")
 
 
@@ -109,21 +104,21 @@ class _Kernel:
             self._define(parameter[1], f"args[{i}]", 64)
         self.sizes = dict.fromkeys(ARRAYS, 0)
         self.labels = itertools.count()
-        self.may_be_wider = False  # the registers of this instruction than its types
         self.lines: list[str] = []
 
-    def function(self) -> str:
+    def translate(self, block: Block) -> str:
+        self._scope(block)
         arrays = [(cpp, name, self.sizes[bits]) for bits, (cpp, name) in ARRAYS.items() if self.sizes[bits]]
         registers = [f"{cpp} {name}[{size}];\npoison({name});" for cpp, name, size in arrays]
         return "\n".join([f'extern "C" void kernel_{self.name}(void* const* args) {{', *registers, *self.lines, "}\n"])
 
-    def translate(self, block: Block) -> None:
-        outer, self.names = self.names, self.names.new_child()
+    def _scope(self, block: Block) -> None:
+        self.names = self.names.new_child()
         for self.token in (item for item in block if isinstance(item, Token) and item.kind == "label"):
             self._define(self.token.text, f"L{next(self.labels)}", 0)
         for item in block:
             if not isinstance(item, Token):
-                self.translate(item)
+                self._scope(item)
                 continue
             self.token = item
             if item.kind == "label":
@@ -134,7 +129,7 @@ class _Kernel:
                 self._instruction()
             else:
                 raise item.error("not in a kernel")
-        self.names = outer
+        self.names = self.names.parents
 
     def _define(self, name: str, value: str, bits: int) -> None:
         if name in self.names.maps[0]:
@@ -161,48 +156,41 @@ class _Kernel:
         match, kinds, code = next((rule for rule in rules if rule[0]), (None, [], ""))
         if match is None:
             raise self.token.error("unknown form of operands")
-        self.may_be_wider = name.startswith(("cvt.", "ld.", "st."))
-        values = [self._operand(kind, operand) for kind, operand in zip(kinds, match.groups(), strict=True)]
+        groups = zip(kinds, (group.split(",") for group in match.groups()), strict=True)
+        values = [", ".join(self._operand(kind, operand) for operand in group) for kind, group in groups]
         code = code.format(*values, line=self.token.line)
         self.lines.append(f"if ({negation}{self._named(predicate, 1)}) {{ {code}; }}" if predicate else f"{code};")
 
     def _operand(self, kind: str, operand: str) -> str:
-        """The operand in C++; a vector's elements with commas."""
-        if "*" in kind:
-            count, _, kind = kind.partition("*")
-            if len(elements := operand.split(",")) != int(count):
-                raise self.token.error("unknown form of operands")
-            return ", ".join(self._operand(kind, element) for element in elements)
+        """The operand, or one element of a vector, in C++."""
         if kind == "label":
             return self._named(operand, 0)
         if kind in ("shared", "global", "param"):
             return self._address(operand, 32 if kind == "shared" else 64)
         if kind == "constant":
             return self._integer(operand, 32)
+        cpp, bits, read, _ = TYPES[kind.lstrip("=&")]
         if kind[0] in "=&":
-            register = self._named(operand, TYPES[kind[1:]].bits)
+            register = self._named(operand, bits)
             if not register.endswith("]") or register.startswith("args"):
                 raise self.token.error(f"{operand} is no register")
             return register
-        return TYPES[kind].read.format(self._bits(kind, operand))
+        name = operand.removeprefix("!") if kind == "pred" else operand
+        if name in self.names:
+            value = operand.removesuffix(name) + self._named(name, bits)
+        elif (match := FLOAT.fullmatch(operand)) and kind in ("f32", "f32.ftz", "b32"):
+            value = f"0x{match[1]}u"
+        elif cpp == "float":
+            raise self.token.error(f"unknown operand {operand}")
+        else:
+            value = self._integer(operand, bits)
+        return read.format(value)
 
     def _named(self, name: str, bits: int) -> str:
         value, width = self.names.get(name, ("", -1))
-        if width != bits and not (self.may_be_wider and width > bits > 1):
+        if width != bits and not (width > bits > 1 and WIDENING.match(self.token.text)):
             raise self.token.error(f"unknown operand {name}")
         return value
-
-    def _bits(self, kind: str, operand: str) -> str:
-        """What the operand is before it is read as one of its kind."""
-        cpp, bits, *_ = TYPES[kind]
-        name = operand.removeprefix("!") if kind == "pred" else operand
-        if name in self.names:
-            return operand.removesuffix(name) + self._named(name, bits)
-        if (match := FLOAT.fullmatch(operand)) and (cpp == "float" or kind == "b32") and bits == 32:
-            return f"0x{match[1]}u"
-        if cpp == "float":
-            raise self.token.error(f"unknown operand {operand}")
-        return self._integer(operand, bits)
 
     def _integer(self, text: str, bits: int) -> str:
         if INTEGER.fullmatch(text) is None or not -(1 << bits - 1) <= int(text, 0) < 1 << bits:
@@ -210,8 +198,8 @@ class _Kernel:
         return f"{int(text, 0) % (1 << bits):#x}u" + "l" * (bits == 64)
 
     def _address(self, operand: str, bits: int) -> str:
-        match = ADDRESS.fullmatch(operand)
-        base, width = self.names.get(match[1], ("", 0)) if match else ("", 0)
-        if match is None or width not in (bits, 64):
+        name, plus, offset = operand.partition("+")
+        base, width = self.names.get(name, ("", 0))
+        if width not in (bits, 64):
             raise self.token.error(f"unknown address {operand}")
-        return f"(uint{bits}_t){base}" + (f" + {self._integer(match[2], bits)}" if match[2] else "")
+        return f"(uint{bits}_t){base}" + (f" + {self._integer(offset, bits)}" if plus else "")

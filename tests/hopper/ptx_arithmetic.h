@@ -4,6 +4,7 @@
 // and arithmetic on it ends the launch.
 #pragma once
 
+#include <algorithm>
 #include <cfenv>
 #include <cstddef>
 #include <cstdint>
@@ -50,21 +51,18 @@ inline void ld_param(uint64_t address, void* value, uint32_t bytes) {
 // ---- integers ----
 
 template <class T>
-constexpr uint32_t kBits = 8 * sizeof(T);
-
-template <class T>
 T shift_left(T value, uint32_t count) {
-  return count < kBits<T> ? T(uint64_t(value) << count) : T(0);
+  return count < 8 * sizeof(T) ? T(uint64_t(value) << count) : T(0);
 }
 template <class T>
 T shift_right(T value, uint32_t count) {
-  return count < kBits<T> ? T(value >> count) : T(value < 0 ? -1 : 0);
+  return count < 8 * sizeof(T) ? T(value >> count) : T(value < 0 ? -1 : 0);
 }
 
 // bfe: the field of `length` bits from `position` on, and its sign or zeros.
 template <class T>
 T extract(T value, uint32_t position, uint32_t length) {
-  const uint32_t above = (length & 255) < kBits<T> ? kBits<T> - (length & 255) : 0;
+  const uint32_t above = 8 * sizeof(T) - std::min<uint32_t>(length & 255, 8 * sizeof(T));
   return shift_right(shift_left(shift_right(value, position & 255), above), above);
 }
 template <class T>
@@ -89,19 +87,15 @@ inline uint32_t bits_of(float value) {
   return kCanonicalNan;
 }
 
-inline uint16_t bits_of_bf16(float value) {
+// Rounded to nearest even. A double of this scale has the half's exponent, and is denormal where the half is.
+inline uint16_t half_bits(float value, double scale, uint32_t dropped, uint64_t infinity) {
   if (value != value) return kCanonicalHalfNan;
-  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const uint64_t bits = __builtin_bit_cast(uint64_t, __builtin_fabs(value) * scale);
+  const uint64_t rounded = (bits + (uint64_t(1) << (dropped - 1)) - 1 + (bits >> dropped & 1)) >> dropped;
+  return uint16_t(std::min(rounded, infinity) | (__builtin_signbit(value) ? 0x8000 : 0));
 }
-inline uint16_t bits_of_f16(float value) {
-  if (value != value) return kCanonicalHalfNan;
-  const float magnitude = __builtin_fabsf(value);
-  const uint32_t bits = __builtin_bit_cast(uint32_t, magnitude), sign = __builtin_signbit(value) ? 0x8000 : 0;
-  if (magnitude >= 65520.0f) return uint16_t(sign | 0x7c00);
-  if (magnitude < 0x1p-14f) return uint16_t(sign | uint32_t(__builtin_rintf(magnitude * 0x1p24f)));
-  return uint16_t(sign | (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13);
-}
+inline uint16_t bits_of_bf16(float value) { return half_bits(value, 0x1p-896, 45, 0x7f80); }
+inline uint16_t bits_of_f16(float value) { return half_bits(value, 0x1p-1008, 42, 0x7c00); }
 
 // .ftz
 inline float flush(float value) {

@@ -55,8 +55,7 @@ OPERATORS |= {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">
 
 # What a thread does by itself.
 ARITHMETIC: list[Row] = [
-    ("<add|sub>.<int>", "=T, U, U", "{1} {O} {2}"),
-    ("mul.lo.<int>", "=T, U, U", "1u * {1} * {2}"),
+    ("<add|sub|mul.lo>.<int>", "=T, U, U", "1u * {1} {O} {2}"),  # unsigned: the product of two u16 is too large for int
     ("mul.hi.<narrow>", "=T, T, T", "({W}){1} * {2} >> 8 * sizeof({T})"),
     ("mul.wide.<narrow>", "=W, T, T", "({W}){1} * {2}"),
     ("mad.lo.<int>", "=T, U, U, U", "1u * {1} * {2} + {3}"),
@@ -64,8 +63,7 @@ ARITHMETIC: list[Row] = [
     ("div.<narrow>", "=T, T, T", "{2} ? (int64_t){1} / {2} : -1"),  # by zero as the hardware
     ("<min|max>.<int>", "=T, T, T", "{2} {O} {1} ? {2} : {1}"),
     ("<and|or|xor>.<pred|bits>", "=T, T, T", "{1} {O} {2}"),
-    ("not.pred", "=T, T", "!{1}"),
-    ("not.<bits>", "=T, T", "~{1}"),
+    ("not.<pred|bits>", "=T, T", "({T})-1 ^ {1}"),
     ("popc.b32", "=u32, T", "__builtin_popcount({1})"),
     ("shl.<bits>", "=T, T, u32", "shift_left({1}, {2})"),
     ("shr.<bits|int>", "=T, T, u32", "shift_right({1}, {2})"),
@@ -140,7 +138,8 @@ MACHINE: list[Row] = [
 ]
 
 
-KIND = re.compile(r"(?:\d+\*)?[=&]?[a-z][\w.]*")  # in operands; else there are punctuation, "_", "0" and "1"
+# In operands, with how many of them: a vector has some. Else there are punctuation, "_", "0" and "1".
+KIND, OPERAND = re.compile(r"(?:(\d+)\*)?([=&]?[a-z][\w.]*)"), "[^][{},|]+"
 # A pattern of the operands with a group for each, the groups' kinds, C++ of them and of the line's number.
 Rule = tuple[str, list[str], str]
 
@@ -156,23 +155,24 @@ def _rule(name: str, operands: str, code: str, is_machine: bool) -> Rule:
     """A row, for one of its names."""
     words = name.split(".")
     T, D = words[-1], words[-2:][0]
-    kinds = {"T": T + ".ftz" * ("ftz" in words), "B": T.replace("f", "b"), "D": D, "N": "1"}
-    kinds |= {letter: OPERATORS.get(word, word) for letter, word in zip("OSV", words, strict=False)}
+    letters = {"T": T + ".ftz" * ("ftz" in words), "B": T.replace("f", "b"), "D": D, "N": "1"}
+    letters |= {letter: OPERATORS.get(word, word) for letter, word in zip("OSV", words, strict=False)}
     if match := re.fullmatch(r"([bsu])(\d+)", T):
         sign, bits = match[1], int(match[2])
-        kinds |= {"U": f"u{bits}", "W": f"{sign}{2 * bits}", "H": f"{sign}{bits // 2}"}
+        letters |= {"U": f"u{bits}", "W": f"{sign}{2 * bits}", "H": f"{sign}{bits // 2}"}
     if match := re.search(r"\.v(\d)\.|\.m64n(\d+)k16\.", name):
-        kinds["N"] = match[1] or str(int(match[2]) // 2)  # of m64nNk16 a thread has N / 2
-    operands = re.sub(r"\b[TDUBWHSN]\b", lambda match: kinds[match[0]], operands).replace(" ", "")
+        letters["N"] = match[1] or str(int(match[2]) // 2)  # of m64nNk16 a thread has N / 2
+    operands = re.sub(r"\b[TDUBWHSN]\b", lambda match: letters[match[0]], operands).replace(" ", "")
+    kinds = [kind[2] for kind in KIND.finditer(operands)]
     if operands.startswith("="):
-        code = "{0} = " + TYPES[KIND.findall(operands)[0][1:]].write.format(code)
-    letters = {letter: TYPES[kind].cpp if kind in TYPES else kind for letter, kind in kinds.items()}
-    code = re.sub(r"\{([A-Z])\}", lambda match: letters[match[1]], code)
+        code = "{0} = " + TYPES[kinds[0][1:]].write.format(code)
+    cpp = {letter: TYPES[kind].cpp if kind in TYPES else kind for letter, kind in letters.items()}
+    code = re.sub(r"\{([A-Z])\}", lambda match: cpp[match[1]], code)
     if is_machine or "f32" in operands:  # messages can come from it
         code = "site = {line}; " + code
     form = re.sub(r"[][{}|]", r"\\\g<0>", operands)
-    form = KIND.sub(lambda kind: "([^{}]*)" if "*" in kind[0] else "([^][{},|]+)", form)
-    return form, KIND.findall(operands), code
+    form = KIND.sub(lambda kind: f"({OPERAND}(?:,{OPERAND}){{{int(kind[1] or 1) - 1}}})", form)
+    return form, kinds, code
 
 
 RULES: defaultdict[str, list[Rule]] = defaultdict(list)

@@ -11,9 +11,6 @@
 
 namespace hopper {
 
-Machine machine;
-std::unique_ptr<Cta> cta;
-Thread* self = nullptr;
 uint32_t site = 0;
 
 namespace {
@@ -28,14 +25,13 @@ void* const* arguments;
 // The first function on a fiber's stack.
 void run_thread() {
   body(arguments);
-  Warp& warp = *self->warp;
-  warp.runnable &= ~(1u << self->lane);
-  warp.exited |= 1u << self->lane;
+  warp().runnable &= ~(1u << self->lane);
+  warp().exited |= 1u << self->lane;
   --cta->live_threads;
-  if (warp.convergence && warp.convergence->mask >> self->lane & 1)
-    fail("a lane exits while others of its warp wait in %s", warp.convergence->name);
-  if (!warp.accumulators.empty()) fail("a thread exits with wgmmas that nobody has waited for");
-  if (warp.exited == kEveryLane && warp.bulk_issued > warp.tick(kBulkGroups))
+  if (warp().convergence && warp().convergence->mask >> self->lane & 1)
+    fail("a lane exits while others of its warp wait in %s", warp().convergence->name);
+  if (!warp().accumulators.empty()) fail("a thread exits with wgmmas that nobody has waited for");
+  if (warp().exited == kEveryLane && warp().bulk_issued > warp().tick(kBulkGroups))
     fail("a warp exits while its bulk stores read shared memory");
   if (std::fetestexcept(FE_INVALID)) fail("arithmetic on an accumulator in flight");
   _longjmp(scheduler_context, 1);
@@ -50,8 +46,7 @@ void resume(Thread& thread) {
     thread.started = true;
     ucontext_t context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stacks + kStackBytes * tid_x();
-    context.uc_stack.ss_size = kStackBytes;
+    context.uc_stack = {stacks + kStackBytes * tid_x(), 0, kStackBytes};
     makecontext(&context, run_thread, 0);
     setcontext(&context);
   }
@@ -107,31 +102,24 @@ bool run_any_async() {
 }
 
 void run_cta() {
-  while (cta->live_threads) {
-    if (machine.timing == Timing::kAtOnce)
-      while (run_any_async()) continue;
-    else if (machine.timing == Timing::kRandom && machine.random() % 8 == 0)
-      run_any_async();
+  while (cta->live_threads || !cta->in_flight.empty()) {
+    while (machine.timing == Timing::kAtOnce && run_any_async()) continue;
+    if (machine.timing == Timing::kRandom && machine.random() % 8 == 0) run_any_async();
     if (Thread* const thread = choose_thread())
       resume(*thread);
     else if (!run_any_async())
       fail_deadlock();
   }
-  while (run_any_async()) continue;
   for (const Warp& warp : cta->warps)
     if (warp.wgmma_history != cta->warps[warp.index / kWarpgroupWarps * kWarpgroupWarps].wgmma_history)
       fail("wgmma: the warps of a warpgroup differ");
 }
 
 void start_cta(uint32_t index, uint32_t shared_bytes, uint32_t misalignment) {
-  cta = std::make_unique<Cta>();
-  cta->index = index;
-  cta->live_threads = machine.threads;
-  std::memset(cta->shared, 0xff, kWindowBytes);  // NaN in every format
-  cta->shared_begin = kReservedShared + misalignment;
-  cta->shared_end = cta->shared_begin + shared_bytes;
   const uint32_t registers = std::min(kMaxRegisters, kRegisterFile / machine.threads / 8 * 8);  // of a thread
-  cta->free_registers = kRegisterFile - registers * machine.threads;
+  const uint32_t begin = kReservedShared + misalignment, free = kRegisterFile - registers * machine.threads;
+  cta.reset(new Cta{index, machine.threads, begin, begin + shared_bytes, free});
+  std::memset(cta->shared, 0xff, kWindowBytes);  // NaN in every format
   for (uint32_t w = 0; w < machine.threads / kWarpLanes; ++w)
     cta->priorities.push_back(&cta->warps.emplace_back(w, registers));
   std::shuffle(cta->priorities.begin(), cta->priorities.end(), machine.random);
@@ -143,13 +131,14 @@ void fail(const char* format, ...) {
   char text[1300];
   int begun = 0;
   if (self)
-    begun = std::sprintf(text, "cta %u warp %u lane %u at %u: %s%s", cta->index, self->warp->index, self->lane, site,
+    begun = std::sprintf(text, "cta %u warp %u lane %u at %u: %s%s", cta->index, warp().index, self->lane, site,
                          self->instruction, *self->instruction ? ": " : "");
   va_list values;
   va_start(values, format);
   std::vsnprintf(text + begun, sizeof text - begun, format, values);
   va_end(values);
   machine.error = text;
+  self = nullptr;
   _longjmp(launch_context, 1);
 }
 
@@ -160,7 +149,7 @@ Instruction::Instruction(const char* name) {
 
 void suspend(std::vector<Thread*>& waiting) {
   waiting.push_back(self);
-  self->warp->runnable &= ~(1u << self->lane);
+  warp().runnable &= ~(1u << self->lane);
   leave();
 }
 
@@ -169,17 +158,17 @@ void wake(std::vector<Thread*>& waiting) {
   waiting.clear();
 }
 
-void finish_groups(Kind kind, uint32_t last) {
-  Warp& warp = *self->warp;
+void wait_groups(Kind kind, uint32_t pending) {
+  const uint32_t last = warp().committed[kind] - std::min(pending, warp().committed[kind]);
   cta->in_flight.remove_if([&](const Async& async) {
-    const bool is_of_them = async.event.actor == actor(kind, warp.index) && async.event.tick <= last;
+    const bool is_of_them = async.event.actor == actor(kind, warp().index) && async.event.tick <= last;
     if (is_of_them) async.run();
     return is_of_them;
   });
-  warp.tick(kind) = std::max(warp.tick(kind), last);
+  warp().tick(kind) = std::max(warp().tick(kind), last);
 }
 
-uint32_t tid_x() { return self->warp->index * kWarpLanes + self->lane; }
+uint32_t tid_x() { return warp().index * kWarpLanes + self->lane; }
 uint32_t ntid_x() { return machine.threads; }
 uint32_t ctaid_x() { return cta->index; }
 uint32_t nctaid_x() { return machine.grid; }
@@ -192,23 +181,21 @@ extern "C" {
 
 int hopper_launch(Body kernel, uint32_t grid, uint32_t threads, uint32_t shared_bytes, uint32_t misalignment,
                   void* const* kernel_arguments) {
-  machine.error = "a launch that is not possible";
-  if (!grid || !threads || threads % kWarpLanes || threads > kMaxWarps * kWarpLanes ||
-      shared_bytes + misalignment > kSharedBytes)
-    return -1;
   body = kernel;
   arguments = kernel_arguments;
   site = 0;
   machine.grid = grid;
   machine.threads = threads;
   std::feclearexcept(FE_ALL_EXCEPT);
-  const bool failed = _setjmp(launch_context) != 0;
-  for (uint32_t index = 0; index < grid && !failed; ++index) {
+  if (_setjmp(launch_context) != 0) return -1;
+  if (!grid || !threads || threads % kWarpLanes || threads > kMaxWarps * kWarpLanes ||
+      shared_bytes + misalignment > kSharedBytes)
+    fail("a launch that is not possible");
+  for (uint32_t index = 0; index < grid; ++index) {
     start_cta(index, shared_bytes, misalignment);
     run_cta();
   }
-  self = nullptr;
-  return failed ? -1 : 0;
+  return 0;
 }
 
 const char* hopper_error() { return machine.error.c_str(); }

@@ -65,11 +65,12 @@ struct Warp {
   Clock known{};
   std::shared_ptr<Convergence> convergence;
   std::list<Accumulators> accumulators;  // in flight
-  uint32_t wgmma_count = 0, wgmma_committed = 0;
+  uint32_t committed[kShown]{};          // groups of each kind
+  uint32_t wgmma_count = 0;
   uint64_t wgmma_history = 0;  // a hash of all that it issued
   bool wgmma_fenced = false;
-  uint32_t bulk_committed = 0, bulk_issued = 0;  // groups
-  uint32_t bulk_lane = kWarpLanes;               // the one that stores
+  uint32_t bulk_issued = 0;         // the last group with a store
+  uint32_t bulk_lane = kWarpLanes;  // the one that stores
   uint32_t proxy_fenced = 0;  // lanes that have executed fence.proxy.async since their last store
 
   Warp(uint32_t index, uint32_t registers) : index(index) {
@@ -77,8 +78,8 @@ struct Warp {
     tick(kWarp) = 1;
   }
   uint32_t& tick(Kind kind) { return known.ticks[actor(kind, index)]; }
-  Event event(Kind kind, uint32_t tick) const { return {actor(kind, index), tick}; }
-  Event event() { return event(kWarp, tick(kWarp)); }  // what a thread does now
+  Event event() { return {index, tick(kWarp)}; }  // what a thread does now
+  Event group(Kind kind) const { return {actor(kind, index), committed[kind] + 1}; }  // which it issues to now
   // Hands on what this warp knows; what it does from now on is not part of it.
   void release(Clock& into) {
     into.join(known);
@@ -105,18 +106,16 @@ struct Async {
 };
 
 struct Cta {
-  uint32_t index;  // ctaid
-  std::deque<Warp> warps;
-  std::vector<Warp*> priorities;  // the warps, the first first
-  uint32_t live_threads;
-  alignas(1024) uint8_t shared[kWindowBytes];
-  uint32_t shared_begin, shared_end;
+  uint32_t index, live_threads;  // ctaid
+  uint32_t shared_begin, shared_end, free_registers;
+  alignas(1024) uint8_t shared[kWindowBytes]{};
   Shadow shadow{kWindowBytes};
-  std::map<uint32_t, Barrier> barriers;  // by number, or by address
-  uint32_t mbarrier_count = 0;           // ever made
-  uint32_t free_registers;
-  std::vector<Thread*> waiting_for_registers;
-  std::list<Async> in_flight;
+  std::deque<Warp> warps{};
+  std::vector<Warp*> priorities{};         // the warps, the first first
+  std::map<uint32_t, Barrier> barriers{};  // by number, or by address
+  uint32_t mbarrier_count = 0;             // ever made
+  std::vector<Thread*> waiting_for_registers{};
+  std::list<Async> in_flight{};
 };
 
 enum class Schedule { kRandom, kStarve, kPriority, kRoundRobin };
@@ -135,9 +134,10 @@ struct Machine {
   uint32_t threads = 0, grid = 0;  // of the launch
 };
 
-extern Machine machine;
-extern std::unique_ptr<Cta> cta;  // the running one: they run one after another
-extern Thread* self;              // the running thread; null in the scheduler
+inline Machine machine;
+inline std::unique_ptr<Cta> cta;  // the running one: they run one after another
+inline Thread* self = nullptr;    // the running thread; null in the scheduler
+inline Warp& warp() { return *self->warp; }
 
 // ---- scheduler.cpp ----
 // What the running thread executes, until it goes out of scope; others may run before it. Every instruction that others
@@ -149,8 +149,8 @@ struct Instruction {
 // Suspends the running thread until `wake`; `waiting`: where to note it.
 void suspend(std::vector<Thread*>& waiting);
 void wake(std::vector<Thread*>& waiting);
-// Does what these groups of the running warp have in flight, which it then knows.
-void finish_groups(Kind kind, uint32_t last);
+// Does what the running warp has in flight in all but its last `pending` groups. It knows these then.
+void wait_groups(Kind kind, uint32_t pending);
 
 // ---- memory.cpp ----
 uint8_t* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment);
@@ -160,7 +160,8 @@ inline uint32_t swizzle(uint32_t address, uint32_t span) { return address ^ (((a
 // ---- sync.cpp ----
 // The mbarrier there, which the running warp must know to be initialised.
 Barrier& find_mbarrier(uint32_t address);
-void complete_bytes(Barrier& mbarrier, uint32_t phase, uint32_t bytes);
+// Counts arrivals and bytes that have come. The last completes the phase.
+void advance(Barrier& barrier, uint32_t arrivals, int64_t bytes);
 // An instruction for which the lanes of `mask` wait. Returns what they brought; the last runs `action` for all.
 // `aligned`: all are at the same place.
 Lanes converge(const char* name, uint32_t mask, bool aligned, const Operands& own = {},

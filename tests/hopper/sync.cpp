@@ -7,20 +7,10 @@ namespace {
 
 constexpr uint32_t kMbarrierBytes = 8, kNamedBarriers = 16;
 
-void complete_if_done(Barrier& barrier) {
-  if (barrier.pending || barrier.bytes) return;
-  barrier.pending = barrier.count;
-  barrier.gathered.ticks[barrier.actor] = ++barrier.completed;
-  barrier.released = barrier.gathered;
-  wake(barrier.waiting);
-}
-
-void arrive(Barrier& barrier, uint32_t bytes) {
+void arrive(Barrier& barrier, int64_t expected_bytes) {
   if (!barrier.pending) fail("more arrivals than the mbarrier's count of %u", barrier.count);
-  self->warp->release(barrier.gathered);
-  --barrier.pending;
-  barrier.bytes += bytes;
-  complete_if_done(barrier);
+  warp().release(barrier.gathered);
+  advance(barrier, 1, -expected_bytes);
 }
 
 void set_registers(const char* name, uint32_t registers, bool wrong_way) {
@@ -34,12 +24,10 @@ void set_registers(const char* name, uint32_t registers, bool wrong_way) {
   wake(cta->waiting_for_registers);
 }
 
-// The lanes of `mask` whose predicate is true.
-uint32_t ballot(const char* name, bool predicate, uint32_t mask) {
+// Whether the predicate is true in a lane of `mask`.
+bool is_any(const char* name, bool predicate, uint32_t mask) {
   const Lanes lanes = converge(name, mask, false, {predicate});
-  uint32_t result = 0;
-  for (uint32_t lane = 0; lane < kWarpLanes; ++lane) result |= uint32_t(lanes[lane][0]) << lane;
-  return result;
+  return std::any_of(lanes.begin(), lanes.end(), [](const Operands& lane) { return lane[0] != 0; });
 }
 
 }  // namespace
@@ -47,14 +35,18 @@ uint32_t ballot(const char* name, bool predicate, uint32_t mask) {
 Barrier& find_mbarrier(uint32_t address) {
   Barrier& mbarrier = cta->barriers[address];
   if (!mbarrier.count || address < kReservedShared) fail("no mbarrier at %u", address);
-  if (!self->warp->known.knows(mbarrier.init)) fail("nothing orders it after mbarrier.init");
+  if (!warp().known.knows(mbarrier.init)) fail("nothing orders it after mbarrier.init");
   return mbarrier;
 }
 
-void complete_bytes(Barrier& mbarrier, uint32_t phase, uint32_t bytes) {
-  if (mbarrier.completed + 1 != phase) fail("the mbarrier's phase ended before the bytes of a bulk copy came");
-  mbarrier.bytes -= bytes;
-  complete_if_done(mbarrier);
+void advance(Barrier& barrier, uint32_t arrivals, int64_t bytes) {
+  barrier.pending -= arrivals;
+  barrier.bytes -= bytes;
+  if (barrier.pending || barrier.bytes) return;
+  barrier.pending = barrier.count;
+  barrier.gathered.ticks[barrier.actor] = ++barrier.completed;
+  barrier.released = barrier.gathered;
+  wake(barrier.waiting);
 }
 
 void mbarrier_init(uint32_t address, uint32_t count) {
@@ -64,8 +56,8 @@ void mbarrier_init(uint32_t address, uint32_t count) {
   if (!count || count >= 1u << 20) fail("a count of %u", count);
   if (mbarrier.count) fail("there is one already");
   if (cta->mbarrier_count == kMaxMbarriers) fail("more mbarriers than the emulation has");
-  mbarrier = {count, count, 0, 0, actor(kMbarrier, cta->mbarrier_count++), self->warp->event()};
-  cta->shadow.write(address, kMbarrierBytes, {mbarrier.actor, kHoldsMbarrier}, self->warp->known);
+  mbarrier = {count, count, 0, 0, actor(kMbarrier, cta->mbarrier_count++), warp().event()};
+  cta->shadow.write(address, kMbarrierBytes, {mbarrier.actor, kHoldsMbarrier}, warp().known);
 }
 
 void mbarrier_inval(uint32_t address) {
@@ -73,15 +65,14 @@ void mbarrier_inval(uint32_t address) {
   Barrier& mbarrier = find_mbarrier(address);
   if (!mbarrier.waiting.empty() || mbarrier.bytes) fail("it is in use");
   mbarrier.count = 0;
-  cta->shadow.write(address, kMbarrierBytes, self->warp->event(), self->warp->known, false);
+  cta->shadow.write(address, kMbarrierBytes, warp().event(), warp().known, false);
 }
 
 void fence_mbarrier_init() {
   const Instruction now("fence.mbarrier_init");
-  for (auto& [address, mbarrier] : cta->barriers) mbarrier.published |= mbarrier.init.actor == self->warp->index;
+  for (auto& [address, mbarrier] : cta->barriers) mbarrier.published |= mbarrier.init.actor == warp().index;
 }
 
-void mbarrier_arrive(uint32_t address) { mbarrier_arrive_expect_tx(address, 0); }
 void mbarrier_arrive_expect_tx(uint32_t address, uint32_t bytes) {
   const Instruction now("mbarrier.arrive");
   arrive(find_mbarrier(address), bytes);
@@ -93,12 +84,10 @@ bool mbarrier_try_wait_parity(uint32_t address, uint32_t parity) {
   if (parity > 1) fail("a parity of %u", parity);
   // In some phases it fails once. For all: what one lane learns, the emulation takes for the warp's.
   const uint32_t attempt = mbarrier.completed * kActors + mbarrier.actor;
-  if (self->refused != attempt && (mbarrier.completed * 5 + mbarrier.actor + machine.seed) % 8 == 0) {
-    self->refused = attempt;
-    return false;
-  }
+  const bool may_fail = (mbarrier.completed * 5 + mbarrier.actor + machine.seed) % 8 == 0;
+  if (may_fail && std::exchange(self->refused, attempt) != attempt) return false;
   while (mbarrier.completed % 2 == parity) suspend(mbarrier.waiting);
-  self->warp->known.join(mbarrier.released);
+  warp().known.join(mbarrier.released);
   return true;
 }
 
@@ -112,7 +101,7 @@ void bar_sync(uint32_t id, uint32_t threads) {
   if (barrier.count != count) fail("a barrier of %u threads, which others use with %u", count, barrier.count);
   arrive(barrier, 0);
   if (barrier.completed == phase) suspend(barrier.waiting);
-  self->warp->known.join(barrier.released);
+  warp().known.join(barrier.released);
 }
 
 void setmaxnreg_dec(uint32_t registers) { set_registers("setmaxnreg.dec", registers, registers > self->registers); }
@@ -121,11 +110,10 @@ void setmaxnreg_inc(uint32_t registers) { set_registers("setmaxnreg.inc", regist
 Lanes converge(const char* name, uint32_t mask, bool aligned, const Operands& own,
                const std::function<void(const Lanes&)>& action) {
   const Instruction instruction(name);
-  Warp& warp = *self->warp;
   if (!(mask >> self->lane & 1)) fail("its mask %x lacks the executing lane", mask);
-  if (mask & warp.exited) fail("lanes %x have exited", mask & warp.exited);
-  if (!warp.convergence) warp.convergence = std::make_shared<Convergence>(Convergence{name, site, mask});
-  const std::shared_ptr<Convergence> now = warp.convergence;
+  if (mask & warp().exited) fail("lanes %x have exited", mask & warp().exited);
+  if (!warp().convergence) warp().convergence = std::make_shared<Convergence>(Convergence{name, site, mask});
+  const std::shared_ptr<Convergence> now = warp().convergence;
   if (now->name != name || now->mask != mask || (aligned && now->site != site))
     fail("divergent, while lanes %x wait in %s at %u", now->arrived, now->name, now->site);
   now->lanes[self->lane] = own;
@@ -134,26 +122,24 @@ Lanes converge(const char* name, uint32_t mask, bool aligned, const Operands& ow
     suspend(now->waiting);
   } else {
     if (action) action(now->lanes);
-    warp.convergence.reset();
+    warp().convergence.reset();
     wake(now->waiting);
   }
   return now->lanes;
 }
 
-bool vote_any(bool predicate, uint32_t mask) { return ballot("vote.any", predicate, mask) != 0; }
-bool vote_all(bool predicate, uint32_t mask) { return ballot("vote.all", predicate, mask) == mask; }
+bool vote_any(bool predicate, uint32_t mask) { return is_any("vote.any", predicate, mask); }
+bool vote_all(bool predicate, uint32_t mask) { return !is_any("vote.all", !predicate, mask); }
 
 bool elect_sync(uint32_t mask, uint32_t& leader) {
-  leader = __builtin_ctz(ballot("elect.sync", true, mask));
+  converge("elect.sync", mask, false);
+  leader = __builtin_ctz(mask);
   return self->lane == leader;
 }
 
 uint32_t shfl_idx(uint32_t value, uint32_t lane, uint32_t clamp, uint32_t mask) {
   if (clamp != kWarpLanes - 1 || mask != kEveryLane) fail("shfl.sync: only whole warps are emulated");
   return uint32_t(converge("shfl.sync", mask, false, {value})[lane % kWarpLanes][0]);
-}
-uint32_t shfl_bfly(uint32_t value, uint32_t lane_mask, uint32_t clamp, uint32_t mask) {
-  return shfl_idx(value, self->lane ^ lane_mask, clamp, mask);
 }
 
 }  // namespace hopper
