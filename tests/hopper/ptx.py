@@ -108,7 +108,7 @@ class _Kernel:
 
     def translate(self, block: Block) -> str:
         self._scope(block)
-        arrays = [(cpp, name, self.sizes[bits]) for bits, (cpp, name) in ARRAYS.items() if self.sizes[bits]]
+        arrays = [(*ARRAYS[bits], size) for bits, size in self.sizes.items() if size]
         registers = [f"{cpp} {name}[{size}];\npoison({name});" for cpp, name, size in arrays]
         return "\n".join([f'extern "C" void kernel_{self.name}(void* const* args) {{', *registers, *self.lines, "}\n"])
 

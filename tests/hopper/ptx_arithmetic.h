@@ -104,8 +104,7 @@ inline float flush(float value) {
 
 // The greater one, where -0 < +0; the number, if the other is NaN.
 inline float maximum(float a, float b) {
-  if (a != a || b != b) return a != a ? b : a;
-  return a > b || (a == b && !__builtin_signbit(a)) ? a : b;
+  return a != b ? __builtin_fmaxf(a, b) : __builtin_signbit(a) ? b : a;
 }
 
 // The sum, rounded toward zero.

@@ -137,7 +137,6 @@ MACHINE: list[Row] = [
     ("<wgmma>.f16.f16", WGMMA, "wgmma(Half::kFloat16, {1}, {2}, {3}, {0})"),
 ]
 
-
 # In operands, with how many of them: a vector has some. Else there are punctuation, "_", "0" and "1".
 KIND, OPERAND = re.compile(r"(?:(\d+)\*)?([=&]?[a-z][\w.]*)"), "[^][{},|]+"
 # A pattern of the operands with a group for each, the groups' kinds, C++ of them and of the line's number.
@@ -176,7 +175,6 @@ def _rule(name: str, operands: str, code: str, is_machine: bool) -> Rule:
 
 
 RULES: defaultdict[str, list[Rule]] = defaultdict(list)
-for _rows in (ARITHMETIC, MACHINE):
-    for _names, _operands, _code in _rows:
-        for _name in expand(_names):
-            RULES[_name].append(_rule(_name, _operands, _code, _rows is MACHINE))
+for _row in ARITHMETIC + MACHINE:
+    for _name in expand(_row[0]):
+        RULES[_name].append(_rule(_name, *_row[1:], is_machine=_row in MACHINE))

@@ -5,7 +5,6 @@
 #include <cfenv>
 #include <cstdarg>
 #include <cstdio>
-#include <cstring>
 
 #include "state.h"
 
@@ -101,7 +100,14 @@ bool run_any_async() {
   fail("deadlock%s", where.c_str());
 }
 
-void run_cta() {
+void run_cta(uint32_t index, uint32_t shared_bytes, uint32_t misalignment) {
+  const uint32_t registers = std::min(kMaxRegisters, kRegisterFile / machine.threads / 8 * 8);  // of a thread
+  const uint32_t begin = kReservedShared + misalignment, free = kRegisterFile - registers * machine.threads;
+  cta.reset(new Cta{index, machine.threads, begin, begin + shared_bytes, free});
+  std::fill_n(cta->shared, kWindowBytes, 0xff);  // NaN in every format
+  for (uint32_t w = 0; w < machine.threads / kWarpLanes; ++w)
+    cta->priorities.push_back(&cta->warps.emplace_back(w, registers));
+  std::shuffle(cta->priorities.begin(), cta->priorities.end(), machine.random);
   while (cta->live_threads || !cta->in_flight.empty()) {
     while (machine.timing == Timing::kAtOnce && run_any_async()) continue;
     if (machine.timing == Timing::kRandom && machine.random() % 8 == 0) run_any_async();
@@ -113,16 +119,6 @@ void run_cta() {
   for (const Warp& warp : cta->warps)
     if (warp.wgmma_history != cta->warps[warp.index / kWarpgroupWarps * kWarpgroupWarps].wgmma_history)
       fail("wgmma: the warps of a warpgroup differ");
-}
-
-void start_cta(uint32_t index, uint32_t shared_bytes, uint32_t misalignment) {
-  const uint32_t registers = std::min(kMaxRegisters, kRegisterFile / machine.threads / 8 * 8);  // of a thread
-  const uint32_t begin = kReservedShared + misalignment, free = kRegisterFile - registers * machine.threads;
-  cta.reset(new Cta{index, machine.threads, begin, begin + shared_bytes, free});
-  std::memset(cta->shared, 0xff, kWindowBytes);  // NaN in every format
-  for (uint32_t w = 0; w < machine.threads / kWarpLanes; ++w)
-    cta->priorities.push_back(&cta->warps.emplace_back(w, registers));
-  std::shuffle(cta->priorities.begin(), cta->priorities.end(), machine.random);
 }
 
 }  // namespace
@@ -191,10 +187,7 @@ int hopper_launch(Body kernel, uint32_t grid, uint32_t threads, uint32_t shared_
   if (!grid || !threads || threads % kWarpLanes || threads > kMaxWarps * kWarpLanes ||
       shared_bytes + misalignment > kSharedBytes)
     fail("a launch that is not possible");
-  for (uint32_t index = 0; index < grid; ++index) {
-    start_cta(index, shared_bytes, misalignment);
-    run_cta();
-  }
+  for (uint32_t index = 0; index < grid; ++index) run_cta(index, shared_bytes, misalignment);
   return 0;
 }
 

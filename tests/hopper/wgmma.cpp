@@ -42,8 +42,8 @@ float feature(Half type, const Row& row, uint32_t k) {
   std::memcpy(&bits, row[k / 8] + k % 8 * sizeof bits, sizeof bits);
   if (type == Half::kBfloat16) return __builtin_bit_cast(float, uint32_t(bits) << 16);
   const float magnitude = __builtin_bit_cast(float, (bits & 0x7fff) << 13) * 0x1p112f;  // from its bias to a float's
-  const bool is_finite = magnitude < 0x1p16f;
-  return std::copysign(is_finite ? magnitude : __builtin_bit_cast(float, kInfinity | bits << 13), bits >> 15 ? -1 : 1);
+  const float value = magnitude < 0x1p16f ? magnitude : __builtin_bit_cast(float, kInfinity | bits << 13);
+  return std::copysign(value, bits >> 15 ? -1.0f : 1.0f);
 }
 
 void multiply(Half type, const std::vector<Row>& a, const std::vector<Row>& b, Accumulators& to) {
@@ -129,8 +129,7 @@ void wgmma(Half type, uint32_t n, uint32_t* const* accumulators, uint64_t a, uin
     if (machine.threads % (kWarpgroupWarps * kWarpLanes)) fail("the CTA is not made of warpgroups");
     for (uint32_t lane = 0; lane < kWarpLanes; ++lane)
       if (!std::equal(own.begin(), own.begin() + 3, lanes[lane].begin())) fail("lane %u differs in its operands", lane);
-    uint64_t& history = warp().wgmma_history;
-    history = ((history ^ a) * 0x9e3779b97f4a7c15 ^ b) * 0x9e3779b97f4a7c15 + accumulate;
+    warp().wgmma_history = ((warp().wgmma_history ^ a) * 0x9e3779b97f4a7c15 ^ b) * 0x9e3779b97f4a7c15 + accumulate;
     const auto rows_of_a = read_operand(a, warp().index % kWarpgroupWarps * kRows, kRows);
     const auto rows_of_b = read_operand(b, 0, n);
     Accumulators& taken = take_accumulators(n, lanes);
