@@ -155,7 +155,7 @@ def _teachers(teacher: Any, x: Tensor, M: int, N: int) -> tuple[Teacher, ...]:
     if not isinstance(every, list | tuple) or not all(isinstance(one, Teacher) for one in every):
         raise TypeError(f"teacher must be a siglip_kernels.Teacher or a sequence of them, got {type(teacher).__name__}")
     checked = [_teacher("teacher" if is_one else f"teacher[{k}]", one, x, M, N) for k, one in enumerate(every)]
-    total = math.fsum(one.weight for one in checked)
+    total = math.fsum([one.weight for one in checked])  # a list, for Dynamo
     if total > 1 + 1e-9:
         raise ValueError(f"teacher: the weights must add up to at most 1, got {total:g}")
     return as_teachers(checked)
