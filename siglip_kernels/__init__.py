@@ -3,7 +3,8 @@
 from siglip_kernels import distributed, reference, testing
 from siglip_kernels.accumulation import accumulate
 from siglip_kernels.drop_in import DistillSigLipLoss, SigLipLoss
-from siglip_kernels.loss import SigmoidLoss, SigmoidLossGrads, sigmoid_loss, sigmoid_loss_and_grads, sigmoid_losses
+from siglip_kernels.loss import SigmoidLossGrads, sigmoid_loss, sigmoid_loss_and_grads, sigmoid_losses
+from siglip_kernels.module import SigmoidLoss
 from siglip_kernels.stats import LogitStats
 from siglip_kernels.teachers import Teacher
 

@@ -67,6 +67,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
         "model": model,
         "teacher": Model(),
         "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+        "folder": tmp_path,
         "micro_batches": list(zip(*(part.split(8) for part in model.batch), strict=True)),
     }
     dist.destroy_process_group()
@@ -86,10 +87,26 @@ def with_a_siglip_model(names: dict[str, Any]) -> None:
     names["batch"] = {"pixel_values": torch.randn(4, 3, 8, 8), "input_ids": torch.randint(20, (4, 6))}
 
 
+def with_a_sentence_transformer(names: dict[str, Any], folder: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+    from tests.integrations import sentences
+
+    names["model"] = sentences.load(sentences.save(folder / "model"))
+    names["args"] = SentenceTransformerTrainingArguments(
+        output_dir=str(folder / "out"), max_steps=1, report_to="none", save_strategy="no", use_cpu=True
+    )
+    names["train_dataset"] = sentences.pairs(16)
+    names["SentenceTransformerTrainer"] = SentenceTransformerTrainer
+
+
 def run(page: Path, names: dict[str, Any]) -> None:
     """The blocks of a page, one after the other, in one namespace."""
     if page.stem == "transformers":
         with_a_siglip_model(names)
+    if page.stem == "sentence-transformers":
+        with_a_sentence_transformer(names, names["folder"])
     for number, code in enumerate(blocks(page), start=1):
         exec(compile(code, f"{page}, block {number}", "exec"), names)
 

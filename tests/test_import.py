@@ -110,15 +110,18 @@ print("fine")
 
 def test_public_names() -> None:
     assert sorted(siglip_kernels.__all__) == [
+        "DistillSigLipLoss",
         "LogitStats",
         "SigLipLoss",
         "SigmoidLoss",
         "SigmoidLossGrads",
+        "Teacher",
         "accumulate",
         "distributed",
         "reference",
         "sigmoid_loss",
         "sigmoid_loss_and_grads",
+        "sigmoid_losses",
         "testing",
     ]
     assert all(hasattr(siglip_kernels, name) for name in siglip_kernels.__all__)

@@ -20,7 +20,8 @@ from sentence_transformers.base.losses.merged_forward import embed_columns
 from torch import Tensor, nn
 
 from siglip_kernels.distributed import Exchange
-from siglip_kernels.loss import Backend, LossArguments, SigmoidLoss, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels.loss import Backend, LossArguments, sigmoid_loss, sigmoid_loss_and_grads
+from siglip_kernels.module import SigmoidLoss
 from siglip_kernels.validation import one_of
 
 if TYPE_CHECKING:
