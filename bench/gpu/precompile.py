@@ -15,7 +15,7 @@ from siglip_kernels import schedule
 from siglip_kernels.backends.base import BlockTask
 from siglip_kernels.backends.triton import TritonBlockKernel
 from siglip_kernels.backends.triton.configs import Variant
-from siglip_kernels.pairs import PairSpec
+from siglip_kernels.reference import pair_spec
 from siglip_kernels.request import NO_GRAD, NeedsGrad, Request
 from siglip_kernels.testing import PAIRS
 
@@ -54,7 +54,7 @@ def variants_of_calls(arch: str, calls: Iterable[LossCall], **options: Any) -> l
         M, N, D = call.shape
         x, y = (torch.empty(rows, D, dtype=call.dtype, device=META) for rows in (M, N))
         scalar = torch.empty((), device=META)
-        pairs = PairSpec(**{name: value for name, value in call.pairs.items() if name != "reduction"})
+        pairs = pair_spec(**{name: value for name, value in call.pairs.items() if name != "reduction"})
         request = Request(x, y, scalar, scalar, pairs, "sum", return_stats=call.return_stats)
         schedule.run(recorder, schedule.problem_of(request, call.needs_grad), request, call.needs_grad)
     return list(recorder.variants)

@@ -28,8 +28,9 @@ def nvrtc_here() -> None:
 
 
 def test_from_source() -> None:
+    conflicts = emulator.runtime().hopper_stmatrix_conflicts()  # those of mutations before
     assert first_failure(sm90.random_blocks(sm90.from_source(), PROBLEMS, sm90.KINDS)) is None
-    assert emulator.runtime().hopper_stmatrix_conflicts() == 0
+    assert emulator.runtime().hopper_stmatrix_conflicts() == conflicts
 
 
 def test_the_loss_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
