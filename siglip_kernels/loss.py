@@ -32,7 +32,7 @@ from torch import Tensor
 
 from siglip_kernels import ops
 from siglip_kernels.distributed import Exchange
-from siglip_kernels.distributed.exchange import validate
+from siglip_kernels.distributed.exchange import validator
 from siglip_kernels.stats import LogitStats, logit_stats
 from siglip_kernels.teachers import Teacher
 
@@ -185,7 +185,7 @@ def sigmoid_loss(
         TypeError, ValueError: an argument is not as described above, or the backend cannot run the call. With a group,
             every rank raises if one does. If a rank is gone: RuntimeError, within the group's timeout.
     """
-    request = validate(
+    request = validator(process_group)(
         image_features=image_features,
         text_features=text_features,
         logit_scale=logit_scale,
@@ -204,7 +204,6 @@ def sigmoid_loss(
         return_stats=return_stats,
         reduction=reduction,
         backend=backend,
-        process_group=process_group,
     )
     loss, totals = ops.differentiable(request)
     return loss if totals is None else (loss, logit_stats(totals, loss.dtype))
@@ -270,7 +269,7 @@ def sigmoid_loss_and_grads(
     Returns:
         :class:`SigmoidLossGrads`; with return_stats, (SigmoidLossGrads, LogitStats).
     """
-    request = validate(
+    request = validator(process_group)(
         image_features=image_features,
         text_features=text_features,
         logit_scale=logit_scale,
@@ -289,7 +288,6 @@ def sigmoid_loss_and_grads(
         return_stats=return_stats,
         reduction=reduction,
         backend=backend,
-        process_group=process_group,
     )
     found = ops.loss_and_grads(request, image_features.dtype, text_features.dtype)
     grads = SigmoidLossGrads(found.loss, found.dx, found.dy, found.dscale, found.dbias)
@@ -326,7 +324,7 @@ def sigmoid_losses(
         [M] float32, or float64 for float64 features, detached: Σ_j of the terms of image i, weights included. They add
         up to ``sigmoid_loss(..., reduction="sum")``. Over a group, those of this rank's images against all texts.
     """
-    request = validate(
+    request = validator(process_group)(
         image_features=image_features,
         text_features=text_features,
         logit_scale=logit_scale,
@@ -345,6 +343,5 @@ def sigmoid_losses(
         return_stats=False,
         reduction="sum",
         backend=backend,
-        process_group=process_group,
     )
     return ops.image_losses(request)

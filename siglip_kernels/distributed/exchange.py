@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,11 +47,12 @@ class Exchange:
             raise ValueError(f"text_gradient_dtype must be a floating dtype or None; got {self.text_gradient_dtype!r}")
 
 
-def validate(*, process_group: Any, **arguments: Any) -> Request:
+def validator(process_group: Any) -> Callable[..., Request]:
     """``validation.validate``. Over a group, every rank raises ValueError or TypeError if one does."""
-    if process_group is None:
-        return validation.validate(**arguments)
-    exchange = exchange_spec(process_group)
+    return validation.validate if process_group is None else partial(_validate_over, exchange_spec(process_group))
+
+
+def _validate_over(exchange: ExchangeSpec, **arguments: Any) -> Request:
     is_compiling = torch.compiler.is_compiling()
     with contextlib.nullcontext() if is_compiling else propagate_errors(exchange.process_groups()):
         return validation.validate(**arguments, exchange=exchange)
