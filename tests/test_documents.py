@@ -1,10 +1,13 @@
-"""The documents: every block of Python in them runs, the site builds without a warning, and the README stays short."""
+"""The documents: every block of Python runs, every diff applies, the site builds, and the README stays short."""
 
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bench.__main__
+import siglip_kernels.__main__
+from hub import layout
 from siglip_kernels import Teacher, backends
 from siglip_kernels.testing import make_inputs
 
@@ -23,6 +29,10 @@ PAGES = sorted(
     page.relative_to(ROOT) for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/guides/*.md")]
 )
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DIFF = re.compile(r"^```diff\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TRANSCRIPT = re.compile(r"^    \$ python (-m .*)\n((?:    .*\n|\n)+)", re.MULTILINE)
+COMMAND = re.compile(r"python3? -m (siglip_kernels|bench) ([a-z]+)")
+RULE = Path("docs/add-a-rule-for-pairs.md")  # runs on a copy of the package, to which its diffs were applied
 B = 24
 
 
@@ -107,11 +117,15 @@ def run(page: Path, names: dict[str, Any]) -> None:
         with_a_siglip_model(names)
     if page.stem == "sentence-transformers":
         with_a_sentence_transformer(names, names["folder"])
+    if page.stem == "hub":
+        pytest.importorskip("kernels", reason="needs the hub's library: pip install kernels")
+        names["out"] = names["folder"] / "repository"
+        layout.lay_out("someone/siglip-kernels", names["out"])
     for number, code in enumerate(blocks(page), start=1):
         exec(compile(code, f"{page}, block {number}", "exec"), names)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=str)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page != RULE], ids=str)
 def test_every_block_runs(page: Path, names: dict[str, Any]) -> None:
     run(page, names)
 
@@ -121,6 +135,55 @@ def test_a_block_that_fails_is_seen(names: dict[str, Any], tmp_path: Path) -> No
     page.write_text("```python\nx = 1\n```\n\ntext\n\n```python\nassert x == 2\n```\n")
     with pytest.raises(AssertionError):
         run(page, names)
+
+
+def test_what_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a command after "$" prints begins with what stands below it."""
+    transcripts = [found for page in PAGES for found in TRANSCRIPT.findall((ROOT / page).read_text())]
+    assert transcripts
+    for command, expected in transcripts:
+        module, *arguments = shlex.split(command)[1:]
+        assert module == "siglip_kernels"
+        assert siglip_kernels.__main__.main(arguments) == 0
+        assert capsys.readouterr().out.startswith(textwrap.dedent(expected).strip())
+
+
+def test_commands_that_are_named_exist() -> None:
+    named = {
+        found for page in [*PAGES, Path("CONTRIBUTING.md")] for found in COMMAND.findall((ROOT / page).read_text())
+    }
+    known = {"siglip_kernels": {"info", "check", "build", "doctor"}, "bench": set(bench.__main__.VERBS)}
+    assert [(module, verb) for module, verb in named if verb not in known[module]] == []
+    assert {verb for module, verb in named if module == "siglip_kernels"} == known["siglip_kernels"]
+
+
+def apply_diffs(page: Path, tree: Path) -> None:
+    """Each hunk of the page at the first place where its old lines stand; a file has "--- path" above its hunks."""
+    for diff in DIFF.findall((ROOT / page).read_text()):
+        for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
+            name, *hunks = part.split("\n@@\n")
+            text = (tree / name).read_text()
+            for hunk in hunks:
+                lines = hunk.splitlines()
+                old, new = ("".join(line[1:] + "\n" for line in lines if line[:1] in kinds) for kinds in (" -", " +"))
+                assert old in text, f"{name} does not have\n{old}"
+                text = text.replace(old, new, 1)
+            (tree / name).write_text(text)
+
+
+def test_the_rule_for_pairs(tmp_path: Path) -> None:
+    """Applied to a copy of the package, the page's rule is what its code says; without the rule that code fails."""
+    for name in ("siglip_kernels", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    apply_diffs(RULE, tmp_path)
+    pairs = tmp_path / "siglip_kernels" / "pairs.py"
+    right = pairs.read_text()
+    for text in (right, right.replace("apart <= self.id_tolerance", "apart <= 0")):
+        pairs.write_text(text)
+        command = [sys.executable, "-c", "\n".join(blocks(RULE))]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode == 0) == (text == right), done.stderr
+        assert text == right or "not close" in done.stderr
 
 
 def test_what_distillation_says_of_teachers(names: dict[str, Any]) -> None:

@@ -26,9 +26,9 @@ TILE_COLUMNS = 256  # kTileColumns of csrc/cpu/params.h
 def choose_gemm(machine: Machine, dtype: torch.dtype) -> str:
     """Which GEMM multiplies features of ``dtype``: "ours", torch's "blas", or float32's after they are "widened" to it.
 
-    Instructions that a CPU has need not be fast (figures: bench/NOTES.md). On AMD ours wins in both dtypes. On Intel
-    MKL wins in float32, and AVX512-BF16 is slower than that: only AMX makes bfloat16 the faster dtype. MKL's speed also
-    depends on the vendor. If the vendor is unknown, as in a virtual machine that masks it, ours is taken.
+    Instructions that a CPU has need not be fast: docs/measured-facts.md has the figures. On AMD ours wins in both
+    dtypes. On Intel MKL wins in float32, and AVX512-BF16 is slower than that: only AMX makes bfloat16 the faster dtype.
+    MKL's speed also depends on the vendor. Where that is unknown, as in a virtual machine that masks it, ours is taken.
     """
     level, is_intel, has_mkl = machine.level, machine.vendor == "GenuineIntel", dtype in machine.mkl
     if dtype is torch.bfloat16 and level >= AMX and has_mkl:

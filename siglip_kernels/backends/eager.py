@@ -38,7 +38,7 @@ class EagerBlockKernel(BlockKernel):
         return problem.dtype if keep else torch.float32
 
     def block_shape(self, problem: Problem) -> tuple[int, int]:
-        # CPU: 16 MiB in total, which suits the caches; speed is flat from (512, 512) on (see bench/NOTES.md).
+        # CPU: 16 MiB in total, which suits the caches; speed is flat from (512, 512) on (see docs/measured-facts.md).
         # GPU: 256 MiB in total, large enough for full waves.
         return (1024, 1024) if problem.device.type == "cpu" else (4096, 4096)
 
