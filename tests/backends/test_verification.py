@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -59,6 +59,11 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     return register
 
 
+def messages(caught: Iterable[warnings.WarningMessage]) -> list[str]:
+    """Those of faults. NumPy warns of what some versions of Triton's interpreter do."""
+    return [str(warning.message) for warning in caught if FAULTY in str(warning.message)]
+
+
 @pytest.mark.parametrize("output", ["loss", "scalars"])
 @pytest.mark.parametrize("base", KERNELS)
 def test_a_wrong_result_is_found(base: type[GpuBlockKernel], output: str, use: Use) -> None:
@@ -72,7 +77,7 @@ def test_a_wrong_result_is_found(base: type[GpuBlockKernel], output: str, use: U
     with pytest.warns(RuntimeWarning, match=FAULTY) as caught:
         report = check(sigmoid_loss, dtypes=[torch.float16], shapes=[(70, 100, 40)], pairs=["diagonal"])
     assert report.ok, report
-    assert " result " in str(caught[0].message)
+    assert " result " in messages(caught)[0]
 
 
 @pytest.mark.parametrize("base", KERNELS)
@@ -85,13 +90,13 @@ def test_faults_are_found_and_the_loss_is_right(
     with pytest.warns(RuntimeWarning, match=FAULTY) as caught:
         report = check(sigmoid_loss, dtypes=[dtype], shapes=[SHAPE], regimes=["init"], pairs=["diagonal"])
     assert report.ok, report
-    text = str(caught[0].message)
+    text, *others = messages(caught)
     assert FAULTS[fault] in text, text
     assert f"torch {torch.__version__}" in text
     faulty_variants = [variant for variant, _ in verification._faults]
-    assert len(caught) == len(faulty_variants) > 0
+    assert 1 + len(others) == len(faulty_variants)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         assert check(sigmoid_loss, dtypes=[dtype], shapes=[SHAPE], regimes=["init"], pairs=["diagonal"]).ok
     assert all(kernel.launches.count(variant) == 1 for variant in faulty_variants)
     with pytest.raises(KernelError, match=r"backend='triton' (cannot run here|disagrees with plain torch)"):
