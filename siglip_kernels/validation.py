@@ -152,7 +152,7 @@ def _teachers(teacher: Any, x: Tensor, M: int, N: int) -> tuple[Teacher, ...]:
     """Those that have a weight, their scales and biases as tensors."""
     is_one = isinstance(teacher, Teacher)
     every = [teacher] if is_one else teacher
-    if not isinstance(every, list | tuple) or not all(isinstance(one, Teacher) for one in every):
+    if not isinstance(every, (list, tuple)) or not all(isinstance(one, Teacher) for one in every):
         raise TypeError(f"teacher must be a siglip_kernels.Teacher or a sequence of them, got {type(teacher).__name__}")
     checked = [_teacher("teacher" if is_one else f"teacher[{k}]", one, x, M, N) for k, one in enumerate(every)]
     total = math.fsum([one.weight for one in checked])  # a list, for Dynamo
@@ -206,7 +206,7 @@ def _offset(value: Any) -> Any:
     """The offset as a Python int, from numpy's integers too. A compiler's symbol and None stay as they are."""
     if value is None or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)):
         return value
-    if not isinstance(value, bool | Tensor):
+    if not isinstance(value, (bool, Tensor)):
         with contextlib.suppress(TypeError):
             return operator.index(value)
     raise TypeError(f"positive_offset must be an int or None, got {type(value).__name__}")
