@@ -82,7 +82,7 @@ def run(program: str, *arguments: object) -> str:
     """What a process of its own prints, in which nothing of this one's is loaded and no network is used."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(layout.ROOT)}
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

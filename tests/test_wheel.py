@@ -39,7 +39,7 @@ class Installed(NamedTuple):
         environment = {**kept, "XDG_CACHE_HOME": str(self.folder / "cache")}
         command = [*before, str(self.folder / "venv" / "bin" / "python"), *arguments]
         done = subprocess.run(
-            command, env=environment, cwd=self.folder, capture_output=True, encoding="utf-8", timeout=300
+            command, env=environment, cwd=self.folder, capture_output=True, encoding="utf-8", timeout=900
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -63,7 +63,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
     def run(what: str, source: Path) -> None:
         program = f"import setuptools.build_meta as b; b.build_{what}({str(out)!r})"
-        done = subprocess.run([sys.executable, "-c", program], cwd=source, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, "-c", program], cwd=source, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
 
     out.mkdir()

@@ -354,7 +354,7 @@ def cpp_tests(compiler: str, sources: Sequence[targets.Source], folder: Path, *f
 
 
 def assert_ok(*command: str | Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("ok")
 
