@@ -152,6 +152,7 @@ def _teachers(teacher: Any, x: Tensor, M: int, N: int) -> tuple[Teacher, ...]:
     """Those that have a weight, their scales and biases as tensors."""
     is_one = isinstance(teacher, Teacher)
     every = [teacher] if is_one else teacher
+    # Types as tuples, not as unions, which Dynamo of torch 2.9 does not know.
     if not isinstance(every, (list, tuple)) or not all(isinstance(one, Teacher) for one in every):
         raise TypeError(f"teacher must be a siglip_kernels.Teacher or a sequence of them, got {type(teacher).__name__}")
     checked = [_teacher("teacher" if is_one else f"teacher[{k}]", one, x, M, N) for k, one in enumerate(every)]

@@ -148,8 +148,7 @@ def test_a_counter_of_operations_changes_nothing() -> None:
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
 
 
-# Recompilation: plain torch compiles twice, once for the first value and once for all others. (Of an expression such as
-# -value, torch before 2.13 compiles every value under aot_eager.)
+# Recompilation: plain torch compiles twice, once for the first value and once for all others.
 
 
 CHANGING: dict[str, Callable[..., Tensor]] = {
@@ -159,6 +158,8 @@ CHANGING: dict[str, Callable[..., Tensor]] = {
     "scale, with ids": lambda x, y, t, b, k: sigmoid_loss(x, y, t, -10.0, **IDS),
     "offset": lambda x, y, t, b, k: sigmoid_loss(x, y, 10.0, -10.0, positive_offset=k),
     "all three": lambda x, y, t, b, k: sigmoid_loss(x, y, t, b, positive_offset=k),
+    "an expression": lambda x, y, t, b, k: sigmoid_loss(x, y, 10.0, -t),
+    "all three, an expression": lambda x, y, t, b, k: sigmoid_loss(x, y, t, -t, positive_offset=k),
 }
 
 
@@ -166,6 +167,8 @@ CHANGING: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("what", CHANGING)
 def test_a_number_that_changes_every_step_compiles_twice(what: str, compiler: str, grad: bool) -> None:
+    if "expression" in what and compiler == "aot_eager" and torch.__version__ < (2, 13):
+        pytest.skip("torch before 2.13 compiles an expression of floats at every value, in plain torch too")
     check_compilations(what, compiler, grad)
 
 
