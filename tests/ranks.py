@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,24 @@ TIMEOUT = 120.0  # seconds; of the group, and of a function, which may compile
 
 
 class Ranks:
-    """A world of ``size`` processes over gloo; every smaller group of its first ranks is there too."""
+    """A world of ``size`` processes over gloo; every smaller group of its first ranks is there too.
+
+    They start when they are first given a function, and anew after one that a rank did not return from.
+    """
 
     def __init__(self, size: int, timeout: float = TIMEOUT) -> None:
+        self.size, self.timeout = size, timeout
+        self.connections: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+
+    def start(self) -> None:
         # Torch is imported once, by a server that forks the ranks: this process has threads, and cannot be forked.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pytest", "torch._dynamo", __name__])
         self.folder = tempfile.TemporaryDirectory()
-        self.timeout = timeout
-        self.connections: list[Connection] = []
-        self.processes = []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            arguments = rank, size, str(Path(self.folder.name) / "store"), timeout, theirs
+            arguments = rank, self.size, str(Path(self.folder.name) / "store"), self.timeout, theirs
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             self.connections.append(ours)
@@ -40,6 +46,8 @@ class Ranks:
 
     def try_run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``function(rank, group, *arguments)`` on the first ``size`` ranks: what each returned, or its exception."""
+        if not self.processes:
+            self.start()
         connections = self.connections[:size]
         for connection in connections:
             connection.send((size, function, arguments))
@@ -52,6 +60,8 @@ class Ranks:
                 results.append(connection.recv())
             except (EOFError, ConnectionError):
                 results.append(ProcessLookupError(f"rank {rank} is gone"))
+        if any(isinstance(result, ProcessLookupError) for result in results):
+            self.close()
         return results
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -66,7 +76,9 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
-        self.folder.cleanup()
+        if self.processes:
+            self.folder.cleanup()
+        self.connections, self.processes = [], []
 
 
 def _work(rank: int, size: int, store: str, timeout: float, connection: Connection) -> None:

@@ -26,6 +26,7 @@ from tests.integrations.hosts import (
     SHAPES,
     TINY,
     Batch,
+    Float32Products,
     Tensors,
     build,
     cast,
@@ -108,11 +109,12 @@ class Ran(NamedTuple):
 def run_step(model: nn.Module, batch: Batch, factor: float = 1.0) -> Ran:
     """With the loss times ``factor``, which is divided out again: another rounding of the same."""
     model.zero_grad()
-    output = model(**batch)
-    embeds = [output.image_embeds, output.text_embeds]
-    for t in embeds:
-        t.retain_grad()
-    (output.loss * factor).backward()
+    with Float32Products():
+        output = model(**batch)
+        embeds = [output.image_embeds, output.text_embeds]
+        for t in embeds:
+            t.retain_grad()
+        (output.loss * factor).backward()
     found = parts({name: p.grad.double() / factor for name, p in model.named_parameters()})
     upstream = [t.grad.double() / factor for t in embeds]
     return Ran(output.loss.detach().double(), [t.detach().double() for t in embeds], upstream, found)

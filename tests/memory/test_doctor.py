@@ -95,7 +95,7 @@ def assert_as_measured(two: Ranks, form: str, job: Job, file: Path | None = None
 
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
-SHAPES = [(1024, 768, f32), (3000, 1152, bf16), (2048, 2048, f32)]
+SHAPES = [(1024, 768, f32), (1500, 640, bf16), (2048, 2048, f32)]
 
 
 @needs_proc
@@ -121,7 +121,7 @@ def test_a_teacher(two: Ranks, form: str, ranks: int, b: int, teacher: int, dtyp
 
 @needs_proc
 def test_torch_compile(two: Ranks) -> None:
-    assert_as_measured(two, "torch.compile", Job(4096, 256, bf16, CPU))
+    assert_as_measured(two, "torch.compile", Job(2048, 256, bf16, CPU))
 
 
 @needs_proc
