@@ -44,6 +44,7 @@ def test_a_killed_rank(when: str) -> None:
     try:
         world.run(3, call, uneven(3))
         results = world.try_run(3, die_or_wait, uneven(3), when)  # TimeoutError where one waits on
+        world.run(3, call, uneven(3))  # on processes that take their places
     finally:
         world.close()
     assert isinstance(results[1], ProcessLookupError)
