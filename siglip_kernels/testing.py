@@ -43,7 +43,7 @@ REGIMES = {
 }
 ENOUGH_PAIRS = 1000  # needed for a comparison with eager
 HALF = (torch.float16, torch.bfloat16)
-# What rounding an exact gradient to its own dtype may cost, whatever eager's error is: half a unit in the last place.
+# What rounding an exact gradient to its dtype may cost, whatever eager's error is: half a unit, in float32 nearly one.
 ROUNDED_GRADIENT = {torch.float32: 1e-7, **{dtype: torch.finfo(dtype).eps / 2 for dtype in HALF}}
 # Where eager's rounding came out better by luck, an error may be that of an exact dz rounded once, and a little more.
 # With masses, or at a scale near 0, many pairs have one dz, and its rounding does not average out.

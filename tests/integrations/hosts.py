@@ -118,7 +118,7 @@ def cast(batch: Batch, dtype: torch.dtype, device: torch.device | None = None) -
 class Float32Products(TorchDispatchMode):
     """bfloat16 products on the CPU as a device for them has them: of float32 sums, rounded once.
 
-    Torch's own loops, where a CPU knows no bfloat16, do the same at a hundredth of the speed.
+    Torch's own loops, where a CPU knows no bfloat16, do the same, far more slowly.
     """
 
     PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
